@@ -1,0 +1,287 @@
+"""The one abstraction: a technique is a ``TrainerCallback`` with a few hooks that a callback lacks.
+
+Timing stays with the events of ``transformers.TrainerCallback``.  What a callback cannot say is said in *hooks*
+(several techniques may answer; the rule of combination is part of the hook) and in *slots* (at most one technique
+owns each).  A technique owns a slot by overriding its method; nothing is registered anywhere.
+
+Shape suffixes: ``B`` examples, ``L`` positions, ``N`` examples of the data set.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_type_hints
+
+import annotated_types as at
+import torch
+from torch import Tensor, nn
+from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from hf_accel.losses import ExampleLosses
+    from hf_accel.stream import StepBatch
+    from hf_accel.trainer import AccelTrainerMixin
+
+Fraction = Annotated[float, at.Interval(ge=0, le=1)]
+"""A share of a whole, in [0, 1]."""
+
+Positive = Annotated[float, at.Gt(0)]
+"""A number above zero."""
+
+SLOTS = (
+    "budget",
+    "select",
+    "order",
+    "batch",
+    "collate",
+    "step_select",
+    "objective",
+    "optimizer",
+    "schedule",
+    "averaging",
+    "synchronise",
+)
+"""What at most one technique may decide; each is a method of `Technique`."""
+
+HOOKS = (
+    "prepare_args",
+    "prepare_dataset",
+    "prepare_model",
+    "parameter_rules",
+    "transform_batch",
+    "example_weights",
+    "token_weights",
+    "extra_loss",
+    "evaluating",
+    "saving",
+    "observe",
+    "accept_step",
+)
+"""Questions that every technique may answer."""
+
+STREAM = frozenset(
+    "select order batch collate step_select objective transform_batch example_weights token_weights extra_loss observe".split()
+)
+"""Hooks and slots that are only asked when batches come from the `StepStream`."""
+
+State = Mapping[str, Any]
+"""Tensors, numbers, strings, and lists and dicts of these."""
+
+
+class Technique(TrainerCallback):
+    """Base class of every technique.
+
+    Subclasses are dataclasses whose fields are their hyperparameters, each with a default.  The constructor stores
+    these and nothing else; what a technique learns while training is kept in attributes that end with ``_``, made in
+    ``on_train_begin`` (or ``prepare_dataset``), so that one instance may train twice.
+    """
+
+    fidelity: ClassVar[Literal["exact", "unbiased", "lossy"]] = "lossy"
+    """``exact``: the same result; ``unbiased``: the same gradient in expectation; ``lossy``: another result."""
+
+    neutral: ClassVar[Mapping[str, Any] | None] = None
+    """Hyperparameters under which training is exactly as without the technique; None where there are none."""
+
+    expected_failed_checks: ClassVar[Mapping[str, str]] = {}
+    """Checks of the contract that are known to fail, each with its reason."""
+
+    host_: AccelTrainerMixin | None = None
+    """The trainer that asks the hooks; None in a plain Trainer, which cannot."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self)
+
+    # Before training ------------------------------------------------------------------------------------------------
+
+    def prepare_args(self, args: TrainingArguments) -> TrainingArguments:
+        """Arguments that must differ, on a copy; asked in order."""
+        return args
+
+    def prepare_dataset(self, dataset: Any) -> Any:
+        """The training set, deduplicated, pruned or scored; asked in order, when training starts."""
+        return dataset
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """What replaces the model before the optimizer exists; asked in order."""
+        return model
+
+    def parameter_rules(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
+        """How the optimizer treats one parameter: factors ``lr`` and ``weight_decay`` (factors of several techniques
+        multiply) and a ``group`` key (keys join).  Empty: no opinion."""
+        return {}
+
+    # At every step --------------------------------------------------------------------------------------------------
+
+    def transform_batch(self, batch: StepBatch) -> StepBatch:
+        """The step batch, truncated, resized or mixed; before items are counted; asked in order."""
+        return batch
+
+    def example_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor | None:
+        """How much each example of a micro-batch counts, (B,); weights of several techniques multiply."""
+
+    def token_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor | None:
+        """How much each item counts, shaped as ``losses.losses_BL``; weights of several techniques multiply."""
+
+    def extra_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor | None:
+        """A sum over the micro-batch's items that is added to the loss; sums of several techniques add."""
+
+    def observe(self, ids_B: Tensor, losses_B: Tensor) -> None:
+        """Mean loss of each example that was trained on, on the CPU, the same on every rank; at the latest before the
+        next epoch is planned and before a checkpoint is written."""
+
+    def accept_step(self, grad_norm: Tensor | float) -> bool:
+        """Whether the update may happen, given the norm of the gradient before clipping; all must agree."""
+        return True
+
+    # Around evaluation and saving -----------------------------------------------------------------------------------
+
+    def evaluating(self, model: nn.Module) -> AbstractContextManager:
+        """Around every evaluation; nested."""
+        return nullcontext()
+
+    def saving(self, model: nn.Module) -> AbstractContextManager:
+        """Around every saving of the final model; nested."""
+        return nullcontext()
+
+    # In every checkpoint --------------------------------------------------------------------------------------------
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        """What progress cannot recompute; ``global``: the same on every rank, ``rank``: of this rank only."""
+        return {}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        """Restore what `state_dict` gave for the same scope; called after ``on_train_begin``."""
+
+    def report(self) -> Mapping[str, Any]:
+        """What it did, as numbers and strings, for the receipt."""
+        return {}
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        """Whether the report of a finished run shows what the technique is for; the contract checks it."""
+        return True
+
+    # Slots ----------------------------------------------------------------------------------------------------------
+
+    def budget(self) -> Mapping[str, float]:
+        """What may be spent, per unit of `hf_accel.clock.UNITS`; the first one reached ends the run."""
+        raise NotImplementedError
+
+    def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """Which examples an epoch trains on and with which weights: ids_N (int64, ascending, distinct unless drawn
+        with replacement) and weights_N or None.  The generator is seeded by (seed, epoch)."""
+        raise NotImplementedError
+
+    def order(self, ids_N: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+        """The ids in the order of training; ``batch_size`` is the nominal number of examples a step."""
+        raise NotImplementedError
+
+    def batch(self, upcoming_ids_N: Tensor, batch_size: int) -> int:
+        """How many of the upcoming examples the next step takes, over all ranks; ``batch_size`` is nominal."""
+        raise NotImplementedError
+
+    def collate(self, features: Sequence[Mapping[str, Any]], collator: Callable) -> dict[str, Any]:
+        """One micro-batch from its examples, instead of ``collator(features)``; runs in loader workers."""
+        raise NotImplementedError
+
+    def step_select(self, ids_B: Tensor, losses_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Which examples of a drawn step batch are trained on: positions (ascending) and weights or None; given the
+        losses of all of them, over all ranks, before the step."""
+        raise NotImplementedError
+
+    def objective(self, model: nn.Module, backward: Callable[[], Tensor]) -> Tensor:
+        """The gradient of one step; ``backward()`` adds the step batch's gradient to ``.grad`` and gives its loss."""
+        raise NotImplementedError
+
+    def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer, from groups with ``params``, ``names``, ``lr``, ``weight_decay`` and ``group``."""
+        raise NotImplementedError
+
+    def schedule(self, progress: float) -> float:
+        """The factor on the peak learning rate, at progress in [0, 1]."""
+        raise NotImplementedError
+
+    def averaging(self) -> dict[str, Tensor] | None:
+        """Averages of this rank's part of the parameters (`hf_accel.weights.local_parameters`), by name; None while
+        there are none.  The trainer evaluates, saves and returns them."""
+        raise NotImplementedError
+
+    def synchronise(self) -> bool:
+        """Whether this step's gradients are averaged over ranks."""
+        raise NotImplementedError
+
+    # What techniques share ------------------------------------------------------------------------------------------
+
+    def progress(self, state: TrainerState) -> float:
+        """Share of the budget that is spent, from 0 to 1."""
+        if self.host_ is not None and self.host_.clock is not None:
+            return self.host_.clock.progress
+        return min(state.global_step / state.max_steps, 1.0)
+
+    @classmethod
+    def answers(cls) -> frozenset[str]:
+        """Names of the hooks and slots that this class overrides."""
+        return frozenset(name for name in (*HOOKS, *SLOTS) if getattr(cls, name) is not getattr(Technique, name))
+
+    def on_init_end(self, args, state, control, **kwargs):
+        self._refuse_plain_trainer()
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self._refuse_plain_trainer()
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self._refuse_plain_trainer()
+
+    def _refuse_plain_trainer(self) -> None:
+        if self.host_ is None and self.answers():
+            raise ValueError(
+                f"{self!r} needs {', '.join(sorted(self.answers()))}, which a callback of a plain Trainer cannot do. "
+                f"Use AccelTrainer(..., techniques=[{type(self).__name__}(...)]) or hf_accel.attach(trainer, [...])."
+            )
+
+
+def check_bounds(technique: Technique) -> None:
+    """Raise ValueError where a field breaks the bound or the choice that its annotation declares."""
+    hints = get_type_hints(type(technique), include_extras=True)
+    for field in dataclasses.fields(technique):  # type: ignore[arg-type]
+        value, hint = getattr(technique, field.name), hints[field.name]
+        name = f"{type(technique).__name__}({field.name}={value!r})"
+        if (rule := broken_rule(value, hint)) is not None:
+            raise ValueError(f"{name}: {field.name} must be {rule}.")
+
+
+def broken_rule(value: Any, hint: Any) -> str | None:
+    """The rule of an annotation that a value breaks, in words; None where it breaks none."""
+    if getattr(hint, "__metadata__", None) is None:
+        options = get_args(hint)
+        if options and all(isinstance(option, str) for option in options):  # Literal
+            return None if value in options else "one of " + ", ".join(map(repr, options))
+        if type(None) in options:  # optional
+            rules = [broken_rule(value, option) for option in options if option is not type(None)]
+            return None if value is None or None in rules else f"{rules[0]}, or None"
+        if hint in (int, float, bool, str) and not _is_a(value, hint):
+            return f"a {hint.__name__}, not a {type(value).__name__}"
+        return None
+    base, *metadata = get_args(hint)
+    if (rule := broken_rule(value, base)) is not None:
+        return rule
+    bounds = [bound for item in metadata for bound in (item if isinstance(item, at.GroupedMetadata) else (item,))]
+    tests = {at.Gt: (">", "gt"), at.Ge: (">=", "ge"), at.Lt: ("<", "lt"), at.Le: ("<=", "le")}
+    words, broken = [], False
+    for bound in bounds:
+        if type(bound) in tests:
+            sign, attribute = tests[type(bound)]
+            limit = getattr(bound, attribute)
+            words.append(f"{sign} {limit}")
+            holds = {">": value > limit, ">=": value >= limit, "<": value < limit, "<=": value <= limit}[sign]
+            broken |= not holds
+    return " and ".join(words) if broken else None
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
