@@ -1,0 +1,163 @@
+"""What we write beside Trainer's checkpoint, and how a checkpoint is known to be whole.
+
+    accel_state.json + .safetensors        clock, stream, techniques: the same on every rank, written by rank 0
+    accel_rank{r}.json + .safetensors      what belongs to one rank
+    averaged.safetensors                   averaged weights, under the model's own names
+    accel_complete.json                    sizes of all files and digests of ours; written last
+
+No pickle.  A directory without a valid ``accel_complete.json`` is not resumed from.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+STATE = "accel_state"
+COMPLETE = "accel_complete.json"
+AVERAGED = "averaged.safetensors"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be resumed from."""
+
+
+def save_state(directory: str | Path, name: str, state: Mapping[str, Any]) -> None:
+    """Write a nested state: tensors to ``name.safetensors``, everything else to ``name.json``."""
+    tensors: dict[str, Tensor] = {}
+    document = _without_tensors(state, "", tensors)
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    save_file(tensors, Path(directory, f"{name}.safetensors"))
+    Path(directory, f"{name}.json").write_text(json.dumps(document))
+
+
+def load_state(directory: str | Path, name: str) -> dict[str, Any]:
+    """Read what `save_state` wrote."""
+    try:
+        document = json.loads(Path(directory, f"{name}.json").read_text())
+        tensors = load_file(Path(directory, f"{name}.safetensors"))
+        return _with_tensors(document, tensors)
+    except (OSError, json.JSONDecodeError, SafetensorError, KeyError) as error:
+        raise CheckpointError(
+            f"{Path(directory, name)}: the state file cannot be read ({type(error).__name__}). "
+            "Resume from another checkpoint."
+        ) from error
+
+
+def _without_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        tensors[key] = value.detach().cpu().contiguous()
+        return {"__tensor__": key}
+    if isinstance(value, Mapping):
+        return {str(k): _without_tensors(v, f"{key}/{k}", tensors) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_tensors(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]
+    return value
+
+
+def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    if isinstance(value, dict):
+        if "__tensor__" in value:
+            return tensors[value["__tensor__"]]
+        return {k: _with_tensors(v, tensors) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(v, tensors) for v in value]
+    return value
+
+
+def mark_incomplete(directory: str | Path) -> None:
+    """Take the mark off a directory that is about to be written again."""
+    Path(directory, COMPLETE).unlink(missing_ok=True)
+
+
+def mark_complete(directory: str | Path) -> None:
+    """Say that everything is written; the mark appears at once or not at all."""
+    directory = Path(directory)
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != COMPLETE)
+    document = {
+        "sizes": {str(path.relative_to(directory)): path.stat().st_size for path in files},
+        "digests": {path.name: _digest(path) for path in files if path.name.startswith("accel_")},
+    }
+    scratch = directory / (COMPLETE + ".tmp")
+    scratch.write_text(json.dumps(document, indent=1))
+    scratch.replace(directory / COMPLETE)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def whats_wrong(directory: str | Path) -> str | None:
+    """Why a checkpoint is not whole, in words; None where it is."""
+    directory = Path(directory)
+    try:
+        document = json.loads((directory / COMPLETE).read_text())
+    except FileNotFoundError:
+        return f"it has no {COMPLETE}"
+    except (OSError, json.JSONDecodeError):
+        return f"its {COMPLETE} cannot be read"
+    for name, size in document["sizes"].items():
+        path = directory / name
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != size:
+            return f"{name} has {path.stat().st_size} bytes instead of {size}"
+    for name, digest in document["digests"].items():
+        if _digest(directory / name) != digest:
+            return f"{name} was changed"
+    return None
+
+
+def has_state(directory: str | Path) -> bool:
+    """Whether the checkpoint holds a state of ours; a plain Trainer's does not."""
+    return Path(directory, f"{STATE}.json").is_file()
+
+
+def checkpoints(output_dir: str | Path) -> list[Path]:
+    """The checkpoint directories of a run, newest first."""
+    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
+    numbered = [(int(match[1]), path) for path in found if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
+    return [path for _, path in sorted(numbered, reverse=True)]
+
+
+def newest_complete(output_dir: str | Path) -> tuple[Path | None, dict[str, str]]:
+    """The newest whole checkpoint, and the newer ones that were passed over, each with its fault."""
+    passed_over: dict[str, str] = {}
+    for path in checkpoints(output_dir):
+        fault = whats_wrong(path)
+        if fault is None:
+            return path, passed_over
+        passed_over[path.name] = fault
+    return None, passed_over
+
+
+def save_averaged(directory: str | Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write averaged weights under the model's own names."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(directory, AVERAGED))
+
+
+def load_averaged(directory: str | Path) -> dict[str, Tensor] | None:
+    """The averaged weights of a checkpoint; None where it has none."""
+    path = Path(directory, AVERAGED)
+    return load_file(path) if path.is_file() else None
+
+
+def newest_is_plain(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint, if a plain Trainer wrote it."""
+    newest = next(iter(checkpoints(output_dir)), None)
+    if newest is None or has_state(newest) or (newest / COMPLETE).exists():
+        return None
+    return newest if (newest / "trainer_state.json").is_file() else None
+

@@ -1,0 +1,136 @@
+"""The one clock: progress in [0, 1] is what was spent over what may be spent.
+
+    progress = max over units u of spent_u / limit_u
+
+Everything that depends on "when" asks the clock; only a budget speaks in units.  Seconds run from the entry into
+``train()`` and include evaluation and saving; what the end of the run will cost (`Clock.reserve`) is kept back, so that
+the learning rate reaches its end when the last update is done and the run ends on time.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+UNITS = ("steps", "epochs", "samples", "tokens", "seconds")
+
+_NAMES = {
+    "steps": ("step", "steps"),
+    "epochs": ("ep", "epoch", "epochs"),
+    "samples": ("sample", "samples", "sp"),
+    "tokens": ("tok", "token", "tokens"),
+    "seconds": ("s", "sec", "second", "seconds"),
+}
+_SECONDS = {"min": 60, "minute": 60, "minutes": 60, "h": 3600, "hour": 3600, "hours": 3600, "d": 86400, "day": 86400}
+_SCALES = {name: (unit, 1.0) for unit, names in _NAMES.items() for name in names} | {
+    name: ("seconds", float(scale)) for name, scale in (_SECONDS | {"days": 86400}).items()
+}
+
+
+def parse_budget(text: str) -> tuple[str, float]:
+    """The unit and the amount of a budget such as ``"30min"``, ``"1h 30min"``, ``"500steps"`` or ``"1e9tok"``."""
+    parts = re.findall(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)", text.lower())
+    if not parts or re.sub(r"\s", "", text.lower()) != "".join(number + unit for number, unit in parts):
+        raise ValueError(f"Budget({text!r}): not an amount with a unit. Write, for example, '30min' or '500steps'.")
+    amounts: dict[str, float] = {}
+    for number, name in parts:
+        if name not in _SCALES:
+            raise ValueError(
+                f"Budget({text!r}): there is no unit {name!r}. Use s, min, h, d, steps, epochs, samples or tok."
+            )
+        unit, scale = _SCALES[name]
+        try:
+            amounts[unit] = amounts.get(unit, 0.0) + float(number) * scale
+        except ValueError:
+            raise ValueError(f"Budget({text!r}): {number!r} is not a number. Write, for example, '1.5h'.") from None
+    if len(amounts) > 1:
+        raise ValueError(f"Budget({text!r}): one text is one unit. Give several limits as a list.")
+    ((unit, amount),) = amounts.items()
+    if not 0 < amount < float("inf"):
+        raise ValueError(f"Budget({text!r}): the amount must be > 0. Say what may be spent.")
+    return unit, amount
+
+
+@dataclass
+class Clock:
+    """What was spent of each unit, over all ranks and all earlier parts of the run.
+
+    Args:
+        limits: What may be spent, per unit of `UNITS`; the first limit reached ends the run.
+        now: Seconds of a clock that never goes back.
+        share: Gives the value of rank 0 to all ranks, so that they decide alike; only asked where seconds count.
+    """
+
+    limits: Mapping[str, float]
+    now: Callable[[], float] = time.monotonic
+    share: Callable[[list[float]], list[float]] = lambda values: values
+    spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(UNITS, 0.0))
+    reserve: float = 0.0
+    """Seconds kept back for what follows the last update: evaluation and saving."""
+    progress: float = 0.0
+    done: bool = False
+    """Whether the budget is spent: no further update is made."""
+    _started: float = 0.0
+    _earlier: float = 0.0
+    _step_seconds: float = 0.0
+    _step_began: float | None = None
+
+    def start(self, earlier_seconds: float | None = None) -> None:
+        """Begin to count seconds, after those of earlier parts of the run."""
+        self._started = self.now()
+        self._earlier = self.spent["seconds"] if earlier_seconds is None else earlier_seconds
+        self._step_began = None
+
+    @property
+    def seconds(self) -> float:
+        """Seconds spent until this moment."""
+        return self._earlier + self.now() - self._started
+
+    def step_begins(self) -> None:
+        """Mark the start of a step, so that its duration is known when the next one is considered."""
+        self._step_began = self.now()
+
+    def advance(self, *, steps: int = 1, samples: float = 0, tokens: float = 0, epochs: float | None = None) -> None:
+        """Count one step; ``epochs`` is the position in the data, not an increment."""
+        spent = self.spent
+        spent["steps"] += steps
+        spent["samples"] += samples
+        spent["tokens"] += tokens
+        if epochs is not None:
+            spent["epochs"] = epochs
+        spent["seconds"] = self.seconds
+        if self._step_began is not None:
+            duration = self.now() - self._step_began
+            # The recent past predicts the next step: about the last ten.
+            self._step_seconds += (duration - self._step_seconds) * (0.1 if self._step_seconds else 1.0)
+        self._update()
+
+    @property
+    def step_seconds(self) -> float:
+        """Smoothed duration of a step."""
+        return self._step_seconds
+
+    def _update(self) -> None:
+        shares = [self.spent[u] / limit for u, limit in self.limits.items() if u != "seconds"]
+        done = any(share >= 1.0 for share in shares)
+        if "seconds" in self.limits:
+            available = max(self.limits["seconds"] - self.reserve, 1e-9)
+            seconds, late = self.share(
+                [self.spent["seconds"] / available, float(self.spent["seconds"] + self._step_seconds > available)]
+            )
+            shares.append(seconds)
+            done |= bool(late)
+        self.done = done
+        # Progress never goes back, although the reserve may shrink.
+        self.progress = 1.0 if done else max(self.progress, min(max(shares, default=0.0), 1.0))
+
+    def state_dict(self) -> dict[str, float]:
+        """What was spent; the limits belong to the budget."""
+        return {**self.spent, "progress": self.progress}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Go on from what was spent."""
+        self.spent = {unit: float(state[unit]) for unit in UNITS}
+        self.progress = float(state["progress"])

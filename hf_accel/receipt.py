@@ -1,0 +1,147 @@
+"""The receipt: what a run spent, on what, and what each technique did and cost."""
+
+from __future__ import annotations
+
+import json
+import platform
+import resource
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Group
+from rich.table import Table
+
+PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "saving")
+
+
+class Stopwatch:
+    """Seconds by name, exclusive: while an inner name is charged, the outer one is not."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._names: list[str] = []
+        self._since = 0.0
+
+    @contextmanager
+    def charge(self, name: str) -> Iterator[None]:
+        """Charge what happens inside to a name."""
+        self._settle()
+        self._names.append(name)
+        try:
+            yield
+        finally:
+            self._settle()
+            self._names.pop()
+
+    def _settle(self) -> None:
+        now = time.perf_counter()
+        if self._names:
+            name = self._names[-1]
+            self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now
+
+
+@dataclass
+class Receipt:
+    """What a finished run spent.
+
+    Args:
+        seconds: Wall seconds by phase; ``other`` is what no phase accounts for.  Of this process, all parts of the run
+            since ``train()`` was last entered.
+        wall_seconds: Wall seconds of the whole run, earlier parts included.
+        steps: Optimizer updates.
+        skipped_steps: Updates that were refused (NaN, spikes).
+        samples: Examples trained on, over all ranks.
+        tokens: Tokens trained on without padding, over all ranks; 0 where the input has none.
+        flops: Floating-point operations by the rule 6 x parameters x input positions, padding included.
+        peak_memory_bytes: Largest memory of this process: of the accelerator where there is one, else resident.
+        techniques: For each technique its configuration, seconds spent in its hooks and its own report.
+    """
+
+    seconds: dict[str, float]
+    wall_seconds: float
+    steps: int
+    skipped_steps: int
+    samples: float
+    tokens: float
+    flops: float
+    peak_memory_bytes: int
+    world_size: int
+    device: str
+    final_learning_rate: float
+    progress: float
+    budget: dict[str, float] = field(default_factory=dict)
+    techniques: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def samples_per_second(self) -> float:
+        """Examples a second of the whole run."""
+        return self.samples / max(self.wall_seconds, 1e-9)
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Tokens a second of the whole run."""
+        return self.tokens / max(self.wall_seconds, 1e-9)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as in ``receipt.json``."""
+        rates = {"samples_per_second": self.samples_per_second, "tokens_per_second": self.tokens_per_second}
+        return asdict(self) | rates
+
+    def save(self, path: str | Path) -> None:
+        """Write ``receipt.json``."""
+        Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def table(self) -> Group:
+        """The receipt for the terminal."""
+        spent = Table(title="Receipt", show_header=False, title_justify="left")
+        spent.add_column(style="bold")
+        spent.add_column(justify="right")
+        budget = ", ".join(f"{amount:g} {unit}" for unit, amount in self.budget.items())
+        for name, value in [
+            ("budget", budget or "none"),
+            ("wall time", f"{self.wall_seconds:.1f} s"),
+            ("steps", f"{self.steps:,}" + (f" ({self.skipped_steps:,} skipped)" if self.skipped_steps else "")),
+            ("samples", f"{self.samples:,.0f}  ({self.samples_per_second:,.0f}/s)"),
+            ("tokens", f"{self.tokens:,.0f}  ({self.tokens_per_second:,.0f}/s)"),
+            ("FLOPs (6ND)", f"{self.flops:.3g}"),
+            ("peak memory", f"{self.peak_memory_bytes / 2**20:,.0f} MiB"),
+            ("final learning rate", f"{self.final_learning_rate:.3g}"),
+            ("device", f"{self.device} x {self.world_size}"),
+        ]:
+            spent.add_row(name, value)
+        where = Table(title="Where the time went", title_justify="left")
+        where.add_column("phase")
+        where.add_column("seconds", justify="right")
+        where.add_column("share", justify="right")
+        total = max(sum(self.seconds.values()), 1e-9)
+        for name, seconds in sorted(self.seconds.items(), key=lambda item: -item[1]):
+            where.add_row(name, f"{seconds:.2f}", f"{seconds / total:.1%}")
+        parts: list[Table] = [spent, where]
+        if self.techniques:
+            did = Table(title="What each technique did", title_justify="left")
+            did.add_column("technique")
+            did.add_column("seconds", justify="right")
+            did.add_column("report")
+            for technique in self.techniques:
+                report = ", ".join(f"{k} {_short(v)}" for k, v in technique["report"].items())
+                did.add_row(technique["technique"], f"{technique['seconds']:.2f}", report or "-")
+            parts.append(did)
+        return Group(*parts)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Largest memory in use since the process (CPU: resident) or the run (accelerator: allocated) began."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if platform.system() == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
