@@ -17,7 +17,10 @@ import yaml
 _VALUES = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
     "int": (r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+", "-+0123456789"),
-    "float": (r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)", "-+0123456789."),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)",
+        "-+0123456789.",
+    ),
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
 }
 
@@ -33,7 +36,10 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version would read as something else than text."""
+    """Quotes what either version would read as something else than text; writes what YAML cannot say as its repr."""
+
+
+_Dumper.add_multi_representer(object, lambda dumper, value: dumper.represent_str(repr(value)))
 
 
 for _kind, (_pattern, _first) in _VALUES.items():

@@ -1,0 +1,14 @@
+"""Train to the same quality in less time: an extension of `transformers.Trainer`, with receipts."""
+
+from hf_accel import budget, optim
+from hf_accel.arguments import AccelArguments
+from hf_accel.budget import *
+from hf_accel.optim import *
+from hf_accel.recipe import Recipe, RecipeError
+from hf_accel.technique import Technique
+
+__version__ = "0.1.0"
+
+__all__ = ["AccelArguments", "Recipe", "RecipeError", "Technique"]
+__all__ += budget.__all__
+__all__ += optim.__all__
