@@ -87,7 +87,7 @@ class Technique(TrainerCallback):
     expected_failed_checks: ClassVar[Mapping[str, str]] = {}
     """Checks of the contract that are known to fail, each with its reason."""
 
-    host_: AccelTrainerMixin | None = None
+    host_ = None  # type: AccelTrainerMixin | None
     """The trainer that asks the hooks; None in a plain Trainer, which cannot."""
 
     def __post_init__(self) -> None:

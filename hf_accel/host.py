@@ -1,0 +1,237 @@
+"""What we rely on of the host, and what we say of its arguments.
+
+`transformers.Trainer` is not ours.  The private names that are overridden or called are listed here with their
+parameters and compared when a trainer is built; every field of ``TrainingArguments`` is said to be honoured,
+re-interpreted or refused while batches come from the stream.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import transformers
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import SchedulerType
+
+if TYPE_CHECKING:
+    from hf_accel.technique import Technique
+    from hf_accel.trainer import AccelTrainerMixin
+
+TESTED = ("5.17.0", "5.23.0")
+"""The oldest and the newest transformers that the tests ran with."""
+
+RELIED_ON = {
+    "_finalize_training": "trial num_train_samples start_time",
+    "_get_collator_with_removed_columns": "data_collator description",
+    "_get_grad_norm": "model grad_norm",
+    "_get_learning_rate": "",
+    "_get_num_items_in_batch": "batch_samples device",
+    "_get_output_dir": "trial",
+    "_init_training_state": "max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
+    "_load_best_model": "",
+    "_move_model_to_device": "model device",
+    "_prepare_inputs": "inputs",
+    "_remove_unused_columns": "dataset description",
+    "_run_epoch": "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
+    "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
+    "_save_checkpoint": "model trial",
+    "_track_num_input_tokens": "inputs",
+    "call_model_init": "trial",
+    "compute_loss": "model inputs return_outputs num_items_in_batch",
+    "create_accelerator_and_postprocess": "",
+    "create_optimizer": "model",
+    "create_scheduler": "num_training_steps optimizer",
+    "floating_point_ops": "inputs",
+    "get_batch_samples": "epoch_iterator num_batches device",
+    "get_total_train_batch_size": "args",
+    "prediction_step": "model inputs prediction_loss_only ignore_keys",
+    "save_model": "output_dir _internal_call",
+    "set_initial_training_values": "args dataloader",
+    "training_step": "model inputs num_items_in_batch",
+}
+"""Trainer's methods that we override or call, with their parameters."""
+
+NEEDS_EXAMPLE_LOSSES = frozenset({"example_weights", "token_weights", "extra_loss", "observe", "step_select"})
+"""Hooks and slots that cannot be answered without the loss of each example."""
+
+REFUSED = {
+    "train_sampling_strategy": "('group_by_length', 'batch_rebalance') the stream orders the examples itself",
+    "accelerator_config": "(dispatch_batches, split_batches) every rank reads its own part of a step",
+    "ignore_data_skip": "the stream resumes where it stopped, at no cost",
+    "lr_scheduler_type": "('reduce_lr_on_plateau', 'greedy') they follow the metric, not progress",
+    "parallelism_config": "tensor, context and sequence parallelism are not supported",
+}
+"""Arguments of which some values are refused while batches come from the stream, with the reason."""
+
+REINTERPRETED = {
+    "per_device_train_batch_size": "with gradient_accumulation_steps, the examples of an update; the size of a forward "
+    "pass is micro_batch_size",
+    "gradient_accumulation_steps": "see per_device_train_batch_size; Trainer itself sees 1",
+    "auto_find_batch_size": "means micro_batch_size='auto': the examples of an update stay",
+    "logging_steps": "a fraction is one of progress",
+    "eval_steps": "a fraction is one of progress",
+    "save_steps": "a fraction is one of progress",
+    "warmup_steps": "a fraction is one of progress",
+    "lr_scheduler_type": "evaluated at progress",
+    "num_train_epochs": "the budget where there is no other",
+    "max_steps": "the budget where there is no other",
+    "dataloader_in_order": "step batches always come in order",
+    "save_total_limit": "never deletes the last complete checkpoint",
+}
+"""Arguments that mean something else while batches come from the stream."""
+
+
+def treatment(name: str) -> tuple[str, str]:
+    """How a field of ``TrainingArguments`` is treated by the stream, and why."""
+    if name in REFUSED:
+        return "refused", REFUSED[name]
+    if name in REINTERPRETED:
+        return "re-interpreted", REINTERPRETED[name]
+    return "honoured", ""
+
+
+def check_signatures() -> None:
+    """Raise where this transformers is not one that we know."""
+    for name, parameters in RELIED_ON.items():
+        method = getattr(Trainer, name, None)
+        found = None if method is None else [p for p in inspect.signature(method).parameters if p != "self"]
+        if found != parameters.split():
+            raise ImportError(
+                f"transformers {transformers.__version__}: Trainer.{name} is not as hf_accel knows it. "
+                f"Install a tested version ({TESTED[0]} to {TESTED[1]})."
+            )
+
+
+def refuse_two_budgets(args: TrainingArguments, owner: Technique) -> None:
+    """A budget and ``max_steps`` say the same thing twice."""
+    if args.max_steps > 0:
+        raise ValueError(f"max_steps={args.max_steps}: {owner!r} says already when the run ends. Give one of the two.")
+
+
+def refuse_schedules(args: TrainingArguments, owner: Technique | None) -> None:
+    """Schedules that do not follow progress, and two schedules at once."""
+    kind = SchedulerType(args.lr_scheduler_type)
+    if kind in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        raise ValueError(f"lr_scheduler_type={kind.value!r}: it follows the metric, not progress. Choose another.")
+    default = TrainingArguments.__dataclass_fields__
+    said = [
+        name
+        for name in ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+        if getattr(args, name) not in (default[name].default, None, {}, 0, SchedulerType.LINEAR)
+    ]
+    if owner is not None and said:
+        raise ValueError(
+            f"{said[0]}={getattr(args, said[0])!r}: {owner!r} is the schedule, its warm-up included. Say it in one."
+        )
+
+
+def refuse_stream_arguments(args: TrainingArguments) -> None:
+    """Arguments that the stream cannot honour, each by its name."""
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"train_sampling_strategy={args.train_sampling_strategy!r}: the techniques' stream orders the examples. "
+            "Use a technique that owns the slot 'order', such as LengthGrouped()."
+        )
+    for name in ("dispatch_batches", "split_batches"):
+        if getattr(args.accelerator_config, name):
+            raise ValueError(f"accelerator_config.{name}=True: every rank reads its own part of a step. Leave it out.")
+    if args.ignore_data_skip:
+        raise ValueError("ignore_data_skip=True: the techniques' stream resumes at no cost. Leave it out.")
+    if args.parallelism_config is not None:
+        raise ValueError("parallelism_config: the techniques' stream knows data parallelism only. Leave it out.")
+    if args.n_gpu > 1:
+        raise ValueError(f"n_gpu={args.n_gpu}: nn.DataParallel is not supported. Start with torchrun or accelerate.")
+
+
+def refuse_stream_hosts(trainer: AccelTrainerMixin) -> None:
+    """Trainers and data that a stream cannot serve."""
+    if trainer.train_dataset is not None and not hasattr(trainer.train_dataset, "__getitem__"):
+        raise ValueError(
+            f"train_dataset ({type(trainer.train_dataset).__name__}): the techniques choose examples by their index. "
+            "Give a data set with __len__ and __getitem__."
+        )
+    owner = next((cls for cls in _bases_after_mixin(trainer) if "get_train_dataloader" in vars(cls)), Trainer)
+    if owner is not Trainer:
+        raise ValueError(
+            f"{owner.__name__}: it makes its own batches, which these techniques would replace. Leave them out."
+        )
+
+
+def refuse_own_losses(trainer: AccelTrainerMixin) -> None:
+    """A trainer whose loss is not its model's has no loss of an example that we could know."""
+    owner = next(cls for cls in _bases_after_mixin(trainer) if "compute_loss" in vars(cls))
+    if owner is not Trainer:
+        raise ValueError(f"{owner.__name__} computes a loss of its own. Give example_loss_func=.")
+
+
+def _bases_after_mixin(trainer: AccelTrainerMixin) -> list[type]:
+    names = [cls.__name__ for cls in type(trainer).__mro__]
+    return list(type(trainer).__mro__[names.index("AccelTrainerMixin") + 1 :])
+
+
+def nominal_steps(limits: Mapping[str, float], steps_per_epoch: int, batch_size: int) -> int | None:
+    """Updates that a budget is expected to buy; None for units in which this cannot be known beforehand."""
+    known = []
+    if "steps" in limits:
+        known.append(limits["steps"])
+    if "epochs" in limits:
+        known.append(limits["epochs"] * steps_per_epoch)
+    if "samples" in limits:
+        known.append(limits["samples"] / batch_size)
+    if not known or len(known) < len(limits):
+        return None
+    return max(math.ceil(min(known)), 1)
+
+
+def refuse_absolute_warmup(
+    args: TrainingArguments, steps: int | None, limits: Mapping[str, float], owner: Technique | None
+) -> None:
+    """Warm-up in steps has no meaning where the number of steps is not known."""
+    if steps is None and owner is None and args.warmup_steps >= 1:
+        raise ValueError(
+            f"warmup_steps={args.warmup_steps}: the budget is in {', '.join(limits)}. Give a fraction, such as 0.05."
+        )
+
+
+def accelerator_differs(old: TrainingArguments, new: TrainingArguments) -> bool:
+    """Whether a technique changed an argument that the accelerator was built from."""
+    names = [
+        f.name
+        for f in dataclasses.fields(new)
+        if f.name.startswith("ddp_") or f.name in ("bf16", "fp16", "torch_compile", "fsdp", "fsdp_config", "deepspeed")
+    ]
+    return any(getattr(old, name) != getattr(new, name) for name in names)
+
+
+def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The fields that differ from their defaults, as plain data; without paths, tokens and where to report."""
+    private = {"output_dir", "hub_token", "hub_model_id", "run_name", "logging_dir", "report_to", "local_rank", "project"}
+    changed = {}
+    for field in dataclasses.fields(args):
+        value = getattr(args, field.name)
+        value = getattr(value, "value", value)
+        default = getattr(field.default, "value", field.default)
+        plain = value is None or isinstance(value, bool | int | float | str)
+        if field.init and field.name not in private and plain and value != default and value is not None:
+            changed[field.name] = value
+    return changed
+
+
+def extend_model_card(path: Path, trainer: AccelTrainerMixin) -> None:
+    """Name the techniques, the budget and the receipt in a model card."""
+    lines = ["", "### Training with hf_accel", ""]
+    lines += [f"- `{technique!r}`" for technique in trainer.techniques] or ["- no technique"]
+    if trainer.receipt is not None:
+        receipt = trainer.receipt
+        budget = ", ".join(f"{amount:g} {unit}" for unit, amount in receipt.budget.items())
+        lines += [
+            "",
+            f"Budget: {budget}. Spent: {receipt.wall_seconds:.1f} s, {receipt.steps} steps, {receipt.samples:.0f} "
+            "samples. See `receipt.json` and `recipe.yaml`.",
+        ]
+    path.write_text(path.read_text() + "\n".join(lines) + "\n")

@@ -1,0 +1,140 @@
+"""Keeps Trainer's own notion of time in step with the clock: epochs, the live estimate of ``max_steps``, fractions of
+progress at which to log, evaluate and save, and the seconds kept back for the end of the run.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from transformers import ProgressCallback, TrainerCallback
+
+from hf_accel.stream import keyed_random
+
+if TYPE_CHECKING:
+    from hf_accel.trainer import AccelTrainerMixin
+
+BEAT_SECONDS = 2.0
+"""How often the seconds spent are written down."""
+
+
+class Pacer(TrainerCallback):
+    """First among the callbacks, so that all others see the right epoch and end."""
+
+    def __init__(self, trainer: AccelTrainerMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer = self.trainer
+        self.fired_at = trainer.clock.progress
+        self.last_beat = float("-inf")
+        self.timed = "seconds" in trainer.clock.limits
+        if self.timed:
+            self.ending = Ending(trainer)
+            trainer.clock.reserve = self.ending.seconds()
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.update = self.trainer.stopwatch.charge("optimizer")
+        self.update.__enter__()
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self.update.__exit__(None, None, None)
+        self.trainer.count_step()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        trainer, clock = self.trainer, self.trainer.clock
+        if trainer.stream is not None:
+            state.epoch = trainer.stream.epochs
+            control.should_epoch_stop |= trainer.stream.epoch_is_over
+        if trainer.paced:
+            self._pace(args, state, control)
+        if self.timed:
+            clock.reserve = self.ending.seconds()
+            if state.is_world_process_zero and clock.seconds - self.last_beat > BEAT_SECONDS:
+                self.last_beat = clock.seconds
+                trainer.beat()
+        return control
+
+    def _pace(self, args, state, control) -> None:
+        progress, clock = self.trainer.clock.progress, self.trainer.clock
+        if clock.done:
+            state.max_steps = state.global_step
+        elif progress > 0:
+            state.max_steps = max(round(state.global_step / progress), state.global_step + 1)
+        for kind, flag in (("logging", "should_log"), ("eval", "should_evaluate"), ("save", "should_save")):
+            share = getattr(args, f"{kind}_steps") or 0
+            strategy = getattr(args, f"{kind}_strategy")
+            if 0 < share < 1 and strategy == "steps" and progress // share > self.fired_at // share:
+                setattr(control, flag, True)
+        self.fired_at = progress
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
+                callback.training_bar.total = state.max_steps
+
+
+class Restorer(TrainerCallback):
+    """Last among the callbacks: techniques get their state after their own ``on_train_begin``."""
+
+    def __init__(self, trainer: AccelTrainerMixin):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.trainer.restore_techniques()
+        self.trainer.fit_memory()
+
+
+class Ending:
+    """What follows the last update in a run that ends on time: an evaluation and a checkpoint.
+
+    Measured: first from a few batches and from the size of the model, then from every evaluation and checkpoint, and
+    scaled by the present duration of a step.
+    """
+
+    def __init__(self, trainer: AccelTrainerMixin):
+        self.trainer = trainer
+        self.evaluates = str(getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy)) != "no"
+        self.saves = str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) != "no"
+        trainer.evaluation_seconds = _probe_evaluation(trainer) if self.evaluates else 0.0
+        trainer.saving_seconds = _guess_saving(trainer) if self.saves else 0.0
+
+    def seconds(self) -> float:
+        """The reserve: what is kept back of the budget."""
+        trainer = self.trainer
+        seconds = trainer.evaluation_seconds if self.evaluates else 0.0
+        if self.saves:
+            seconds += trainer.saving_seconds * (2 if trainer.args.load_best_model_at_end else 1)
+        return seconds + 0.05
+
+
+def _probe_evaluation(trainer: AccelTrainerMixin) -> float:
+    """Seconds of one evaluation, from the duration of a few of its batches."""
+    data = trainer.eval_dataset
+    parts: Iterable[Any] = data.values() if isinstance(data, dict) else [data]
+    seconds = 0.0
+    for dataset in parts:
+        if not hasattr(dataset, "__getitem__"):
+            continue  # an unmeasurable stream of examples: the first evaluation will tell
+        size = trainer.args.eval_batch_size
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="evaluation")
+        few = Subset(dataset, range(min(len(dataset), 3 * size)))
+        trainer.model.eval()
+        with keyed_random():
+            durations = []
+            for inputs in DataLoader(few, batch_size=size, collate_fn=collate):
+                began = time.perf_counter()
+                trainer.prediction_step(trainer.model, inputs, prediction_loss_only=True)
+                if torch.accelerator.is_available():
+                    torch.accelerator.synchronize()
+                durations.append(time.perf_counter() - began)
+        batches = -(-len(dataset) // (size * trainer.args.world_size))
+        seconds += batches * min(durations)
+    return seconds
+
+
+def _guess_saving(trainer: AccelTrainerMixin) -> float:
+    """Seconds of one checkpoint, from the size of weights and two moments on a disk that writes 300 MB a second."""
+    size = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    return 0.1 + 3 * size / 300e6
