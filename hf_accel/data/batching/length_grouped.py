@@ -1,0 +1,95 @@
+"""Length grouping: examples of similar length share a step, so that there is little padding.
+
+A micro-batch costs its number of rows times its longest row.  An epoch is ordered so:
+
+    shuffle the examples; cut them into groups of ``mega_batch`` * batch_size; sort each group by length;
+    cut the groups into batches; shuffle the batches; the batch with the longest example goes first
+
+The longest batch first shows at once whether memory suffices.
+
+Reference: Khomenko et al. (2016), https://arxiv.org/abs/1708.05604; Trainer's own ``group_by_length`` sorts likewise.
+Departures: the batches of a group are shuffled over the whole epoch, so that lengths do not fall within each group; and
+it composes with a choice of examples and with a ramp of the batch size.
+
+When to use: examples of very different length that are padded; published runs on text classification took 16 instead of
+56 minutes, most of it from padding to the longest row of a batch, which Trainer does anyway.
+When not to use: rows of equal length; micro-batches that are flattened and so not padded; where length tells the label,
+as batches then hold one class.  In a small data set a large ``mega_batch`` leaves little of a step to chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import annotated_types as at
+import torch
+from torch import Tensor
+
+from hf_accel.data.lengths import example_lengths, padding_share
+from hf_accel.technique import State, Technique
+
+
+def group_by_length(lengths_N: Tensor, batch_size: int, mega_batch: int, generator: torch.Generator) -> Tensor:
+    """A permutation of range(N) whose consecutive batches hold examples of similar length; (N,)."""
+    shuffled_N = torch.randperm(len(lengths_N), generator=generator)
+    if mega_batch == 1:
+        return shuffled_N
+    groups = shuffled_N.split(mega_batch * batch_size)
+    sorted_N = torch.cat([group[lengths_N[group].argsort(descending=True, stable=True)] for group in groups])
+    *batches, last = sorted_N.split(batch_size)
+    # The last batch may be smaller: moved, it would shift the borders of all batches behind it.
+    batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
+    if batches:
+        longest = max(range(len(batches)), key=lambda i: int(lengths_N[batches[i]].max()))
+        batches[0], batches[longest] = batches[longest], batches[0]
+    return torch.cat([*batches, last])
+
+
+@dataclass(eq=False)
+class LengthGrouped(Technique):
+    """Orders each epoch so that the examples of a step have similar lengths.
+
+    Args:
+        mega_batch: Number of steps whose examples are sorted together, at least 1; 1 leaves the shuffled order.
+        length_column: Column with lengths in tokens, or with the sequences themselves; None: ``length`` where the data
+            set has it, else ``input_ids``.
+    """
+
+    mega_batch: Annotated[int, at.Ge(1)] = 50
+    length_column: str | None = None
+    fidelity: ClassVar = "lossy"
+    neutral: ClassVar = {"mega_batch": 1}
+
+    def prepare_dataset(self, dataset: Any) -> Any:
+        """Read the lengths."""
+        self.lengths_N_ = example_lengths(dataset, self.length_column)
+        self.padding_ = {"padding": 0.0, "padding_shuffled": 0.0}
+        return dataset
+
+    def order(self, ids_N: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Batches of similar length, in random order."""
+        lengths_N = self.lengths_N_[ids_N]
+        shuffled_N = torch.randperm(len(ids_N), generator=torch.Generator().set_state(generator.get_state()))
+        order_N = group_by_length(lengths_N, batch_size, self.mega_batch, generator)
+        self.padding_ = {
+            "padding": padding_share(lengths_N[order_N], batch_size),
+            "padding_shuffled": padding_share(lengths_N[shuffled_N], batch_size),
+        }
+        return ids_N[order_N]
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        """Numbers for the report; the order itself depends on seed and epoch only."""
+        return dict(self.padding_) if scope == "global" else {}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        if scope == "global":
+            self.padding_ = dict(state)
+
+    def report(self) -> Mapping[str, Any]:
+        """Share of padding in the last epoch, were each step one padded batch; and the same of a shuffled order."""
+        return self.padding_
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["padding"] < report["padding_shuffled"]

@@ -1,0 +1,53 @@
+from collections import Counter
+
+import pytest
+import torch
+
+from hf_accel.data.batching.length_grouped import LengthGrouped, group_by_length
+
+
+def generator(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+@pytest.mark.parametrize(("num", "batch", "mega"), [(103, 4, 5), (40, 8, 50), (7, 8, 3), (64, 4, 4)])
+def test_batches_are_those_of_sorted_groups_in_another_order(num, batch, mega):
+    lengths = torch.randint(1, 40, (num,), generator=generator(1))
+    order = group_by_length(lengths, batch, mega, generator()).tolist()
+    shuffled = torch.randperm(num, generator=generator()).tolist()
+    expected = []
+    for start in range(0, num, batch * mega):
+        expected += sorted(shuffled[start : start + batch * mega], key=lambda i: -lengths[i])
+    cut = [tuple(expected[i : i + batch]) for i in range(0, num, batch)]
+    got = [tuple(order[i : i + batch]) for i in range(0, num, batch)]
+    assert Counter(got) == Counter(cut) and got[-1] == cut[-1]
+    assert len(cut) < 6 or got != cut
+    if len(got) > 1:
+        assert max(map(int, lengths[list(got[0])])) == max(int(lengths[i]) for b in got[:-1] for i in b)
+
+
+def test_one_step_groups_are_the_shuffled_order_itself():
+    lengths = torch.randint(1, 9, (50,), generator=generator(1))
+    assert torch.equal(group_by_length(lengths, 4, 1, generator()), torch.randperm(50, generator=generator()))
+
+
+def test_it_orders_what_was_selected_and_reports_the_padding_it_saved():
+    rows = [{"input_ids": [0] * int(n)} for n in torch.randint(1, 60, (200,), generator=generator(2))]
+    technique = LengthGrouped(mega_batch=10)
+    assert technique.prepare_dataset(rows) is rows
+    ids = torch.arange(0, 200, 3)
+    order = technique.order(ids, 4, generator())
+    assert sorted(order.tolist()) == ids.tolist()
+    report = technique.report()
+    assert technique.took_effect(report)
+
+    def padding(ids):
+        batches = [[len(rows[i]["input_ids"]) for i in ids[j : j + 4]] for j in range(0, len(ids), 4)]
+        return 1 - sum(map(sum, batches)) / sum(max(b) * len(b) for b in batches)
+
+    assert report["padding"] == pytest.approx(padding(order.tolist()))
+    assert report["padding_shuffled"] == pytest.approx(padding(ids[torch.randperm(len(ids), generator=generator())]))
+    other = LengthGrouped()
+    other.prepare_dataset(rows)
+    other.load_state_dict("global", technique.state_dict("global"))
+    assert other.report() == report

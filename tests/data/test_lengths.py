@@ -1,0 +1,29 @@
+import datasets
+import pytest
+import torch
+
+from hf_accel.data.lengths import example_lengths, padding_share
+
+ROWS = [[1] * n for n in (3, 1, 4, 1, 5, 9, 2, 6)]
+LENGTHS = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+def test_lengths_are_those_of_the_rows():
+    table = datasets.Dataset.from_dict({"input_ids": ROWS, "words": LENGTHS[::-1]})
+    assert example_lengths(table).tolist() == LENGTHS
+    assert example_lengths(table, "words").tolist() == LENGTHS[::-1]
+    assert example_lengths(table.select([5, 0])).tolist() == [9, 3]
+    assert example_lengths(table.rename_column("words", "length")).tolist() == LENGTHS[::-1]
+    assert example_lengths([{"input_ids": torch.tensor(row)} for row in ROWS]).tolist() == LENGTHS
+    assert example_lengths([{"length": n} for n in LENGTHS]).dtype == torch.int64
+    fixed = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=2)})
+    assert example_lengths(datasets.Dataset.from_dict({"input_ids": [[1, 2]] * 3}, fixed)).tolist() == [2, 2, 2]
+
+
+def test_a_missing_column_names_the_others():
+    with pytest.raises(ValueError, match=r"no column 'input_ids', only 'text', 'label'\. Tokenise"):
+        example_lengths(datasets.Dataset.from_dict({"text": ["a"], "label": [0]}))
+
+
+def test_padding_share():
+    assert padding_share(torch.tensor([4, 2, 3]), 2) == pytest.approx(1 - 9 / 11)
