@@ -92,9 +92,11 @@ def read_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown name: ``Did you mean 'x'? Known: ...``."""
+    """The remedy for an unknown name: ``Did you mean 'x'? Known: ...``, without the list where it is long."""
     known = sorted(known)
     lower = {choice.lower(): choice for choice in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1)
+    if close and len(known) > 40:
+        return f"Did you mean {lower[close[0]]!r}?"
     question = f"Did you mean {lower[close[0]]!r}? " if close else ""
     return f"{question}Known: {', '.join(known) or 'none'}."

@@ -166,7 +166,7 @@ class Recipe:
 
     def training_arguments(self, kind: type[Arguments] = TrainingArguments) -> Arguments:
         """The arguments of the run."""
-        check_args(self.args, kind)
+        check_fields("args", self.args, kind)
         try:
             return kind(**self.args)
         except (ValueError, TypeError) as error:
@@ -194,15 +194,15 @@ class Recipe:
         return kind(**(said | self.args)) if self.args else args
 
 
-def check_args(args: Mapping[str, Any], kind: type[TrainingArguments]) -> None:
-    """Raise RecipeError where a name or the type of a value is not one of the arguments'."""
-    hints = get_type_hints(kind)
+def check_fields(where: str, values: Mapping[str, Any], kind: type) -> None:
+    """Raise RecipeError where a name is none of a dataclass's fields or a value breaks the field's annotation."""
+    hints = get_type_hints(kind, include_extras=True)
     known = [f.name for f in dataclasses.fields(kind) if f.init]
-    for name, value in args.items():
+    for name, value in values.items():
         if name not in known:
-            raise RecipeError(f"args: {kind.__name__} has no {name!r}. {nearest(str(name), known)}")
+            raise RecipeError(f"{where}: there is no option {name!r}. {nearest(str(name), known)}")
         if (rule := broken_rule(value, hints[name])) is not None:
-            raise RecipeError(f"args.{name}({value!r}): must be {rule}. Correct the value.")
+            raise RecipeError(f"{where}.{name}({value!r}): must be {rule}. Correct the value.")
 
 
 def known_techniques() -> dict[str, type[Technique]]:

@@ -1,0 +1,5 @@
+"""The command line: ``hf-accel``."""
+
+from hf_accel.cli.app import app
+
+__all__ = ["app"]

@@ -1,0 +1,5 @@
+"""``python -m hf_accel.cli``, for launchers of several processes."""
+
+from hf_accel.cli.app import app
+
+app()

@@ -1,0 +1,48 @@
+"""The commands, and what they have in common: a mistake of the user ends in one sentence and exit code 2."""
+
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+import hf_accel
+from hf_accel.cli.train import train
+
+
+class Commands(TyperGroup):
+    """Commands whose mistakes of the user are told without a traceback."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run a command; a ValueError that our code raised is the user's to mend, anything else is a crash."""
+        try:
+            return super().invoke(ctx)
+        except ValueError as error:
+            if not raised_here(error):
+                raise
+            typer.secho(f"error: {error}", fg="red", err=True)
+            raise typer.Exit(2) from None
+
+
+def raised_here(error: BaseException) -> bool:
+    """Whether a line of this package raised the error, not one that it called."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return Path(frames[-1].f_code.co_filename).is_relative_to(Path(hf_accel.__file__).parent)
+
+
+app = typer.Typer(
+    cls=Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Train to the same quality in less time.",
+)
+app.command()(train)
+
+
+@app.callback()
+def _commands() -> None:
+    """Keeps `train` a command while it is the only one."""

@@ -1,0 +1,62 @@
+"""Models and tokenizers of a recipe: saved ones by path or name, new ones by their configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+from hf_accel.notation import nearest
+from hf_accel.recipe import RecipeError
+
+
+def load_tokenizer(name: str | None, model: str | dict[str, Any]) -> Any:
+    """A tokenizer by path or name; ``bytes``: one token for each byte of UTF-8; None: that of the model's folder."""
+    if name is None:
+        name = model if isinstance(model, str) else "bytes"
+    if name == "bytes":
+        return ByT5Tokenizer(extra_ids=0)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        raise RecipeError(_not_loaded("tokenizer", name, error)) from None
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # labels are padded apart, so the end of a text is still learnt
+    return tokenizer
+
+
+def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options: Any) -> PreTrainedModel:
+    """A model of an auto class: the weights of a path or name, or new ones of ``{config: {model_type: ...}}``."""
+    if isinstance(model, str):
+        try:
+            return kind.from_pretrained(model, **options)
+        except (OSError, ValueError) as error:
+            raise RecipeError(_not_loaded("model", model, error)) from None
+    given = model.get("config")
+    if set(model) != {"config"} or not isinstance(given, dict) or "model_type" not in given:
+        raise RecipeError(
+            f"model({model!r}): must be a path or a configuration. Write '{{config: {{model_type: ...}}}}'."
+        )
+    given = dict(given)
+    name = given.pop("model_type")
+    if name not in CONFIG_MAPPING_NAMES:
+        raise RecipeError(f"model.config.model_type({name!r}): is unknown. {nearest(str(name), CONFIG_MAPPING_NAMES)}")
+    default = AutoConfig.for_model(name)
+    known = default.to_dict().keys() | default.attribute_map.keys()
+    for key in given:
+        if key not in known:
+            raise RecipeError(f"model.config: {type(default).__name__} has no {key!r}. {nearest(str(key), known)}")
+    tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos")}
+    values = {"vocab_size": len(tokenizer), **tokens, **options, **given}
+    try:
+        return kind.from_config(AutoConfig.for_model(name, **values))
+    except (ValueError, TypeError, KeyError) as error:
+        raise RecipeError(f"model.config: {' '.join(str(error).split())[:300]} Correct the configuration.") from None
+
+
+def _not_loaded(subject: str, name: str, error: BaseException) -> str:
+    if Path(name).is_dir():
+        return f"{subject}({name!r}): cannot be loaded ({' '.join(str(error).split())[:200]}). Check the folder."
+    return f"{subject}({name!r}): neither a folder nor found on the Hub. Check the path."
