@@ -1,0 +1,182 @@
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    GPT2LMHeadModel,
+)
+
+from hf_accel.data.batching.padding_free import PaddingFree, flatten, flattening_fault
+from hf_accel.stream import MicroBatch
+
+SMALL = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 64,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2}
+GPT2 = {"vocab_size": 97, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}
+LENGTHS = (5, 1, 9, 3)
+
+
+def tiny(kind, auto=AutoModelForCausalLM, attention="sdpa", **fields):
+    torch.manual_seed(0)
+    fields = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | fields
+    model = auto.from_config(AutoConfig.for_model(kind, use_cache=False, **fields), attn_implementation=attention)
+    return model.double().train()
+
+
+def features(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    rows = [torch.randint(3, 97, (n,), generator=generator).tolist() for n in LENGTHS]
+    return [{"input_ids": row, "labels": [-100 if token % 5 == 0 else token for token in row]} for row in rows]
+
+
+def pad(rows):
+    width = max(len(row["input_ids"]) for row in rows)
+    fill = {"input_ids": 0, "labels": -100, "attention_mask": 0}
+    full = [row | {"attention_mask": [1] * len(row["input_ids"])} for row in rows]
+    return {k: torch.tensor([r[k] + [v] * (width - len(r[k])) for r in full]) for k, v in fill.items()}
+
+
+def pad_to_8(rows):
+    batch = pad(rows)
+    extra = -batch["input_ids"].shape[1] % 8
+    return {k: torch.nn.functional.pad(v, (0, extra), value=-100 if k == "labels" else 0) for k, v in batch.items()}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("kind", "fields"), [("llama", GROUPED), ("qwen2", GROUPED), ("gpt2", GPT2)])
+@pytest.mark.parametrize("collator", [pad, pad_to_8])
+def test_loss_and_gradient_are_those_of_the_padded_batch(kind, fields, attention, collator):
+    dropless = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if kind == "gpt2" else {}
+    model = tiny(kind, attention=attention, **fields, **dropless)
+    flat = PaddingFree().collate(features(), collator)
+    assert flat["input_ids"].shape == (1, sum(LENGTHS)) and "attention_mask" not in flat
+    found = []
+    for inputs in (collator(features()), flat):
+        model.zero_grad()
+        loss = model(**inputs).loss
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    # transformers' own loss is computed in float32
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=0)
+    losses = []
+    for inputs in (collator(features()), flat):
+        model.zero_grad()
+        logits, labels = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits, inputs["labels"]
+        loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+        loss.backward()
+        losses.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-9, atol=1e-12)
+
+
+def test_the_row_is_that_of_the_definition():
+    rows = [{"input_ids": torch.tensor([[7, 8, 9]])}, {"input_ids": torch.tensor([[5, 6]])}]
+    for row in rows:
+        row["labels"] = row["input_ids"].clone()
+    flat = flatten(rows)
+    assert {name: value.tolist() for name, value in flat.items()} == {
+        "input_ids": [[7, 8, 9, 5, 6]],
+        "position_ids": [[0, 1, 2, 0, 1]],
+        "labels": [[-100, 8, 9, -100, 6]],
+    }
+    assert rows[0]["labels"].tolist() == [[7, 8, 9]]
+    with pytest.raises(ValueError, match=r"'pixels' has the shape \(1, 2\) where input_ids have \(1, 3\)"):
+        flatten([rows[0] | {"pixels": torch.zeros(1, 2)}])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "fields"), [("llama", GROUPED), ("gpt2", GPT2), ("gpt_neox", SMALL)])
+def test_it_accepts_models_that_keep_examples_apart_and_leaves_them_as_found(kind, fields, dtype):
+    model = tiny(kind, **fields).to(dtype)
+    next(model.children()).eval()
+    modes = [m.training for m in model.modules()]
+    rng, before = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}
+    assert PaddingFree().prepare_model(model) is model
+    assert modes == [m.training for m in model.modules()] and torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+
+
+class LatePositions(GPT2LMHeadModel):
+    """Counts positions from 2 where it is not told them, as RoBERTa does."""
+
+    def forward(self, input_ids, position_ids=None, **kwargs):
+        if position_ids is None:
+            position_ids = torch.arange(input_ids.shape[1])[None] + 2
+        return super().forward(input_ids, position_ids=position_ids, **kwargs)
+
+
+def test_it_refuses_models_that_count_positions_from_elsewhere():
+    model = LatePositions(AutoConfig.for_model("gpt2", use_cache=False, **GPT2))
+    assert flattening_fault(model) == "it does not count positions from 0"
+
+
+REFUSED = [
+    ("bert", AutoModelForMaskedLM, SMALL, "depends on the one before"),
+    ("modernbert", AutoModelForMaskedLM, SMALL, "depends on the one before"),
+    ("roberta", AutoModelForCausalLM, {**SMALL, "is_decoder": True}, "depends on the one before"),
+    (
+        "bloom",
+        AutoModelForCausalLM,
+        {"vocab_size": 97, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+        "depends on the one before",
+    ),
+    (
+        "mamba",
+        AutoModelForCausalLM,
+        {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2},
+        "depends on the one before",
+    ),
+    ("opt", AutoModelForCausalLM, {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}, "depends on the one before"),
+    ("t5", AutoModelForSeq2SeqLM, {"vocab_size": 97, "d_model": 32, "num_layers": 2}, "not a decoder"),
+    ("llama", AutoModelForSequenceClassification, GROUPED, "no output for each token"),
+    ("llama", AutoModelForTokenClassification, GROUPED, "each token itself"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("kind", "auto", "fields", "reason"), REFUSED)
+@pytest.mark.filterwarnings("ignore")
+def test_it_refuses_models_that_would_mix_examples(kind, auto, fields, reason, dtype):
+    logging.disable()
+    attention = "eager" if kind in ("bloom", "mamba", "t5") else "sdpa"
+    with pytest.raises(ValueError, match=f"{reason}.*Pad, and group"):
+        PaddingFree().prepare_model(tiny(kind, auto, attention, **fields).to(dtype))
+    logging.disable(logging.NOTSET)
+
+
+@pytest.mark.parametrize(
+    ("kind", "auto", "fault"), [("llama", AutoModelForCausalLM, None), ("bert", AutoModelForMaskedLM, "depends")]
+)
+def test_projections_of_zero_hide_nothing(kind, auto, fault):
+    model = tiny(kind, auto, **(GROUPED if kind == "llama" else SMALL))
+    for name, parameter in model.named_parameters():
+        if "o_proj" in name or "down_proj" in name or "output.dense" in name:
+            torch.nn.init.zeros_(parameter)
+    assert (flattening_fault(model) or "").find(fault or "") >= 0 and (flattening_fault(model) is None) == (
+        fault is None
+    )
+
+
+def test_it_reports_the_padding_it_avoided():
+    technique = PaddingFree()
+    technique.host_ = object()
+    technique.on_train_begin(None, None, None)
+    flat = technique.collate(features(), pad)
+    technique.transform_batch(SimpleNamespace(micro_batches=[MicroBatch(flat, torch.arange(4), None)]))
+    assert technique.report() == {"padding_avoided": pytest.approx(1 - 18 / 36)}
+    assert technique.took_effect(technique.report())
+    other = PaddingFree()
+    other.load_state_dict("rank", technique.state_dict("rank"))
+    assert other.report() == technique.report()
