@@ -4,11 +4,23 @@ from hf_accel import budget, optim
 from hf_accel.arguments import AccelArguments
 from hf_accel.budget import *
 from hf_accel.optim import *
+from hf_accel.receipt import Receipt
 from hf_accel.recipe import Recipe, RecipeError
 from hf_accel.technique import Technique
+from hf_accel.trainer import AccelTrainer, AccelTrainerMixin, accelerated, attach
 
 __version__ = "0.1.0"
 
-__all__ = ["AccelArguments", "Recipe", "RecipeError", "Technique"]
+__all__ = [
+    "AccelArguments",
+    "AccelTrainer",
+    "AccelTrainerMixin",
+    "Receipt",
+    "Recipe",
+    "RecipeError",
+    "Technique",
+    "accelerated",
+    "attach",
+]
 __all__ += budget.__all__
 __all__ += optim.__all__

@@ -20,30 +20,14 @@ import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_type_hints
+from typing import Any, TypeVar, get_type_hints
 
 from transformers import TrainingArguments
-from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_accel.notation import dump_yaml, load_yaml, nearest, read_call
 from hf_accel.technique import Technique, broken_rule
 
-if TYPE_CHECKING:
-    from hf_accel.trainer import AccelTrainerMixin
-
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
-
-# What TrainingArguments makes of fields that were not set.
-_UNSET = {
-    "activation_checkpointing": False,
-    "gradient_checkpointing": False,
-    "disable_tqdm": False,
-    "report_to": [],
-    "debug": [],
-    "accelerator_config": AcceleratorConfig().to_dict(),
-}
-
-_NOT_OF_THE_RUN = frozenset({"output_dir", "local_rank", "resume_from_checkpoint"})
 
 
 class RecipeError(ValueError):
@@ -114,24 +98,6 @@ class Recipe:
                 raise RecipeError(f"recipe: there is no key {key!r}. {nearest(str(key), known)}")
         return cls(**copy.deepcopy(dict(document)))
 
-    @classmethod
-    def of(cls, trainer: AccelTrainerMixin) -> Recipe:
-        """What a trainer runs: the arguments that differ from their defaults, its budget and its techniques."""
-        args = trainer.args.to_dict() | {"gradient_accumulation_steps": trainer.accumulation_steps}
-        defaults = {f.name: f.default for f in dataclasses.fields(trainer.args)} | _UNSET
-        said = {
-            name: value
-            for name, value in args.items()
-            if value != defaults[name] and name not in _NOT_OF_THE_RUN and not name.endswith("_token")
-        }
-        recipe = cls(args=said, techniques=list(trainer.techniques))
-        for entry in recipe.techniques:
-            if "Budget" in entry:
-                recipe.budget = entry["Budget"]["limit"]
-                recipe.techniques.remove(entry)
-                break
-        return recipe
-
     def to_dict(self) -> dict[str, Any]:
         """Plain data, without the keys that are not set."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, {}, [])}
@@ -170,7 +136,7 @@ class Recipe:
         try:
             return kind(**self.args)
         except (ValueError, TypeError) as error:
-            raise RecipeError(f"args: {error}") from error
+            raise RecipeError(f"args: {' '.join(str(error).split())}") from error
 
     def merge_args(self, args: Arguments | None) -> Arguments | TrainingArguments:
         """The given arguments together with the recipe's; what both say must be the same.
@@ -279,12 +245,15 @@ def _assign(document: dict[str, Any], key: str, value: Any) -> None:
         raise RecipeError(f"set({key!r}): there is no key {head!r}. {nearest(head, document)}")
     node, path = document, [head, *path]
     if head == "techniques" and len(path) > 1:
-        entries = {name: entry for entry in document[head] for name in entry}
         rest = key.removeprefix("techniques.")
-        name = next((name for name in entries if f"{rest}.".startswith(f"{name}.")), None)
-        if name is None:
-            raise RecipeError(f"set({key!r}): the recipe has no technique {path[1]!r}. {nearest(path[1], entries)}")
-        node, path = entries[name], [name, *rest.removeprefix(name).split(".")[1:]]
+        named = [(name, entry) for entry in document[head] for name in entry if f"{rest}.".startswith(f"{name}.")]
+        if len(named) != 1:
+            names = [name for entry in document[head] for name in entry]
+            problem = f"{len(named)} techniques {named[0][0]!r}" if named else f"no technique {path[1]!r}"
+            remedy = "Set the list as a whole." if named else nearest(path[1], names)
+            raise RecipeError(f"set({key!r}): the recipe has {problem}. {remedy}")
+        ((name, node),) = named
+        path = [name, *rest.removeprefix(name).split(".")[1:]]
     for depth, part in enumerate(path[:-1], 1):
         if node.get(part) is None:
             node[part] = {}

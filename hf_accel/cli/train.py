@@ -40,20 +40,19 @@ def train(
     if output is not None:
         chosen.args["output_dir"] = str(output)
     args = chosen.training_arguments()
-    techniques = chosen.build_techniques()
+    chosen.build_techniques()  # a mistake shows before any data are read
     folder = Path(args.output_dir)
     if not resume:
         refuse_to_overwrite(folder)
     args.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
     set_seed(args.seed)
-    trainer = AccelTrainer(args=args, techniques=techniques, allow_changes=allow_changes, **build_task(chosen))
+    trainer = AccelTrainer(args=args, recipe=chosen, allow_changes=allow_changes, **build_task(chosen))
     logging.disable_progress_bar()  # one bar is enough
     with progress_bar(trainer):
         trainer.train(resume_from_checkpoint=resume or None)
     trainer.save_model()
     if trainer.is_world_process_zero():
         assert trainer.receipt is not None
-        chosen.save(folder / "recipe.yaml")
         rich.print(trainer.receipt.table())
         rich.print(f"Model, recipe and receipt are in {folder}.")
 
