@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
@@ -14,6 +15,7 @@ from hf_accel.recipe import RecipeError
 
 def load_tokenizer(name: str | None, model: str | dict[str, Any]) -> Any:
     """A tokenizer by path or name; ``bytes``: one token for each byte of UTF-8; None: that of the model's folder."""
+    subject = "tokenizer" if name is not None else "model"
     if name is None:
         name = model if isinstance(model, str) else "bytes"
     if name == "bytes":
@@ -21,7 +23,7 @@ def load_tokenizer(name: str | None, model: str | dict[str, Any]) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise RecipeError(_not_loaded("tokenizer", name, error)) from None
+        raise RecipeError(_not_loaded(subject, name, error)) from None
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # labels are padded apart, so the end of a text is still learnt
     return tokenizer
@@ -52,7 +54,7 @@ def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options
     values = {"vocab_size": len(tokenizer), **tokens, **options, **given}
     try:
         return kind.from_config(AutoConfig.for_model(name, **values))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise RecipeError(f"model.config: {' '.join(str(error).split())[:300]} Correct the configuration.") from None
 
 

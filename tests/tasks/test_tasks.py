@@ -1,0 +1,147 @@
+import re
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from transformers import ByT5Tokenizer
+
+from hf_accel import Recipe, RecipeError
+from hf_accel.tasks import build_task
+from hf_accel.tasks.causal_lm import split, tokenize
+
+LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+BERT = {
+    "model_type": "bert",
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i} \u00fc\n" for i in range(400)))
+    return str(path)
+
+
+@pytest.fixture
+def labelled(tmp_path):
+    rows = pandas.DataFrame({"text": [f"text {i}" for i in range(6)], "label": ["b", "a"] * 3})
+    rows.to_parquet(tmp_path / "train.parquet")
+    rows.head(4).to_parquet(tmp_path / "validation.parquet")
+    return {"train": str(tmp_path / "train.parquet"), "validation": str(tmp_path / "validation.parquet")}
+
+
+def test_bytes_are_those_of_the_tokenizer():
+    tokenizer = ByT5Tokenizer(extra_ids=0)
+    text = "def f():\n\treturn '\u00fc \u4e2d'"
+    assert tokenize([text], tokenizer)[0].tolist() == tokenizer(text)["input_ids"]
+
+
+def test_documents_are_split_by_their_text():
+    documents = [f"document {i % 50}" for i in range(100)]
+    train, validation = split(documents, 0.2)
+    assert len(train) + len(validation) == 100 and not set(train) & set(validation)
+    assert 5 <= len(validation) <= 40
+    assert split(documents[::-1], 0.2)[1] == validation[::-1], "the order plays no part"
+    assert split(["0123456789"], 0.2) == (["01234567"], ["89"])
+
+
+def test_causal_lm_in_blocks(text):
+    data = {"source": text, "context": 32, "validation_share": 0.25, "validation_limit": 8}
+    task = build_task(Recipe("causal-lm", {"config": LLAMA}, data))
+    train = task["train_dataset"]
+    assert {len(row) for row in train["input_ids"]} == {32} and train["input_ids"][:] == train["labels"][:]
+    assert len(task["eval_dataset"]) == 8
+    assert task["model"].config.vocab_size == 259 and task["model"].config.eos_token_id == 1
+    text_again = task["processing_class"].decode(np.concatenate(train["input_ids"][:]).tolist())
+    assert text_again.startswith("line 0 \u00fc\nline 1")
+    batch = task["data_collator"]([train[0], train[1]])
+    loss = task["model"](**batch).loss
+    assert torch.isfinite(loss) and abs(loss.item() - np.log(259)) < 1
+
+
+def test_causal_lm_by_texts(labelled):
+    data = {"source": labelled["train"], "validation": labelled["validation"], "context": 6, "blocks": False}
+    task = build_task(Recipe("causal-lm", {"config": LLAMA}, data))
+    assert len(task["train_dataset"]) == 6 and len(task["eval_dataset"]) == 4
+    assert {len(row) for row in task["train_dataset"]["input_ids"]} == {6}
+    batch = task["data_collator"](
+        [{"input_ids": [5, 6], "labels": [5, 6]}, {"input_ids": [5, 6, 7], "labels": [5, 6, 7]}]
+    )
+    assert batch["labels"].tolist() == [[5, 6, -100], [5, 6, 7]]
+
+
+def test_sequence_classification(labelled):
+    task = build_task(Recipe("sequence-classification", {"config": BERT}, labelled))
+    assert task["model"].config.id2label == {0: "a", 1: "b"}
+    assert task["train_dataset"]["labels"][:] == [1, 0, 1, 0, 1, 0]
+    prediction = type("Prediction", (), {"predictions": np.eye(2)[[0, 1, 1]], "label_ids": np.array([0, 1, 0])})
+    assert task["compute_metrics"](prediction)["accuracy"] == pytest.approx(2 / 3)
+
+
+def test_saved_models_are_loaded_with_their_tokenizer(text, tmp_path):
+    first = build_task(Recipe("causal-lm", {"config": LLAMA}, {"source": text, "context": 32}))
+    first["model"].save_pretrained(tmp_path / "model")
+    first["processing_class"].save_pretrained(tmp_path / "model")
+    again = build_task(Recipe("causal-lm", str(tmp_path / "model"), {"source": text, "context": 32}))
+    assert again["train_dataset"][0] == first["train_dataset"][0]
+    for name, value in first["model"].state_dict().items():
+        assert torch.equal(value, again["model"].state_dict()[name])
+
+
+def bad(task="causal-lm", model=None, **data):
+    return task, {"config": LLAMA} if model is None else model, data
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (bad(task=None), "recipe: it names no task. Write 'task:' with one of causal-lm, sequence-classification."),
+        (bad(task="causal"), "task('causal'): there is none of this name. Did you mean 'causal-lm'?"),
+        (("causal-lm", None, {}), "recipe: it names no model."),
+        (bad(sauce="x"), "data: there is no option 'sauce'. Did you mean 'source'?"),
+        (bad(context=1), "data.context(1): must be >= 2. Correct the value."),
+        (bad(context="many"), "data.context('many'): must be a int, not a str."),
+        (bad(validation_share=1.0), "data.validation_share(1.0): must be > 0 and < 1."),
+        (bad(source="TEXT", context=10**6), "the training text is shorter than one block of 1000000 tokens."),
+        (bad(source="TEXT", validation_share=0.001), "the validation text is shorter than one block"),
+        (bad(source="TEXT", tokenizer="none/such/path"), "tokenizer('none/such/path'): neither a folder nor found"),
+        (bad(source="TEXT", model="./none"), "model('./none'): neither a folder nor found on the Hub."),
+        (bad(source="TEXT", tokenizer="bytes", model="EMPTY"), "cannot be loaded ("),
+        (bad(source="TEXT", model={"path": "x"}), "must be a path or a configuration."),
+        (bad(source="TEXT", model={"config": {"model_type": "lama"}}), "Did you mean 'llama'?"),
+        (
+            bad(source="TEXT", model={"config": LLAMA | {"hiden_size": 3}}),
+            "model.config: LlamaConfig has no 'hiden_size'. Did you mean 'hidden_size'?",
+        ),
+        (bad(source="TEXT", model={"config": LLAMA | {"hidden_size": 15}}), "model.config: "),
+        (bad("sequence-classification", train="x"), "data: 'validation' is missing."),
+        (bad("sequence-classification", train="NUMBERS", validation="NUMBERS"), "labels are float. Use whole numbers"),
+        (bad("sequence-classification", train="ONE", validation="ONE"), "all labels are 3."),
+        (bad("sequence-classification", train="TWO", validation="ONE"), "label 3 is in no training example."),
+    ],
+)
+def test_mistakes_are_named(recipe, message, text, tmp_path):
+    (tmp_path / "empty").mkdir()
+    places = {"TEXT": text, "EMPTY": str(tmp_path / "empty")}
+    for name, labels in {"NUMBERS": [0.5, 1.5], "ONE": [3, 3], "TWO": [1, 2]}.items():
+        places[name] = str(tmp_path / f"{name}.parquet")
+        pandas.DataFrame({"text": ["a", "b"], "label": labels}).to_parquet(places[name])
+    task, model, data = recipe
+    model = places.get(model, model) if isinstance(model, str) else model
+    data = {key: places.get(value, value) if isinstance(value, str) else value for key, value in data.items()}
+    with pytest.raises(RecipeError, match=re.escape(message)) as error:
+        build_task(Recipe(task, model, data))
+    assert "\n" not in str(error.value)
