@@ -49,13 +49,15 @@ def flatten(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         ids_1L = example["input_ids"]
         seen_1L = example.get("attention_mask", torch.ones_like(ids_1L)).bool()
         row = {"position_ids": torch.arange(int(seen_1L.sum()))[None]}
-        for name in example.keys() - {"attention_mask"}:
-            if example[name].shape != ids_1L.shape:
+        for name, value in example.items():
+            if name == "attention_mask":
+                continue
+            if value.shape != ids_1L.shape:
                 raise ValueError(
-                    f"PaddingFree(): {name!r} has the shape {tuple(example[name].shape)} where input_ids have "
+                    f"PaddingFree(): {name!r} has the shape {tuple(value.shape)} where input_ids have "
                     f"{tuple(ids_1L.shape)}, so it cannot be flattened. Drop it from the data, or pad."
                 )
-            row[name] = example[name][seen_1L][None]
+            row[name] = value[seen_1L][None]
         if "labels" in row:
             row["labels"][:, :1] = -100
         rows.append(row)
