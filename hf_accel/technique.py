@@ -87,6 +87,9 @@ class Technique(TrainerCallback):
     expected_failed_checks: ClassVar[Mapping[str, str]] = {}
     """Checks of the contract that are known to fail, each with its reason."""
 
+    variations: ClassVar[Mapping[str, Any]] = {}
+    """For fields whose other values cannot be guessed, one that must change the outcome; the contract tries it."""
+
     host_ = None  # type: AccelTrainerMixin | None
     """The trainer that asks the hooks; None in a plain Trainer, which cannot."""
 

@@ -35,6 +35,7 @@ class Budget(Technique):
 
     limit: str | list[str] = "1epoch"
     fidelity: ClassVar = "exact"
+    variations: ClassVar = {"limit": "2epochs"}
 
     def __post_init__(self) -> None:
         super().__post_init__()

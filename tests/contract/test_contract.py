@@ -1,0 +1,15 @@
+"""Every technique passes every check of the public contract."""
+
+import pytest
+
+from hf_accel.recipe import known_techniques
+from hf_accel.testing import CHECKS
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("name", known_techniques())
+def test_contract(name, check, tmp_path, request):
+    kind = known_techniques()[name]
+    if reason := kind.expected_failed_checks.get(check.__name__):
+        request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    check(kind(), tmp_path)

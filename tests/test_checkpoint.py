@@ -1,0 +1,46 @@
+import pytest
+import torch
+
+from hf_accel import checkpoint as ckpt
+
+
+def write(path, number=0):
+    ckpt.save_state(path, ckpt.STATE, {"a": {"tensor": torch.arange(5) + number}, "b": [1, "x", torch.ones(2)]})
+    (path / "model.bin").write_bytes(b"0" * 100)
+    ckpt.mark_complete(path)
+
+
+def test_states_come_back_as_they_were(tmp_path):
+    write(tmp_path)
+    state = ckpt.load_state(tmp_path, ckpt.STATE)
+    assert torch.equal(state["a"]["tensor"], torch.arange(5)) and state["b"][:2] == [1, "x"]
+    assert ckpt.whats_wrong(tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    "harm, words",
+    [
+        (lambda p: (p / ckpt.COMPLETE).unlink(), "has no accel_complete.json"),
+        (lambda p: (p / ckpt.COMPLETE).write_text("{"), "cannot be read"),
+        (lambda p: (p / "model.bin").unlink(), "model.bin is missing"),
+        (lambda p: (p / "model.bin").write_bytes(b"0" * 99), "99 bytes instead of 100"),
+        (
+            lambda p: (p / f"{ckpt.STATE}.json").write_text(p.joinpath(f"{ckpt.STATE}.json").read_text()[::-1]),
+            "changed",
+        ),
+    ],
+)
+def test_what_is_not_whole_is_passed_over(tmp_path, harm, words):
+    for step in (5, 10):
+        write(tmp_path / f"checkpoint-{step}")
+    harm(tmp_path / "checkpoint-10")
+    whole, passed_over = ckpt.newest_complete(tmp_path)
+    assert whole.name == "checkpoint-5" and words in passed_over["checkpoint-10"]
+
+
+def test_truncated_state_is_one_sentence(tmp_path):
+    write(tmp_path)
+    path = tmp_path / f"{ckpt.STATE}.safetensors"
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(ckpt.CheckpointError, match="cannot be read .*Resume from another checkpoint"):
+        ckpt.load_state(tmp_path, ckpt.STATE)

@@ -1,0 +1,117 @@
+import math
+
+import pytest
+
+from hf_accel import Budget
+from hf_accel.clock import Clock, parse_budget
+
+
+class FakeTime:
+    def __init__(self):
+        self.seconds = 100.0
+
+    def __call__(self):
+        return self.seconds
+
+
+@pytest.mark.parametrize(
+    "text, unit, amount",
+    [
+        ("30min", "seconds", 1800),
+        ("1h 30min", "seconds", 5400),
+        ("1.5h", "seconds", 5400),
+        ("90 s", "seconds", 90),
+        ("500steps", "steps", 500),
+        ("2 epochs", "epochs", 2),
+        ("1e9tok", "tokens", 1e9),
+        ("2e6 samples", "samples", 2e6),
+        ("1d", "seconds", 86400),
+    ],
+)
+def test_amounts_are_read(text, unit, amount):
+    assert parse_budget(text) == (unit, amount)
+
+
+@pytest.mark.parametrize(
+    "text, part",
+    [
+        ("3 parsecs", "no unit 'parsecs'"),
+        ("30", "no unit ''"),
+        ("soon", "not an amount"),
+        ("0min", "must be > 0"),
+        ("-3min", "not an amount"),
+        ("1.2.3h", "not a number"),
+        ("1h 3steps", "one text is one unit"),
+        ("", "not an amount"),
+    ],
+)
+def test_bad_amounts_name_themselves(text, part):
+    with pytest.raises(ValueError) as error:
+        Budget(text)
+    assert part in str(error.value) and repr(text) in str(error.value)
+
+
+def test_two_limits_in_one_unit_are_refused():
+    with pytest.raises(ValueError, match="each unit may be limited once"):
+        Budget(["1h", "30min"])
+
+
+def test_the_first_limit_reached_is_progress():
+    clock = Clock({"steps": 10, "samples": 40})
+    clock.start()
+    seen = []
+    for _ in range(5):
+        clock.advance(samples=8)
+        seen.append(clock.progress)
+    assert seen == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and clock.done
+
+
+@pytest.mark.parametrize("reserve", [0.0, 7.0])
+@pytest.mark.parametrize("step", [0.3, 1.0, 2.7])
+def test_seconds_are_kept_with_what_the_end_costs(step, reserve):
+    time = FakeTime()
+    clock = Clock({"seconds": 60.0}, now=time)
+    clock.reserve = reserve
+    clock.start()
+    steps = 0
+    while not clock.done:
+        clock.step_begins()
+        time.seconds += step
+        clock.advance()
+        steps += 1
+        assert steps < 1000
+    time.seconds += reserve
+    # Within one step of the limit, and never beyond it.
+    assert 60.0 - step <= clock.seconds + 1e-9 and clock.seconds <= 60.0 + 1e-9
+    assert clock.progress == 1.0
+
+
+def test_a_slower_machine_overruns_by_at_most_a_step():
+    time = FakeTime()
+    clock = Clock({"seconds": 60.0}, now=time)
+    clock.start()
+    duration = 0.5
+    while not clock.done:
+        clock.step_begins()
+        if clock.seconds > 30:
+            duration = 3.0
+        time.seconds += duration
+        clock.advance()
+    assert clock.seconds <= 63.0
+
+
+def test_progress_never_goes_back_and_survives():
+    time = FakeTime()
+    clock = Clock({"seconds": 10.0}, now=time)
+    clock.reserve = 5.0
+    clock.start()
+    time.seconds += 2
+    clock.advance()
+    before = clock.progress
+    clock.reserve = 1.0
+    clock.advance()
+    assert clock.progress == before
+    other = Clock({"seconds": 10.0}, now=time)
+    other.load_state_dict(clock.state_dict())
+    other.start()
+    assert other.progress == before and math.isclose(other.seconds, clock.seconds)

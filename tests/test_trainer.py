@@ -1,0 +1,289 @@
+"""Drop-in: with no technique, and with one that only watches, a run is Trainer's, bit for bit."""
+
+from dataclasses import dataclass
+
+import datasets
+import pytest
+import torch
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+from hf_accel import AccelTrainer, Budget, Technique, accelerated, attach
+from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_trainer, weights_of
+
+
+@dataclass(eq=False)
+class Watch(Technique):
+    """Sees every example's loss and changes nothing."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.seen_ = []
+
+    def observe(self, ids_B, losses_B):
+        self.seen_ += list(zip(ids_B.tolist(), losses_B.tolist(), strict=True))
+
+
+SETTINGS = {
+    "default": {},
+    "accumulation": {"gradient_accumulation_steps": 4, "per_device_train_batch_size": 2},
+    "cosine": {"lr_scheduler_type": "cosine", "warmup_steps": 5},
+    "fraction": {"warmup_steps": 0.1, "weight_decay": 0.1, "max_grad_norm": 0.5},
+    "smoothing": {"label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+    "max_steps": {"max_steps": 13},
+    "sequential": {"train_sampling_strategy": "sequential"},
+    "drop_last": {"dataloader_drop_last": True, "per_device_train_batch_size": 7},
+    "neftune": {"neftune_noise_alpha": 5.0},
+    "workers": {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+    "data_seed": {"data_seed": 11},
+    "evaluation": {"eval_strategy": "steps", "eval_steps": 5},
+    "local average": {"average_tokens_across_devices": False},
+}
+
+
+@pytest.mark.parametrize("watched", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("args", SETTINGS.values(), ids=SETTINGS)
+def test_causal_lm_is_trainers(args, watched, tmp_path):
+    plain = tiny_trainer([], tmp_path, trainer_class=Trainer, **args)
+    plain.train()
+    hosted = tiny_trainer([Watch()] if watched else [], tmp_path, **args)
+    hosted.train()
+    assert losses_of(hosted) == losses_of(plain)
+    assert largest_difference(weights_of(hosted), weights_of(plain)) == 0.0
+    assert hosted.state.global_step == plain.state.global_step
+    assert hosted.state.epoch == plain.state.epoch
+    assert [e.get("epoch") for e in hosted.state.log_history] == [e.get("epoch") for e in plain.state.log_history]
+    assert [e.get("eval_loss") for e in hosted.state.log_history] == [
+        e.get("eval_loss") for e in plain.state.log_history
+    ]
+
+
+@pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
+def test_samplers_of_the_host_stay(strategy, tmp_path):
+    runs = []
+    for kind in (Trainer, AccelTrainer):
+        runs.append(tiny_trainer([], tmp_path, trainer_class=kind, train_sampling_strategy=strategy))
+        runs[-1].train()
+    assert largest_difference(weights_of(runs[0]), weights_of(runs[1])) == 0.0
+    with pytest.raises(ValueError, match=rf"train_sampling_strategy='{strategy}'.*LengthGrouped"):
+        tiny_trainer([Watch()], tmp_path, train_sampling_strategy=strategy)
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter([CountingText()[i] for i in range(40)])
+
+
+def test_iterable_data_stays(tmp_path):
+    runs = []
+    for kind in (Trainer, AccelTrainer):
+        trainer = tiny_trainer([], tmp_path, trainer_class=kind, max_steps=7)
+        trainer.train_dataset = Stream()
+        trainer.train()
+        runs.append(weights_of(trainer))
+    assert largest_difference(*runs) == 0.0
+
+
+def classifier(kind, tmp_path, techniques=None, **args):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=48,
+            hidden_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=32,
+            num_labels=3,
+        )
+    )
+    rows = CountingText()
+    data = datasets.Dataset.from_list([{"input_ids": rows[i]["input_ids"][:6], "label": i % 3} for i in range(48)])
+    hosting = {} if techniques is None else {"techniques": techniques}
+    return kind(
+        model=model,
+        args=TrainingArguments(
+            str(tmp_path),
+            report_to=[],
+            use_cpu=True,
+            dataloader_pin_memory=False,
+            disable_tqdm=True,
+            logging_steps=1,
+            save_strategy="no",
+            **args,
+        ),
+        train_dataset=data,
+        **hosting,
+    )
+
+
+@pytest.mark.parametrize("accumulation", [1, 4])
+def test_classification_is_trainers(accumulation, tmp_path):
+    runs = []
+    for kind, techniques in ((Trainer, None), (AccelTrainer, [])):
+        runs.append(classifier(kind, tmp_path, techniques, gradient_accumulation_steps=accumulation))
+        runs[-1].train()
+    assert largest_difference(weights_of(runs[0]), weights_of(runs[1])) == 0.0
+
+
+def test_the_stream_scales_losses_rightly_where_trainer_does_not(tmp_path):
+    """BERT ignores num_items_in_batch; Trainer then multiplies its loss by the accumulation steps."""
+    one = classifier(AccelTrainer, tmp_path, [Watch()], per_device_train_batch_size=16)
+    four = classifier(AccelTrainer, tmp_path, [Watch()], per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    wrong = classifier(Trainer, tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=4)
+    for trainer in (one, four, wrong):
+        trainer.model.config.hidden_dropout_prob = 0.0
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        trainer.train()
+    assert losses_of(four) == pytest.approx(losses_of(one), rel=1e-5)
+    assert losses_of(wrong)[0] == pytest.approx(4 * losses_of(one)[0], rel=0.2)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("step", [5, 8, 13])
+def test_resumes_as_trainer_does(watched, step, tmp_path):
+    def build(directory):
+        return tiny_trainer([Watch()] if watched else [], directory, save_strategy="steps", save_steps=1)
+
+    straight = build(tmp_path / "a")
+    straight.train()
+    resumed = build(tmp_path / "b")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+    assert largest_difference(weights_of(straight), weights_of(resumed)) == 0.0
+    if not watched:
+        plain = tiny_trainer([], tmp_path / "c", trainer_class=Trainer)
+        plain.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+        assert largest_difference(weights_of(straight), weights_of(plain)) == 0.0
+
+
+def test_every_example_is_observed_once_an_epoch(tmp_path):
+    watch = Watch()
+    tiny_trainer([watch], tmp_path, num_train_epochs=2).train()
+    assert sorted(i for i, _ in watch.seen_) == sorted(list(range(64)) * 2)
+
+
+class Counting(TrainerCallback):
+    def __init__(self):
+        self.events, self.epochs = [], []
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.events.append("substep")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.events.append("step")
+        self.epochs.append(state.epoch)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self.events.append("epoch")
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_callbacks_of_others_see_the_same_events(watched, tmp_path):
+    seen = []
+    args = {"gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    for kind, techniques in ((Trainer, []), (AccelTrainer, [Watch()] if watched else [])):
+        counting = Counting()
+        trainer = tiny_trainer(techniques, tmp_path, trainer_class=kind, **args)
+        trainer.add_callback(counting)
+        trainer.train()
+        seen.append((counting.events, counting.epochs))
+    assert seen[0] == seen[1]
+
+
+def test_attach_equips_an_existing_trainer(tmp_path):
+    built = tiny_trainer([Watch()], tmp_path)
+    built.train()
+    attached = tiny_trainer([], tmp_path, trainer_class=Trainer)
+    attach(attached, [Watch()])
+    attached.train()
+    assert largest_difference(weights_of(built), weights_of(attached)) == 0.0
+    with pytest.raises(ValueError, match="hosts techniques already"):
+        attach(attached, [Watch()])
+
+
+def test_a_technique_among_the_callbacks_is_hosted(tmp_path):
+    watch = Watch()
+    trainer = AccelTrainer(
+        model=tiny_trainer([], tmp_path).model,
+        args=TrainingArguments(str(tmp_path), report_to=[], use_cpu=True, max_steps=2, dataloader_pin_memory=False),
+        train_dataset=CountingText(),
+        data_collator=collate_padded,
+        callbacks=[watch],
+    )
+    trainer.train()
+    assert watch.host_ is trainer and len(watch.seen_) == 16
+
+
+def test_a_plain_trainer_refuses_what_it_cannot_do(tmp_path):
+    with pytest.raises(ValueError, match=r"Watch\(\) needs observe, which a callback of a plain Trainer cannot do"):
+        Trainer(model=tiny_trainer([], tmp_path).model, args=TrainingArguments(str(tmp_path)), callbacks=[Watch()])
+    late = tiny_trainer([], tmp_path, trainer_class=Trainer)
+    late.add_callback(Watch())
+    late.remove_callback(Watch)
+    late.add_callback(type("Late", (Watch,), {"on_train_begin": Technique.on_train_begin})())
+    with pytest.raises(ValueError, match="Use AccelTrainer"):
+        late.train()
+
+
+def test_seq2seq_trainer(tmp_path):
+    trainer = accelerated(Seq2SeqTrainer)(
+        model=tiny_trainer([], tmp_path).model,
+        args=Seq2SeqTrainingArguments(
+            str(tmp_path), report_to=[], use_cpu=True, num_train_epochs=1, dataloader_pin_memory=False, save_strategy="no"
+        ),
+        train_dataset=CountingText(),
+        eval_dataset=CountingText(16),
+        data_collator=collate_padded,
+        techniques=[Watch()],
+    )
+    trainer.train()
+    assert trainer.state.global_step == 8 and trainer.evaluate()["eval_loss"] > 0
+
+
+def test_two_owners_of_a_slot_are_named(tmp_path):
+    with pytest.raises(ValueError, match=r"Budget\(limit='1h'\) and Budget\(limit='2h'\) both own the slot 'budget'"):
+        tiny_trainer([Budget("1h"), Budget("2h")], tmp_path)
+
+
+def test_a_budget_against_max_steps_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"max_steps=5: Budget\(limit='1h'\) says already when the run ends"):
+        tiny_trainer([Budget("1h")], tmp_path, max_steps=5)
+
+
+@pytest.mark.parametrize(
+    "limit, unit, amount",
+    [("20steps", "steps", 20), ("100samples", "samples", 104), ("1.5epochs", "epochs", 1.5), ("900tok", "tokens", 900)],
+)
+@pytest.mark.parametrize("watched", [False, True])
+def test_budgets_end_where_they_say_at_learning_rate_zero(limit, unit, amount, watched, tmp_path):
+    trainer = tiny_trainer([Budget(limit), *([Watch()] if watched else [])], tmp_path)
+    trainer.train()
+    spent = trainer.clock.spent[unit]
+    assert amount <= spent <= amount + (0 if unit != "tokens" else 8 * 24)
+    assert trainer.receipt.final_learning_rate == 0.0 and trainer.lr_scheduler.get_last_lr()[0] == 0.0
+
+
+def test_a_time_budget_is_kept(tmp_path):
+    trainer = tiny_trainer([Budget("6s")], tmp_path, eval_strategy="steps", eval_steps=0.3)
+    trainer.train()
+    assert trainer.receipt.final_learning_rate == 0.0
+    assert trainer.receipt.wall_seconds <= 6.5
+    assert len([e for e in trainer.state.log_history if "eval_loss" in e]) >= 3
+
+
+def test_absolute_warmup_needs_a_known_number_of_steps(tmp_path):
+    with pytest.raises(ValueError, match="warmup_steps=10: the budget is in seconds. Give a fraction"):
+        tiny_trainer([Budget("5s")], tmp_path, warmup_steps=10).train()
+
+
+@pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
+def test_schedules_that_follow_the_metric_are_refused(kind, tmp_path):
+    with pytest.raises(ValueError, match=f"lr_scheduler_type='{kind}': it follows the metric, not progress"):
+        tiny_trainer([Budget("5s")], tmp_path, lr_scheduler_type=kind, eval_strategy="steps")
