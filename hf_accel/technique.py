@@ -87,6 +87,9 @@ class Technique(TrainerCallback):
     expected_failed_checks: ClassVar[Mapping[str, str]] = {}
     """Checks of the contract that are known to fail, each with its reason."""
 
+    refused_backends: ClassVar[Mapping[str, str]] = {}
+    """Distributed backends (``ddp``, ``fsdp2``, ``zero``) on which it raises before the first step, with reasons."""
+
     variations: ClassVar[Mapping[str, Any]] = {}
     """For fields whose other values cannot be guessed, one that must change the outcome; the contract tries it."""
 

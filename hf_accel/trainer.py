@@ -699,6 +699,8 @@ class AccelTrainerMixin:
         if not resume:
             return None
         if isinstance(resume, str | os.PathLike):
+            if not Path(resume, "trainer_state.json").is_file():
+                raise ckpt.CheckpointError(f"{resume}: there is no checkpoint. Name a checkpoint-N directory.")
             if ckpt.has_state(resume) and (fault := ckpt.whats_wrong(resume)) is not None:
                 whole, _ = ckpt.newest_complete(Path(resume).parent)
                 remedy = f"Resume from {whole}." if whole else "There is no whole checkpoint beside it: start anew."

@@ -52,6 +52,7 @@ class StepGuard(Technique):
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"max_ratio": math.inf}
     variations: ClassVar = {"max_ratio": 1.01}
+    refused_backends: ClassVar = {"zero": "DeepSpeed updates within the backward pass"}
     expected_failed_checks: ClassVar = {
         "check_every_option_matters": "patience acts only where updates are refused in a row, which ends the run"
     }

@@ -1,0 +1,72 @@
+"""Every technique on two ranks: in step with each other, equal to one process, and the same after a resume."""
+
+import pytest
+import torch
+from ranks import assert_backend, backend_args, run_on_ranks
+
+from hf_accel.recipe import known_techniques
+from hf_accel.testing import losses_of, tiny_trainer
+from hf_accel.weights import gather, local_parameters
+
+EXACT = {"dropout": 0.0, "dtype": torch.float64}
+
+
+def train(technique, directory, backend=None, resume=None, **settings):
+    """Weights, losses and report of a run; on ranks, of the calling one."""
+    args = {"per_device_train_batch_size": 8} if backend is None else backend_args(backend)
+    if backend is not None:
+        args["per_device_train_batch_size"] = 4
+    trainer = tiny_trainer([technique], directory, **(settings | args))
+    trainer.train(resume_from_checkpoint=resume)
+    if backend is not None:
+        assert_backend(trainer, backend)
+    local = {name: value.clone() for name, value in local_parameters(trainer.model, trainable_only=False).items()}
+    return {
+        "full": gather(trainer.model, local),
+        "local": local,
+        "losses": losses_of(trainer),
+        "report": trainer.receipt.techniques[0]["report"],
+        "samples": trainer.receipt.samples,
+        "epoch": trainer.state.epoch,
+    }
+
+
+def difference(a, b):
+    return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
+
+
+def refused(kind, backend):
+    return kind.refused_backends.get("zero" if backend.startswith("zero") else backend)
+
+
+@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2", "zero3"])
+@pytest.mark.parametrize("name", known_techniques())
+def test_two_ranks(name, backend, tmp_path):
+    kind = known_techniques()[name]
+    zero = backend.startswith("zero")
+    if refused(kind, backend):
+        with pytest.raises(pytest.fail.Exception, match=f"ValueError.*{name}"):
+            run_on_ranks(train, kind(), tmp_path, backend, backend=backend)
+        return
+
+    def exact_straight_resumed():
+        exact = train(kind(), tmp_path / "exact", backend, **EXACT)
+        straight = train(kind(), tmp_path / "straight", backend, save_strategy="steps", save_steps=5)
+        checkpoint = str(tmp_path / "straight" / "checkpoint-5")
+        resumed = train(kind(), tmp_path / "resumed", backend, resume=checkpoint)
+        return exact, straight, resumed
+
+    one = train(kind(), tmp_path / "one", **EXACT)
+    ranks = run_on_ranks(exact_straight_resumed, backend=backend)
+    two = ranks[0][0]
+    # DeepSpeed computes in float32.
+    assert difference(one["full"], two["full"]) < (1e-3 if zero else 1e-9)
+    assert (two["samples"], two["epoch"]) == (one["samples"], one["epoch"])
+    if not zero:
+        assert two["report"] == pytest.approx(one["report"])
+    for exact, straight, resumed in ranks:
+        assert exact["report"] == two["report"]
+        if backend in ("ddp", "zero2"):
+            assert difference(exact["local"], two["local"]) == 0.0, "the ranks drifted apart"
+        assert difference(straight["local"], resumed["local"]) == 0.0, "the resumed run is another one"
+        assert (straight["losses"], straight["report"]) == (resumed["losses"], resumed["report"])
