@@ -42,6 +42,8 @@ def train(
     args = chosen.training_arguments()
     chosen.build_techniques()  # a mistake shows before any data are read
     folder = Path(args.output_dir)
+    if resume and not checkpoints(folder):
+        raise ValueError(f"output({str(folder)!r}): there is no checkpoint to resume from. Leave --resume out.")
     if not resume:
         refuse_to_overwrite(folder)
     args.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
