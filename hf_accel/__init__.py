@@ -1,8 +1,10 @@
 """Train to the same quality in less time: an extension of `transformers.Trainer`, with receipts."""
 
-from hf_accel import budget, optim
+from hf_accel import budget, data, model, optim
 from hf_accel.arguments import AccelArguments
 from hf_accel.budget import *
+from hf_accel.data import *
+from hf_accel.model import *
 from hf_accel.optim import *
 from hf_accel.receipt import Receipt
 from hf_accel.recipe import Recipe, RecipeError
@@ -23,4 +25,6 @@ __all__ = [
     "attach",
 ]
 __all__ += budget.__all__
+__all__ += data.__all__
+__all__ += model.__all__
 __all__ += optim.__all__
