@@ -401,10 +401,13 @@ class AccelTrainerMixin:
         if any(m.weights_B is not None for m in batch.micro_batches) or len(batch.plan.ids_N) < self.args.world_size:
             return True
         divided = len(batch.micro_batches) > 1 or self.args.world_size > 1
-        return divided and not self._honours_num_items
+        return (divided or self._owners["collate"] is not None) and not self._host_scales_rightly
 
     @functools.cached_property
-    def _honours_num_items(self) -> bool:
+    def _host_scales_rightly(self) -> bool:
+        """Whether the model's own loss is right when it is divided by the number of items that Trainer counts."""
+        if getattr(self.head, "shift", False) != self._loss_shifts_labels:
+            return False
         if self.label_smoother is not None:
             return self.model_accepts_loss_kwargs
         return losses.honours_num_items(self.model)
