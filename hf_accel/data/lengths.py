@@ -11,18 +11,15 @@ import torch
 from torch import Tensor
 
 
-def example_lengths(dataset: Any, column: str | None = None) -> Tensor:
-    """Length of each example; (N,).
-
-    ``column`` holds sequences, or their lengths as whole numbers; None: ``length`` where it exists, else ``input_ids``.
-    """
+def example_lengths(dataset: Any, *columns: str) -> Tensor:
+    """Length of each example, from the first of ``columns`` that exists: of sequences, or of their lengths; (N,)."""
     in_arrow = isinstance(dataset, datasets.Dataset)
-    columns = dataset.column_names if in_arrow else list(dataset[0])
-    column = column or ("length" if "length" in columns else "input_ids")
-    if column not in columns:
+    found = dataset.column_names if in_arrow else list(dataset[0])
+    column = next((column for column in columns if column in found), None)
+    if column is None:
         raise ValueError(
-            f"train_dataset: it has no column {column!r}, only {', '.join(map(repr, columns))}. "
-            "Tokenise it before training, or name the column that tells lengths."
+            f"train_dataset: it has no column {' or '.join(map(repr, columns))}, only {', '.join(map(repr, found))}. "
+            "Tokenise it before training."
         )
     if in_arrow:
         chunks = dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000)

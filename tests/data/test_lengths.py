@@ -10,19 +10,23 @@ LENGTHS = [3, 1, 4, 1, 5, 9, 2, 6]
 
 def test_lengths_are_those_of_the_rows():
     table = datasets.Dataset.from_dict({"input_ids": ROWS, "words": LENGTHS[::-1]})
-    assert example_lengths(table).tolist() == LENGTHS
+    assert example_lengths(table, "input_ids").tolist() == LENGTHS
     assert example_lengths(table, "words").tolist() == LENGTHS[::-1]
-    assert example_lengths(table.select([5, 0])).tolist() == [9, 3]
-    assert example_lengths(table.rename_column("words", "length")).tolist() == LENGTHS[::-1]
-    assert example_lengths([{"input_ids": torch.tensor(row)} for row in ROWS]).tolist() == LENGTHS
-    assert example_lengths([{"length": n} for n in LENGTHS]).dtype == torch.int64
+    assert example_lengths(table.select([5, 0]), "length", "input_ids").tolist() == [9, 3]
+    assert example_lengths(table.rename_column("words", "length"), "length", "input_ids").tolist() == LENGTHS[::-1]
+    assert example_lengths([{"input_ids": torch.tensor(row)} for row in ROWS], "input_ids").tolist() == LENGTHS
+    assert example_lengths([{"length": n} for n in LENGTHS], "length").dtype == torch.int64
     fixed = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"), length=2)})
-    assert example_lengths(datasets.Dataset.from_dict({"input_ids": [[1, 2]] * 3}, fixed)).tolist() == [2, 2, 2]
+    assert example_lengths(datasets.Dataset.from_dict({"input_ids": [[1, 2]] * 3}, fixed), "input_ids").tolist() == [
+        2,
+        2,
+        2,
+    ]
 
 
 def test_a_missing_column_names_the_others():
-    with pytest.raises(ValueError, match=r"no column 'input_ids', only 'text', 'label'\. Tokenise"):
-        example_lengths(datasets.Dataset.from_dict({"text": ["a"], "label": [0]}))
+    with pytest.raises(ValueError, match=r"no column 'length' or 'input_ids', only 'text', 'label'\. Tokenise"):
+        example_lengths(datasets.Dataset.from_dict({"text": ["a"], "label": [0]}), "length", "input_ids")
 
 
 def test_padding_share():

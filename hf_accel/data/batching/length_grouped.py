@@ -53,18 +53,16 @@ class LengthGrouped(Technique):
 
     Args:
         mega_batch: Number of steps whose examples are sorted together, at least 1; 1 leaves the shuffled order.
-        length_column: Column with lengths in tokens, or with the sequences themselves; None: ``length`` where the data
-            set has it, else ``input_ids``.
     """
 
-    mega_batch: Annotated[int, at.Ge(1)] = 50
-    length_column: str | None = None
+    mega_batch: Annotated[int, at.Ge(1)] = 50  # Trainer's own
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"mega_batch": 1}
 
     def prepare_dataset(self, dataset: Any) -> Any:
-        """Read the lengths."""
-        self.lengths_N_ = example_lengths(dataset, self.length_column)
+        """Read the lengths, from ``args.length_column_name`` if the data set has that column, else of ``input_ids``."""
+        assert self.host_ is not None
+        self.lengths_N_ = example_lengths(dataset, self.host_.args.length_column_name, "input_ids")
         self.padding_ = {"padding": 0.0, "padding_shuffled": 0.0}
         return dataset
 

@@ -71,6 +71,7 @@ class LayerFreezing(Technique):
     start: Annotated[float, at.Interval(ge=0, lt=1)] = 0.5  # AutoFreeze leaves early training alone
     max_fraction: Fraction = 0.5  # AutoFreeze: not past half of the blocks at first
     neutral: ClassVar = {"max_fraction": 0.0}
+    refused_backends: ClassVar = {"zero": "frozen weights go on moving in its flat partitions"}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.deepspeed_plugin is not None:

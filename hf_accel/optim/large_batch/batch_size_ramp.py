@@ -73,13 +73,14 @@ class BatchSizeRamp(Technique):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
+        self.world_size_ = args.world_size
         self.steps_, self.examples_, self.first_ = 0, 0, 0
 
     def batch(self, upcoming_ids_N: Tensor, batch_size: int) -> int:
         """The batch size of the present progress, the same number of examples on every rank."""
         assert self.host_ is not None
         ramp = {"start": self.start, "end": self.end, "shape": self.shape}
-        return ramped_batch_size(self.host_.clock.progress, batch_size, **ramp, multiple=self.host_.args.world_size)
+        return ramped_batch_size(self.host_.clock.progress, batch_size, **ramp, multiple=self.world_size_)
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
         """Counts what is trained on; ``batch`` is asked ahead of it, by loader workers' prefetching."""

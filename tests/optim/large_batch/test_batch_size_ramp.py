@@ -32,8 +32,8 @@ def test_doubling_stages_are_equally_long():
 
 def test_the_technique_keeps_ranks_equal_and_counts():
     technique = BatchSizeRamp(start=0.3, end=0.5)
-    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=0.1), args=SimpleNamespace(world_size=4))
-    technique.on_train_begin(None, None, None)
+    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=0.1))
+    technique.on_train_begin(SimpleNamespace(world_size=4), None, None)
     size = technique.batch(torch.arange(1000), 64)
     assert size == 28  # 64 * 0.44 = 28.16
     for num in (size, 64):
@@ -42,7 +42,7 @@ def test_the_technique_keeps_ranks_equal_and_counts():
     assert technique.took_effect(technique.report())
     other = BatchSizeRamp()
     other.host_ = technique.host_
-    other.on_train_begin(None, None, None)
+    other.on_train_begin(SimpleNamespace(world_size=4), None, None)
     other.load_state_dict("global", technique.state_dict("global"))
     assert other.report() == technique.report()
 
