@@ -16,7 +16,7 @@ import yaml
 
 _VALUES = {
     "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    "int": (r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+", "-+0123456789"),
+    "int": (r"[-+]?[0-9]+(_[0-9]+)*|0x[0-9a-fA-F]+", "-+0123456789"),
     "float": (
         r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9_]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf)|\.(nan|NaN)",
         "-+0123456789.",
@@ -45,9 +45,13 @@ _Dumper.add_multi_representer(object, lambda dumper, value: dumper.represent_str
 for _kind, (_pattern, _first) in _VALUES.items():
     for _notation in (_Loader, _Dumper):
         _notation.add_implicit_resolver(f"tag:yaml.org,2002:{_kind}", re.compile(f"^(?:{_pattern})$"), list(_first))
-_Loader.add_constructor(
-    "tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node), 16 if "0x" in node.value else 10)
-)
+
+
+def _read_int(loader: _Loader, node: yaml.ScalarNode) -> int:
+    return int(node.value, 16 if "0x" in node.value else 10)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _read_int)
 
 
 def load_yaml(text: str) -> Any:

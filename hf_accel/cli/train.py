@@ -41,7 +41,7 @@ def train(
         chosen.args["output_dir"] = str(output)
     args = chosen.training_arguments()
     chosen.build_techniques()  # a mistake shows before any data are read
-    folder = Path(args.output_dir)
+    folder = Path(str(args.output_dir))
     if resume and not checkpoints(folder):
         raise ValueError(f"output({str(folder)!r}): there is no checkpoint to resume from. Leave --resume out.")
     if not resume:
