@@ -58,6 +58,7 @@ class LengthGrouped(Technique):
     mega_batch: Annotated[int, at.Ge(1)] = 50  # Trainer's own
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"mega_batch": 1}
+    variations: ClassVar = {"mega_batch": 2}
 
     def prepare_dataset(self, dataset: Any) -> Any:
         """Read the lengths, from ``args.length_column_name`` if the data set has that column, else of ``input_ids``."""
