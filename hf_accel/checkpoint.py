@@ -3,9 +3,10 @@
     accel_state.json + .safetensors        clock, stream, techniques: the same on every rank, written by rank 0
     accel_rank{r}.json + .safetensors      what belongs to one rank
     averaged.safetensors                   averaged weights, under the model's own names
+    accel_incomplete                       there while a checkpoint is being written
     accel_complete.json                    sizes of all files and digests of ours; written last
 
-No pickle.  A directory without a valid ``accel_complete.json`` is not resumed from.
+No pickle.  A directory that was begun and has no valid ``accel_complete.json`` is not resumed from.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from torch import Tensor
 
 STATE = "accel_state"
 COMPLETE = "accel_complete.json"
+INCOMPLETE = "accel_incomplete"
 AVERAGED = "averaged.safetensors"
 
 
@@ -74,14 +76,17 @@ def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def mark_incomplete(directory: str | Path) -> None:
-    """Take the mark off a directory that is about to be written again."""
+    """Say that a directory is being written."""
+    Path(directory).mkdir(parents=True, exist_ok=True)
+    Path(directory, INCOMPLETE).touch()
     Path(directory, COMPLETE).unlink(missing_ok=True)
 
 
 def mark_complete(directory: str | Path) -> None:
     """Say that everything is written; the mark appears at once or not at all."""
     directory = Path(directory)
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name != COMPLETE)
+    marks = (COMPLETE, INCOMPLETE)
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in marks)
     document = {
         "sizes": {str(path.relative_to(directory)): path.stat().st_size for path in files},
         "digests": {path.name: _digest(path) for path in files if path.name.startswith("accel_")},
@@ -89,6 +94,7 @@ def mark_complete(directory: str | Path) -> None:
     scratch = directory / (COMPLETE + ".tmp")
     scratch.write_text(json.dumps(document, indent=1))
     scratch.replace(directory / COMPLETE)
+    (directory / INCOMPLETE).unlink()
 
 
 def _digest(path: Path) -> str:
@@ -100,8 +106,10 @@ def _digest(path: Path) -> str:
 
 
 def whats_wrong(directory: str | Path) -> str | None:
-    """Why a checkpoint is not whole, in words; None where it is."""
+    """Why a checkpoint is not whole, in words; None where it is, or where a plain Trainer wrote it."""
     directory = Path(directory)
+    if not has_state(directory) and not (directory / INCOMPLETE).exists():
+        return None if (directory / "trainer_state.json").is_file() else "it has no trainer_state.json"
     try:
         document = json.loads((directory / COMPLETE).read_text())
     except FileNotFoundError:
@@ -152,12 +160,3 @@ def load_averaged(directory: str | Path) -> dict[str, Tensor] | None:
     """The averaged weights of a checkpoint; None where it has none."""
     path = Path(directory, AVERAGED)
     return load_file(path) if path.is_file() else None
-
-
-def newest_is_plain(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint, if a plain Trainer wrote it."""
-    newest = next(iter(checkpoints(output_dir)), None)
-    if newest is None or has_state(newest) or (newest / COMPLETE).exists():
-        return None
-    return newest if (newest / "trainer_state.json").is_file() else None
-

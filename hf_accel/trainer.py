@@ -702,16 +702,13 @@ class AccelTrainerMixin:
         if not resume:
             return None
         if isinstance(resume, str | os.PathLike):
-            if not Path(resume, "trainer_state.json").is_file():
+            if not Path(resume).is_dir():
                 raise ckpt.CheckpointError(f"{resume}: there is no checkpoint. Name a checkpoint-N directory.")
-            if ckpt.has_state(resume) and (fault := ckpt.whats_wrong(resume)) is not None:
+            if (fault := ckpt.whats_wrong(resume)) is not None:
                 whole, _ = ckpt.newest_complete(Path(resume).parent)
                 remedy = f"Resume from {whole}." if whole else "There is no whole checkpoint beside it: start anew."
                 raise ckpt.CheckpointError(f"{resume}: the checkpoint is not whole, {fault}. {remedy}")
             return str(resume)
-        plain = ckpt.newest_is_plain(self.args.output_dir)
-        if plain is not None:
-            return str(plain)
         whole, passed_over = ckpt.newest_complete(self.args.output_dir)
         for name, fault in passed_over.items():
             logger.warning(f"{name}: passed over, {fault}.")

@@ -5,6 +5,7 @@ from hf_accel import checkpoint as ckpt
 
 
 def write(path, number=0):
+    ckpt.mark_incomplete(path)
     ckpt.save_state(path, ckpt.STATE, {"a": {"tensor": torch.arange(5) + number}, "b": [1, "x", torch.ones(2)]})
     (path / "model.bin").write_bytes(b"0" * 100)
     ckpt.mark_complete(path)
@@ -36,6 +37,18 @@ def test_what_is_not_whole_is_passed_over(tmp_path, harm, words):
     harm(tmp_path / "checkpoint-10")
     whole, passed_over = ckpt.newest_complete(tmp_path)
     assert whole.name == "checkpoint-5" and words in passed_over["checkpoint-10"]
+
+
+def test_a_plain_trainers_checkpoint_counts_as_whole(tmp_path):
+    write(tmp_path / "checkpoint-5")
+    plain, begun = tmp_path / "checkpoint-10", tmp_path / "checkpoint-15"
+    plain.mkdir()
+    (plain / "trainer_state.json").write_text("{}")
+    ckpt.mark_incomplete(begun)
+    (begun / "trainer_state.json").write_text("{}")
+    assert ckpt.newest_complete(tmp_path)[0] == plain
+    (plain / "trainer_state.json").unlink()
+    assert ckpt.newest_complete(tmp_path)[0].name == "checkpoint-5"
 
 
 def test_truncated_state_is_one_sentence(tmp_path):
