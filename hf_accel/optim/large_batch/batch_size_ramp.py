@@ -5,9 +5,9 @@ Early gradients are large against their noise, so a small batch shows the direct
     B(p) = batch_size * (start + (1 - start) * min(p / end, 1))            shape "linear"
     B(p) = batch_size * min(start * 2^floor(n * p / end), 1)               shape "doubling",  n = ceil(log2(1 / start))
 
-rounded down to whole examples on each rank.  It saves examples, and so time, only in that fewer of them are spent where
-they teach little; per example a step costs the same.  What it saves for certain is *serial steps* against a run that is
-small all the way: with many devices, the large steps take as long as the small ones.
+rounded down to whole examples, at least one, which the ranks share out.  Per example a step costs what it always costs,
+so FLOPs are saved only in that fewer examples are spent where they teach little; what is saved for certain are *serial
+steps* against a run of small batches: with many devices, a large step takes no longer than a small one.
 
 Reference: Smith et al. (2018), Don't decay the learning rate, increase the batch size,
 https://arxiv.org/abs/1711.00489; Merrill et al. (2025), https://arxiv.org/abs/2505.23971 (43 % fewer steps, OLMo 1B).
@@ -43,16 +43,15 @@ def ramped_batch_size(
     start: float,
     end: float,
     shape: Literal["linear", "doubling"] = "linear",
-    multiple: int = 1,
 ) -> int:
-    """Examples of a step at ``progress``: never falling, a ``multiple``, and ``batch_size`` from ``end`` on."""
+    """Examples of a step at ``progress``: never falling, and ``batch_size`` from ``end`` on."""
     if progress >= end:
         return batch_size
     if shape == "linear":
         share = start + (1 - start) * progress / end
     else:
         share = min(start * 2 ** math.floor(math.ceil(math.log2(1 / start)) * progress / end), 1.0)
-    return min(max(int(batch_size * share) // multiple, 1) * multiple, batch_size)
+    return max(int(batch_size * share), 1)
 
 
 @dataclass(eq=False)
@@ -73,14 +72,13 @@ class BatchSizeRamp(Technique):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self.world_size_ = args.world_size
         self.steps_, self.examples_, self.first_ = 0, 0, 0
 
     def batch(self, upcoming_ids_N: Tensor, batch_size: int) -> int:
-        """The batch size of the present progress, the same number of examples on every rank."""
+        """The batch size of the present progress, over all ranks."""
         assert self.host_ is not None
-        ramp = {"start": self.start, "end": self.end, "shape": self.shape}
-        return ramped_batch_size(self.host_.clock.progress, batch_size, **ramp, multiple=self.world_size_)
+        progress = self.host_.clock.progress
+        return ramped_batch_size(progress, batch_size, start=self.start, end=self.end, shape=self.shape)
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
         """Counts what is trained on; ``batch`` is asked ahead of it, by loader workers' prefetching."""
