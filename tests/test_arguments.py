@@ -3,7 +3,8 @@ import re
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_accel import AccelArguments, Recipe, RecipeError
+from hf_accel import AccelArguments, AccelTrainer, Recipe, RecipeError
+from hf_accel.testing import CountingText, tiny_llama
 
 
 def parse(*line: str):
@@ -34,6 +35,13 @@ def test_without_options_nothing_is_asked_for():
         "micro_batch_size": None,
         "allow_changes": False,
     }
+
+
+def test_the_trainer_takes_them(tmp_path):
+    accel, args = parse("--output_dir", str(tmp_path), "--budget", "3steps", "--micro_batch_size", "2", "--use_cpu")
+    trainer = AccelTrainer(model=tiny_llama(), args=args, train_dataset=CountingText(), **accel.for_trainer())
+    assert [repr(technique) for technique in trainer.techniques] == ["Budget(limit='3steps')"]
+    assert trainer.micro_batch_size == 2
 
 
 def test_recipe(tmp_path):
