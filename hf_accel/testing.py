@@ -13,7 +13,8 @@ from __future__ import annotations
 import dataclasses
 import math
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from itertools import combinations, permutations
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
@@ -369,3 +370,41 @@ def check_technique(technique: Technique, directory: str | Path) -> None:
         except Exception:
             continue
         raise AssertionError(f"{technique!r} passes {check.__name__}, which it declares to fail ({reason})")
+
+
+# Techniques together --------------------------------------------------------------------------------------------------
+
+
+def covering_array(
+    owners_by_slot: Mapping[str, Collection[str]], free_techniques: Collection[str], seed: int = 0
+) -> list[list[str]]:
+    """Few runs, each an ordered list of techniques, in which every pair meets.
+
+    Each two that may meet occur in both orders, and each technique occurs without each other; no run has two owners of
+    a slot.  Greedy: of random runs, the one with most that is new.
+    """
+    names = sorted({*free_techniques, *(name for owners in owners_by_slot.values() for name in owners)})
+    clashes = {frozenset(pair) for owners in owners_by_slot.values() for pair in combinations(owners, 2)}
+    generator = random.Random(seed)
+
+    def candidate() -> list[str]:
+        share, run = generator.uniform(0.5, 1), []
+        for name in generator.sample(names, len(names)):
+            if generator.random() < share and not any(frozenset((name, other)) in clashes for other in run):
+                run.append(name)
+        return run
+
+    def shown_by(run: list[str]) -> set[tuple[str, str, str]]:
+        absent = [name for name in names if name not in run]
+        return {(a, "before", b) for a, b in combinations(run, 2)} | {(a, "without", b) for a in run for b in absent}
+
+    pairs = list(permutations(names, 2))
+    missing = {(a, "without", b) for a, b in pairs}
+    missing |= {(a, "before", b) for a, b in pairs if frozenset((a, b)) not in clashes}
+    runs = []
+    while missing:
+        run = max((candidate() for _ in range(200)), key=lambda run: len(shown_by(run) & missing))
+        if news := shown_by(run) & missing:
+            missing -= news
+            runs.append(run)
+    return runs
