@@ -22,7 +22,7 @@ def example_lengths(dataset: Any, *columns: str) -> Tensor:
             "Tokenise it before training."
         )
     if in_arrow:
-        chunks = dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000)
+        chunks: Any = dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000)
         return torch.cat([_arrow_lengths(chunk[column]) for chunk in chunks])
     values = [dataset[i][column] for i in range(len(dataset))]
     return torch.tensor([int(value) if torch.as_tensor(value).dim() == 0 else len(value) for value in values])
@@ -30,7 +30,7 @@ def example_lengths(dataset: Any, *columns: str) -> Tensor:
 
 def _arrow_lengths(values: pa.ChunkedArray) -> Tensor:
     return torch.tensor(
-        (values if pa.types.is_integer(values.type) else pc.list_value_length(values)).to_numpy()
+        (values if pa.types.is_integer(values.type) else pc.call_function("list_value_length", [values])).to_numpy()
     ).long()
 
 

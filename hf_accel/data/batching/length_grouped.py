@@ -62,8 +62,8 @@ class LengthGrouped(Technique):
 
     def prepare_dataset(self, dataset: Any) -> Any:
         """Read the lengths, from ``args.length_column_name`` if the data set has that column, else of ``input_ids``."""
-        assert self.host_ is not None
-        self.lengths_N_ = example_lengths(dataset, self.host_.args.length_column_name, "input_ids")
+        host: Any = self.host_
+        self.lengths_N_ = example_lengths(dataset, host.args.length_column_name, "input_ids")
         self.padding_ = {"padding": 0.0, "padding_shuffled": 0.0}
         return dataset
 

@@ -132,7 +132,7 @@ class PaddingFree(Technique):
 
     fidelity: ClassVar = "exact"
 
-    def prepare_model(self, model: nn.Module) -> nn.Module:
+    def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps flattened examples apart."""
         if (fault := flattening_fault(model)) is not None:
             raise ValueError(

@@ -36,13 +36,13 @@ from torch import nn
 from hf_accel.technique import Positive, Technique
 
 
-def matrix_names(model: nn.Module) -> set[str]:
+def matrix_names(model: Any) -> set[str]:
     """Names of the parameters that Muon updates: matrices in repeated blocks, without embeddings and heads."""
-    blocks = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     outside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
         outside |= {id(p) for p in layer.parameters()} if layer is not None else set()
-    inside = {id(p) for _, m in blocks for p in m.parameters()}
+    inside = {id(p) for m in blocks for p in m.parameters()}
     return {n for n, p in model.named_parameters() if p.dim() == 2 and id(p) in inside and id(p) not in outside}
 
 
@@ -101,10 +101,10 @@ class Muon(Technique):
 
     def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Each group in two; weight decay and factors on the learning rate hold for both."""
-        assert self.host_ is not None
-        if self.host_.is_deepspeed_enabled:
+        host: Any = self.host_
+        if host.is_deepspeed_enabled:
             raise ValueError(f"{self!r}: under DeepSpeed ZeRO, parameters are no matrices. Use DDP or FSDP.")
-        args, matrices = self.host_.args, matrix_names(model)
+        args, matrices = host.args, matrix_names(model)
         muon = {"algorithm": "muon", "momentum": self.momentum}
         adamw = {"algorithm": "adamw", "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
         split = []
