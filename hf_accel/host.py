@@ -155,7 +155,7 @@ def refuse_stream_hosts(trainer: AccelTrainerMixin) -> None:
             f"train_dataset ({type(trainer.train_dataset).__name__}): the techniques choose examples by their index. "
             "Give a data set with __len__ and __getitem__."
         )
-    owner = next((cls for cls in _bases_after_mixin(trainer) if "get_train_dataloader" in vars(cls)), Trainer)
+    owner = next((cls for cls in _foreign_classes(trainer) if "get_train_dataloader" in vars(cls)), Trainer)
     if owner is not Trainer:
         raise ValueError(
             f"{owner.__name__}: it makes its own batches, which these techniques would replace. Leave them out."
@@ -164,14 +164,14 @@ def refuse_stream_hosts(trainer: AccelTrainerMixin) -> None:
 
 def refuse_own_losses(trainer: AccelTrainerMixin) -> None:
     """A trainer whose loss is not its model's has no loss of an example that we could know."""
-    owner = next(cls for cls in _bases_after_mixin(trainer) if "compute_loss" in vars(cls))
+    owner = next(cls for cls in _foreign_classes(trainer) if "compute_loss" in vars(cls))
     if owner is not Trainer:
         raise ValueError(f"{owner.__name__} computes a loss of its own. Give example_loss_func=.")
 
 
-def _bases_after_mixin(trainer: AccelTrainerMixin) -> list[type]:
-    names = [cls.__name__ for cls in type(trainer).__mro__]
-    return list(type(trainer).__mro__[names.index("AccelTrainerMixin") + 1 :])
+def _foreign_classes(trainer: AccelTrainerMixin) -> list[type]:
+    """The trainer's own classes, without ours."""
+    return [cls for cls in type(trainer).__mro__ if not cls.__module__.startswith("hf_accel.")]
 
 
 def nominal_steps(limits: Mapping[str, float], steps_per_epoch: int, batch_size: int) -> int | None:
@@ -210,7 +210,16 @@ def accelerator_differs(old: TrainingArguments, new: TrainingArguments) -> bool:
 
 def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
     """The fields that differ from their defaults, as plain data; without paths, tokens and where to report."""
-    private = {"output_dir", "hub_token", "hub_model_id", "run_name", "logging_dir", "report_to", "local_rank", "project"}
+    private = {
+        "output_dir",
+        "hub_token",
+        "hub_model_id",
+        "run_name",
+        "logging_dir",
+        "report_to",
+        "local_rank",
+        "project",
+    }
     changed = {}
     for field in dataclasses.fields(args):
         value = getattr(args, field.name)

@@ -20,14 +20,14 @@ from hf_accel import checkpoint as ckpt
 from hf_accel.stream import StepBatch, StepPlan
 
 if TYPE_CHECKING:
-    from hf_accel.trainer import AccelTrainerMixin
+    from hf_accel.stepping import Stepping
 
 
 class NotEnoughMemory(RuntimeError):
     """Memory that does not suffice, with what to do about it."""
 
 
-def first_micro_batch_size(trainer: AccelTrainerMixin) -> int:
+def first_micro_batch_size(trainer: Stepping) -> int:
     """The size to start with."""
     requested = trainer.requested_micro_batch_size
     if requested is None:
@@ -48,7 +48,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def accumulate(trainer: AccelTrainerMixin, model: nn.Module, batch: StepBatch, num_items: Any) -> Tensor:
+def accumulate(trainer: Stepping, model: nn.Module, batch: StepBatch, num_items: Any) -> Tensor:
     """The gradient of a step, in micro-batches that fit."""
     observed = len(trainer._observed)
     saved = [buffer.clone() for buffer in model.buffers()]
@@ -75,7 +75,7 @@ def accumulate(trainer: AccelTrainerMixin, model: nn.Module, batch: StepBatch, n
         num_items = trainer._count_items(batch)
 
 
-def _advice(trainer: AccelTrainerMixin, size: int) -> str:
+def _advice(trainer: Stepping, size: int) -> str:
     whole, _ = ckpt.newest_complete(trainer.args.output_dir)
     where = f"resume from {whole}" if whole else "start anew"
     if size == 1:
@@ -86,7 +86,7 @@ def _advice(trainer: AccelTrainerMixin, size: int) -> str:
     )
 
 
-def agree(trainer: AccelTrainerMixin) -> int:
+def agree(trainer: Stepping) -> int:
     """The largest micro-batch, by halving, that fits on every rank at the longest examples."""
     size = trainer.micro_batch_size
     while True:
@@ -99,7 +99,7 @@ def agree(trainer: AccelTrainerMixin) -> int:
         size //= 2
 
 
-def _fits(trainer: AccelTrainerMixin, size: int) -> bool:
+def _fits(trainer: Stepping, size: int) -> bool:
     """Whether one forward and backward pass over the longest examples fits on this rank."""
     stream = trainer.stream
     assert stream is not None
@@ -114,7 +114,7 @@ def _fits(trainer: AccelTrainerMixin, size: int) -> bool:
             model.train()
             with trainer.compute_loss_context_manager():
                 loss = trainer.compute_loss(model, inputs)
-            loss.backward()
+            loss.backward()  # type: ignore[union-attr]
             return True
         except RuntimeError as error:
             if not is_out_of_memory(error):

@@ -5,7 +5,6 @@ progress at which to log, evaluate and save, and the seconds kept back for the e
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -112,7 +111,7 @@ class Ending:
 def _probe_evaluation(trainer: AccelTrainerMixin) -> float:
     """Seconds of one evaluation, from the duration of a few of its batches."""
     data = trainer.eval_dataset
-    parts: Iterable[Any] = data.values() if isinstance(data, dict) else [data]
+    parts: list[Any] = list(data.values()) if isinstance(data, dict) else [data]
     seconds = 0.0
     for dataset in parts:
         if not hasattr(dataset, "__getitem__"):

@@ -217,9 +217,9 @@ class StepStream:
             raise ValueError("train_dataset: it has no examples. Give at least one.")
         owner = self.slots.collate
         self.reader = StepReader(dataset, collate if owner is None else _Collate(owner, collate))
-        self.loader = DataLoader(
-            self.reader, sampler=_Plans(self), batch_size=None, collate_fn=_as_it_is, **dict(loader or {})
-        )
+        plans: Any = _Plans(self)
+        as_it_is: Any = _as_it_is
+        self.loader = DataLoader(self.reader, sampler=plans, batch_size=None, collate_fn=as_it_is, **dict(loader or {}))
         self.epoch = 0
         self.consumed = 0
         self.ids_N: Tensor | None = None

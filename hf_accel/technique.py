@@ -22,7 +22,6 @@ from transformers import TrainerCallback, TrainerState, TrainingArguments
 if TYPE_CHECKING:
     from hf_accel.losses import ExampleLosses
     from hf_accel.stream import StepBatch
-    from hf_accel.trainer import AccelTrainerMixin
 
 Fraction = Annotated[float, at.Interval(ge=0, le=1)]
 """A share of a whole, in [0, 1]."""
@@ -62,7 +61,8 @@ HOOKS = (
 """Questions that every technique may answer."""
 
 STREAM = frozenset(
-    "select order batch collate step_select objective transform_batch example_weights token_weights extra_loss observe".split()
+    "select order batch collate step_select objective transform_batch "
+    "example_weights token_weights extra_loss observe".split()
 )
 """Hooks and slots that are only asked when batches come from the `StepStream`."""
 
@@ -93,7 +93,7 @@ class Technique(TrainerCallback):
     variations: ClassVar[Mapping[str, Any]] = {}
     """For fields whose other values cannot be guessed, one that must change the outcome; the contract tries it."""
 
-    host_ = None  # type: AccelTrainerMixin | None
+    host_: Any = None
     """The trainer that asks the hooks; None in a plain Trainer, which cannot."""
 
     def __post_init__(self) -> None:

@@ -82,7 +82,7 @@ def tiny_llama(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: i
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype)
+        return LlamaForCausalLM(config).to(dtype)  # type: ignore[arg-type]
 
 
 def tiny_trainer(
@@ -95,8 +95,8 @@ def tiny_trainer(
     model: torch.nn.Module | None = None,
     micro_batch_size: int | None = None,
     **args: Any,
-) -> Trainer:
-    """A trainer of `tiny_llama` on `CountingText`, 24 updates of 8 examples; further arguments are TrainingArguments."""
+) -> Any:
+    """A trainer of `tiny_llama` on `CountingText`, 24 updates of 8 examples; ``args`` are TrainingArguments."""
     settings: dict[str, Any] = {
         "output_dir": str(directory),
         "num_train_epochs": EPOCHS,
@@ -158,11 +158,11 @@ def again(technique: Technique) -> Technique:
 
 def check_stores_only_hyperparameters(technique: Technique, directory: Path) -> None:
     """The constructor stores the fields, and draws from no global generator."""
-    before = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()
+    before = random.getstate(), str(np.random.get_state()), torch.random.get_rng_state()
     fresh = again(technique)
     fields = {f.name for f in dataclasses.fields(technique)}  # type: ignore[arg-type]
     assert set(vars(fresh)) == fields, f"{fresh!r} holds {set(vars(fresh)) - fields} before training"
-    after = random.getstate(), np.random.get_state()[1].tolist(), torch.random.get_rng_state()
+    after = random.getstate(), str(np.random.get_state()), torch.random.get_rng_state()
     assert before[:2] == after[:2] and torch.equal(before[2], after[2]), f"{fresh!r} draws from a global generator"
     for field in dataclasses.fields(technique):  # type: ignore[arg-type]
         has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
@@ -189,11 +189,11 @@ def bad_values(kind: type[Technique]) -> Iterator[tuple[str, Any]]:
             if isinstance(bound, at.Gt):
                 yield field.name, bound.gt
             elif isinstance(bound, at.Ge):
-                yield field.name, bound.ge - 1
+                yield field.name, bound.ge - 1  # type: ignore[operator]
             elif isinstance(bound, at.Lt):
                 yield field.name, bound.lt
             elif isinstance(bound, at.Le):
-                yield field.name, bound.le + 1
+                yield field.name, bound.le + 1  # type: ignore[operator]
 
 
 def _bounds(hint: Any) -> list[Any]:

@@ -69,7 +69,7 @@ class StepGuard(Technique):
             self.in_a_row_ += 1
             if self.in_a_row_ >= self.patience:
                 raise RuntimeError(
-                    f"{self!r}: {self.in_a_row_} updates in a row were refused, the last for a gradient norm of {norm:g}. "
+                    f"{self!r}: {self.in_a_row_} updates in a row were refused, the last for a norm of {norm:g}. "
                     "Lower learning_rate, or look at the data of these steps."
                 )
             return False

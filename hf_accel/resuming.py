@@ -1,0 +1,159 @@
+"""Checkpoints that are whole or not there, and runs that go on from them bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import rotate_checkpoints
+from transformers.utils import logging
+
+from hf_accel import checkpoint as ckpt
+from hf_accel import weights
+from hf_accel.stepping import Stepping
+from hf_accel.technique import Technique
+
+logger = logging.get_logger(__name__)
+
+
+class Resuming(Stepping):
+    """Answers Trainer where it saves checkpoints and goes on from them."""
+
+    def _save_checkpoint(self, model, trial):
+        began = self.clock.seconds
+        with self.stopwatch.charge("saving"):
+            self._flush_observations()
+            self.clock.spent["tokens"] += self._count_tokens()
+            run_dir = self._get_output_dir(trial=trial)
+            directory = Path(run_dir, f"checkpoint-{self.state.global_step}")
+            if self.args.should_save:
+                ckpt.mark_incomplete(directory)
+            self.accelerator.wait_for_everyone()
+            limit, self.args.save_total_limit = self.args.save_total_limit, None
+            try:
+                super()._save_checkpoint(model, trial)  # rotates nothing: the new checkpoint is not complete yet
+            finally:
+                self.args.save_total_limit = limit
+            self._save_state(directory)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                ckpt.mark_complete(directory)
+                rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+        self.saving_seconds = self.clock.seconds - began
+
+    def _save_state(self, directory: Path) -> None:
+        owner = self._owners["averaging"]
+        averages = owner.averaging() if owner is not None else None
+        if averages is not None:
+            averages = weights.gather(self.model, averages)
+        states = {scope: [t.state_dict(scope) for t in self.techniques] for scope in ("global", "rank")}
+        if self.args.should_save:
+            if averages is not None:
+                ckpt.save_averaged(directory, averages)
+            state: dict[str, Any] = {
+                "run_id": self.run_id,
+                "clock": self.clock.state_dict(),
+                "techniques": [repr(t) for t in self.techniques],
+                "states": states["global"],
+                "skipped_steps": self._skipped_steps,
+                "micro_batch_size": self.micro_batch_size,
+            }
+            if self.stream is not None:
+                state["stream"] = self.stream.state_dict()
+            ckpt.save_state(directory, ckpt.STATE, state)
+            self._write_papers(directory)
+        if any(states["rank"]):
+            ckpt.save_state(directory, f"accel_rank{self.args.process_index}", {"states": states["rank"]})
+
+    def _checkpoint_to_resume(self, resume: str | bool | None) -> str | None:
+        """The checkpoint to go on from: the given one, or the newest whole one."""
+        if not resume:
+            return None
+        if isinstance(resume, str | os.PathLike):
+            if not Path(resume).is_dir():
+                raise ckpt.CheckpointError(f"{resume}: there is no checkpoint. Name a checkpoint-N directory.")
+            if (fault := ckpt.whats_wrong(resume)) is not None:
+                whole, _ = ckpt.newest_complete(Path(resume).parent)
+                remedy = f"Resume from {whole}." if whole else "There is no whole checkpoint beside it: start anew."
+                raise ckpt.CheckpointError(f"{resume}: the checkpoint is not whole, {fault}. {remedy}")
+            return str(resume)
+        whole, passed_over = ckpt.newest_complete(self.args.output_dir)
+        for name, fault in passed_over.items():
+            logger.warning(f"{name}: passed over, {fault}.")
+        if whole is None:
+            raise ckpt.CheckpointError(
+                f"{self.args.output_dir}: there is no whole checkpoint to resume from. Train without resuming first."
+            )
+        return str(whole)
+
+    def _read_checkpoint(self, checkpoint: str) -> dict[str, Any]:
+        """Our state in a checkpoint, after a check that it is of the same techniques."""
+        state: dict[str, Any] = (
+            ckpt.load_state(checkpoint, ckpt.STATE) if ckpt.has_state(checkpoint) else {"techniques": []}
+        )
+        here, there = [repr(t) for t in self.techniques], state["techniques"]
+        if here != there and not self.allow_changes:
+            raise ckpt.CheckpointError(
+                f"{checkpoint}: it was written with techniques [{', '.join(there)}], this run has [{', '.join(here)}]. "
+                "Use the same, or allow_changes=True."
+            )
+        rank = f"accel_rank{self.args.process_index}"
+        ranked = ckpt.load_state(checkpoint, rank) if Path(checkpoint, f"{rank}.json").is_file() else {}
+        found: dict[str, list[tuple[Technique, Any]]] = {}
+        for scope, states in (("global", state.get("states", [])), ("rank", ranked.get("states", []))):
+            remaining = list(zip(there, states, strict=False))
+            for name, technique in zip(here, self.techniques, strict=True):
+                match = next((pair for pair in remaining if pair[0] == name), None)
+                if match is not None:
+                    remaining.remove(match)
+                    found.setdefault(scope, []).append((technique, match[1]))
+        state["found"] = found
+        if "clock" in state:
+            self.run_id = state["run_id"]
+            self._skipped_steps = state["skipped_steps"]
+            if self.requested_micro_batch_size == "auto":
+                self.micro_batch_size = state["micro_batch_size"]
+            self.clock.load_state_dict(state["clock"])
+            self.clock.spent["seconds"] = max(self.clock.spent["seconds"], self._heartbeat_seconds())
+        return state
+
+    def restore_techniques(self) -> None:
+        """Give the techniques their state; after their ``on_train_begin``."""
+        for scope, pairs in (self._resumed or {}).get("found", {}).items():
+            for technique, state in pairs:
+                technique.load_state_dict(scope, state)
+
+    def _heartbeat_path(self) -> Path:
+        return Path(self.args.output_dir, "accel_heartbeat.json")
+
+    def _heartbeat_seconds(self) -> float:
+        """Seconds that a run which was killed had spent when last heard of."""
+        try:
+            beat = json.loads(self._heartbeat_path().read_text())
+        except (OSError, json.JSONDecodeError):
+            return 0.0
+        return beat["seconds"] if beat["run_id"] == self.run_id else 0.0
+
+    def beat(self) -> None:
+        """Write down the seconds spent, for a run that is killed before its next checkpoint."""
+        scratch = self._heartbeat_path().with_suffix(".tmp")
+        scratch.write_text(json.dumps({"run_id": self.run_id, "seconds": self.clock.seconds}))
+        scratch.replace(self._heartbeat_path())
+
+    def _load_best_model(self):
+        super()._load_best_model()
+        averages = ckpt.load_averaged(str(self.state.best_model_checkpoint))
+        if averages is not None and self._owners["averaging"] is not None:
+            weights.swap(self.model, weights.scatter(self.model, averages))
+
+    def _write_papers(self, directory: str | Path) -> None:
+        """Write the recipe, and the receipt where there is one, beside a saved model."""
+        if not self.args.should_save:
+            return
+        said = {"args": self._said, "techniques": self.techniques, "budget": None}
+        dataclasses.replace(self.recipe, **said).save(Path(directory, "recipe.yaml"))
+        if self.receipt is not None:
+            self.receipt.save(Path(directory, "receipt.json"))

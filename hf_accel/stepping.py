@@ -1,0 +1,295 @@
+"""One step: a step batch is drawn, transformed and counted, and its gradient accumulated over micro-batches.
+
+The loss is the model's own wherever that is right; else it is made from the losses of the examples, weighted as the
+techniques say and divided by what the whole step counts over micro-batches and ranks.
+
+Shape suffixes: ``B`` examples, ``L`` items of an example, ``K`` terms of the loss.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType, send_to_device
+from torch import Tensor, nn
+
+from hf_accel import losses, memory
+from hf_accel.hosting import Hosting
+from hf_accel.stream import MicroBatch, StepBatch, StepPlan
+from hf_accel.technique import Technique
+
+
+class Stepping(Hosting):
+    """Answers Trainer where it asks for batches, losses and gradients."""
+
+    # The batch ------------------------------------------------------------------------------------------------------
+
+    def get_batch_samples(self, epoch_iterator, num_batches, device):
+        self.clock.step_begins()
+        with self.stopwatch.charge("data"):
+            if self.stream is None:
+                batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+                self._trained_samples = sum(map(_num_rows, batches)) * self.args.world_size
+                self._uncounted.extend(self._num_tokens(batch) for batch in batches)
+                return batches, items
+            batch = next(epoch_iterator, None)
+            if batch is None:
+                return [], None
+            if batch.plan.micro_batch_size != self.micro_batch_size:  # read ahead, before memory ran out
+                batch = self.stream.read(dataclasses.replace(batch.plan, micro_batch_size=self.micro_batch_size))
+            batch = self._transformed(batch)
+        if (owner := self._owners["step_select"]) is not None:
+            with self.charge(owner):
+                batch = self._selected(owner, batch)
+        self._trained_samples = batch.num_examples
+        self._uncounted.extend(self._num_tokens(micro.inputs) for micro in batch.micro_batches)
+        return [batch], self._count_items(batch)
+
+    def read_again(self, plan: StepPlan) -> StepBatch:
+        """A step batch by its plan, in micro-batches of the present size."""
+        assert self.stream is not None
+        plan = dataclasses.replace(plan, micro_batch_size=self.micro_batch_size)
+        return self._transformed(self.stream.read(plan))
+
+    def set_micro_batch_size(self, size: int) -> None:
+        """From now on, read micro-batches of this size."""
+        self.micro_batch_size = size
+        if self.stream is not None:
+            self.stream.micro_batch_size = size
+
+    def fit_memory(self) -> None:
+        """Where several ranks must agree, find the micro-batch that fits before the first step."""
+        if self.requested_micro_batch_size == "auto" and self.args.world_size > 1 and self._resumed is None:
+            self.set_micro_batch_size(memory.agree(self))
+
+    def _transformed(self, batch: StepBatch) -> StepBatch:
+        for technique in self._asked("transform_batch"):
+            with self.charge(technique):
+                batch = technique.transform_batch(batch)
+        return batch
+
+    def _selected(self, owner: Technique, batch: StepBatch) -> StepBatch:
+        """The examples of a drawn step that its owner keeps, judged by the losses of all of them."""
+        assert self.head is not None and self.stream is not None
+        model: Any = self.model_wrapped
+        per_example = []
+        model.train()
+        with torch.no_grad(), memory.random_state_kept(self.args.device):
+            for micro in batch.micro_batches:
+                inputs = self._prepare_inputs(micro.inputs)
+                outputs = model(**self.head.without_labels(self.model, inputs))
+                per_example.append(self.head.losses(outputs, inputs, len(micro.ids_B)).per_example(len(micro.ids_B)))
+        ids, values = self._gathered(torch.cat([m.ids_B for m in batch.micro_batches]), torch.cat(per_example))
+        by_id = dict(zip(ids.tolist(), values.tolist(), strict=True))
+        plan = batch.plan
+        kept, kept_weights = owner.step_select(plan.ids_N, torch.tensor([by_id[i] for i in plan.ids_N.tolist()]))
+        if len(kept) == 0:
+            raise ValueError(f"{owner!r}: it kept no example of a step. Keep more.")
+        if plan.weights_N is not None:
+            kept_weights = plan.weights_N[kept] * (1.0 if kept_weights is None else kept_weights)
+        plan = dataclasses.replace(plan, ids_N=plan.ids_N[kept], weights_N=kept_weights)
+        return self.read_again(plan)
+
+    def _num_tokens(self, inputs) -> Tensor | int:
+        if "attention_mask" in inputs and inputs["attention_mask"].dim() == 2:
+            return inputs["attention_mask"].sum()
+        values = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        return 0 if values is None or values.is_floating_point() else values.numel()
+
+    def _count_items(self, batch: StepBatch) -> Tensor | int | None:
+        """What the step's loss is divided by, over micro-batches and ranks."""
+        self._own_loss = self._needs_own_loss(batch)
+        if not self._own_loss:
+            return self._get_num_items_in_batch([micro.inputs for micro in batch.micro_batches], self.args.device)
+        assert self.head is not None
+        counts = [self.head.count(m.inputs, len(m.ids_B)) for m in batch.micro_batches if m.ids_B[0] >= 0]
+        items_K = sum(counts[1:], counts[0]) if counts else torch.zeros(self.head.terms)
+        items_K = items_K.to(self.args.device, torch.float32)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            items_K = self.accelerator.reduce(items_K, "sum")
+        return items_K.clamp(min=1)
+
+    def _needs_own_loss(self, batch: StepBatch) -> bool:
+        """Whether the model's own loss would not do: it knows no weights, and some models mis-scale it."""
+        if self.head is None:
+            return False
+        if self._answered & {"example_weights", "token_weights", "extra_loss"} or self.example_loss_func is not None:
+            return True
+        if any(m.weights_B is not None for m in batch.micro_batches) or len(batch.plan.ids_N) < self.args.world_size:
+            return True
+        divided = len(batch.micro_batches) > 1 or self.args.world_size > 1
+        return (divided or self._owners["collate"] is not None) and not self._host_scales_rightly
+
+    @functools.cached_property
+    def _host_scales_rightly(self) -> bool:
+        """Whether the model's own loss is right when it is divided by the number of items that Trainer counts."""
+        if getattr(self.head, "shift", False) != self._loss_shifts_labels:
+            return False
+        if self.label_smoother is not None:
+            return self.model_accepts_loss_kwargs
+        return losses.honours_num_items(self.model)
+
+    # The gradient ---------------------------------------------------------------------------------------------------
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        if not isinstance(inputs, StepBatch):
+            with self.stopwatch.charge("backward"):  # what is not forward
+                return super().training_step(model, inputs, num_items_in_batch)
+        backward = functools.partial(self._accumulate, model, inputs, num_items_in_batch)
+        if (owner := self._owners["objective"]) is None:
+            return backward()
+        with self.charge(owner):
+            return owner.objective(model, backward)
+
+    def _accumulate(self, model: nn.Module, batch: StepBatch, num_items: Any) -> Tensor:
+        """Forward and backward over the micro-batches of a step, in smaller ones where memory does not suffice."""
+        if self.requested_micro_batch_size != "auto":
+            return self._accumulate_once(model, batch, num_items)
+        return memory.accumulate(self, model, batch, num_items)
+
+    def _accumulate_once(self, model: nn.Module, batch: StepBatch, num_items: Any) -> Tensor:
+        owner = self._owners["synchronise"]
+        synchronised = owner is None or owner.synchronise()
+        micros = batch.micro_batches
+        # Our own loss is divided by what the whole step counts; there is nothing left to divide by.
+        self.current_gradient_accumulation_steps = 1 if self._own_loss else len(micros)
+        total = torch.zeros((), device=self.args.device)
+        for i, micro in enumerate(micros):
+            last = i == len(micros) - 1
+            self.accelerator.gradient_state._set_sync_gradients(last)
+            always = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
+            deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+            sync = deepspeed or (synchronised and (last or always))
+            self._micro = micro
+            try:
+                with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
+                    with self.stopwatch.charge("backward"):
+                        total = total + super().training_step(model, micro.inputs, num_items)
+            finally:
+                self._micro = None
+            if not last:
+                self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
+        return total
+
+    def _prepare_inputs(self, inputs):
+        moved: Any = send_to_device(inputs, self.args.device, non_blocking=True)
+        return super()._prepare_inputs(moved)
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        norm: Any = super()._get_grad_norm(model, grad_norm)
+        self._step_refused = False
+        for technique in self._asked("accept_step"):
+            with self.charge(technique):
+                self._step_refused |= not technique.accept_step(norm)
+        if self._step_refused:
+            # Optimizers pass over parameters without a gradient: neither moments nor weight decay move.
+            model.zero_grad(set_to_none=True)
+            self._skipped_steps += 1
+        return norm
+
+    def count_step(self) -> None:
+        """Tell the clock what the step spent; before the learning rate of the next one is set."""
+        tokens = self._count_tokens() if "tokens" in self.clock.limits else 0.0
+        epochs = (self.state.global_step + 1) / self.steps_per_epoch if self.stream is None else self.stream.epochs
+        self.clock.advance(
+            steps=0 if self._step_refused else 1, samples=self._trained_samples, tokens=tokens, epochs=epochs
+        )
+
+    def _count_tokens(self) -> float:
+        """Tokens since the last call, over all ranks."""
+        tokens = torch.as_tensor(float(sum(self._uncounted)), dtype=torch.float64)
+        self._uncounted.clear()
+        if self.args.world_size > 1:
+            torch.distributed.all_reduce(tokens, group=self._cpu_group)
+        return tokens.item()
+
+    # The loss -------------------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch: Any = None):
+        micro = self._micro
+        if micro is None or not model.training:
+            charge = self.stopwatch.charge("forward") if model.training else contextlib.nullcontext()
+            with charge:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with self.stopwatch.charge("forward"):
+            observed = "observe" in self._answered
+            if self._own_loss:
+                loss, outputs, example = self._weighted_loss(model, inputs, micro, num_items_in_batch)
+            elif observed:
+                kept = dict(inputs)
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+                with torch.no_grad():
+                    example = self.head.losses(outputs, kept, len(micro.ids_B))
+            else:
+                return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            if observed:
+                self._observed.append((micro.ids_B, example.per_example(len(micro.ids_B))))
+        return (loss, outputs) if return_outputs else loss
+
+    def _weighted_loss(self, model, inputs, micro: MicroBatch, items_K: Tensor):
+        """The loss of a micro-batch from the losses of its examples, divided by what the whole step counts."""
+        head, num_examples = self.head, len(micro.ids_B)
+        outputs = model(**head.without_labels(self.model, inputs))
+        smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0
+        example = head.losses(outputs, inputs, num_examples, label_smoothing=smoothing)
+        device = example.losses_BL.device
+        weight_B = None if micro.weights_B is None else micro.weights_B.to(device)
+        weight_BL = None
+        for technique in self._asked("example_weights"):
+            with self.charge(technique):
+                weight_B = _product(weight_B, technique.example_weights(example, micro.ids_B))
+        for technique in self._asked("token_weights"):
+            with self.charge(technique):
+                weight_BL = _product(weight_BL, technique.token_weights(example, micro.ids_B))
+        loss = losses.weighted_mean(example, items_K, weight_B, weight_BL)
+        for technique in self._asked("extra_loss"):
+            with self.charge(technique):
+                if (extra := technique.extra_loss(model, inputs, outputs)) is not None:
+                    loss = loss + extra / items_K.sum()
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # DDP averages over ranks
+        return loss, outputs, example
+
+    def _flush_observations(self) -> None:
+        """Tell the techniques the losses of what was trained on, over all ranks."""
+        if not self._observed:
+            return
+        ids, values = self._gathered(*(torch.cat(column) for column in zip(*self._observed, strict=True)))
+        self._observed.clear()
+        for technique in self._asked("observe"):
+            with self.charge(technique):
+                technique.observe(ids, values)
+
+    def _gathered(self, ids_B: Tensor, values_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and values of all ranks, on the CPU, without fillers."""
+        if self.args.world_size > 1:
+            ids_B, values_B = ids_B.to(self.args.device), values_B.to(self.args.device)
+            ids_B = self.accelerator.gather(self.accelerator.pad_across_processes(ids_B, pad_index=-1))
+            values_B = self.accelerator.gather(self.accelerator.pad_across_processes(values_B))
+        ids_B, values_B = ids_B.cpu(), values_B.detach().cpu()
+        return ids_B[ids_B >= 0], values_B[ids_B >= 0]
+
+    def floating_point_ops(self, inputs):
+        if isinstance(inputs, StepBatch):
+            return sum(super(Stepping, self).floating_point_ops(m.inputs) for m in inputs.micro_batches)
+        return super().floating_point_ops(inputs)
+
+    def _track_num_input_tokens(self, inputs):
+        if not isinstance(inputs, StepBatch):
+            return super()._track_num_input_tokens(inputs)
+        for micro in inputs.micro_batches:
+            super()._track_num_input_tokens(micro.inputs)
+
+
+def _product(weight: Tensor | None, factor: Tensor | None) -> Tensor | None:
+    if weight is None or factor is None:
+        return weight if factor is None else factor
+    return weight * factor
+
+
+def _num_rows(inputs) -> int:
+    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)

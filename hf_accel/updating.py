@@ -1,0 +1,82 @@
+"""The update: parameter groups, the optimizer and the learning rate, as the techniques and the clock say."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import get_scheduler
+
+from hf_accel.hosting import Hosting
+
+
+class Updating(Hosting):
+    """Answers Trainer where it makes the optimizer and the schedule."""
+
+    def create_optimizer(self, model=None):
+        owner = self._owners["optimizer"]
+        if self.optimizer is not None or (owner is None and "parameter_rules" not in self._answered):
+            return super().create_optimizer(model)
+        model = self.model if model is None else model
+        groups = self._parameter_groups(model)
+        if owner is not None:
+            self.optimizer = owner.optimizer(model, groups)
+        else:
+            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
+            if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer) or "params" in kwargs:
+                raise ValueError(
+                    f"optim={self.args.optim}: it makes its own parameter groups. Choose another optimizer."
+                )
+            self.optimizer = cls([{k: v for k, v in g.items() if k != "names"} for g in groups], **kwargs)
+        return self.optimizer
+
+    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Trainable parameters by weight decay and by what the techniques say of each."""
+        decayed = set(self.get_decay_parameter_names(model))
+        groups: dict[tuple, dict[str, Any]] = {}
+        for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:
+                continue
+            rules = [t.parameter_rules(name, parameter) for t in self._asked("parameter_rules")]
+            lr = self.args.learning_rate * math.prod(rule.get("lr", 1.0) for rule in rules)
+            decay = self.args.weight_decay if name in decayed else 0.0
+            decay *= math.prod(rule.get("weight_decay", 1.0) for rule in rules)
+            key = (lr, decay, "/".join(str(rule["group"]) for rule in rules if "group" in rule))
+            group = groups.setdefault(
+                key, {"params": [], "names": [], "lr": lr, "weight_decay": decay, "group": key[2]}
+            )
+            group["params"].append(parameter)
+            group["names"].append(name)
+        return list(groups.values())
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        if not self.paced or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        optimizer = optimizer or self.optimizer
+        shape = self._named_shape() if (owner := self._owners["schedule"]) is None else owner.schedule
+        self.lr_scheduler = LambdaLR(optimizer, lambda _: shape(self.clock.progress))
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def _named_shape(self) -> Callable[[float], float]:
+        """Trainer's named schedule as a function of progress."""
+        steps = self.nominal_steps or 10_000
+        scheduler = get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0),
+            num_warmup_steps=self.args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+        )
+        factor = scheduler.lr_lambdas[0]  # type: ignore[union-attr]
+
+        def shape(progress: float) -> float:
+            step = progress * steps
+            # At whole steps, exactly Trainer's value.
+            return factor(round(step) if abs(step - round(step)) < 1e-6 else step)
+
+        return shape
