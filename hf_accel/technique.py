@@ -70,6 +70,7 @@ State = Mapping[str, Any]
 """Tensors, numbers, strings, and lists and dicts of these."""
 
 
+@dataclasses.dataclass(eq=False)
 class Technique(TrainerCallback):
     """Base class of every technique.
 
@@ -93,7 +94,7 @@ class Technique(TrainerCallback):
     variations: ClassVar[Mapping[str, Any]] = {}
     """For fields whose other values cannot be guessed, one that must change the outcome; the contract tries it."""
 
-    host_: Any = None
+    host_: ClassVar[Any] = None
     """The trainer that asks the hooks; None in a plain Trainer, which cannot."""
 
     def __post_init__(self) -> None:
@@ -250,7 +251,7 @@ class Technique(TrainerCallback):
 def check_bounds(technique: Technique) -> None:
     """Raise ValueError where a field breaks the bound or the choice that its annotation declares."""
     hints = get_type_hints(type(technique), include_extras=True)
-    for field in dataclasses.fields(technique):  # type: ignore[arg-type]
+    for field in dataclasses.fields(technique):
         value, hint = getattr(technique, field.name), hints[field.name]
         name = f"{type(technique).__name__}({field.name}={value!r})"
         if (rule := broken_rule(value, hint)) is not None:
