@@ -259,7 +259,7 @@ def test_all_hooks_and_slots_exist():
 def test_losses_are_those_of_the_weighted_step(tmp_path):
     trainer, _ = first_gradient([ByExample()], tmp_path)
     model = tiny_trainer([], tmp_path, **EXACT).model
-    ids, batch = first_examples()
+    ids, _ = first_examples()
     total = count = 0.0
     for i in ids.tolist():
         single = collate_padded([CountingText()[i]])
