@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 UNITS = ("steps", "epochs", "samples", "tokens", "seconds")
 
@@ -126,11 +127,13 @@ class Clock:
         # Progress never goes back, although the reserve may shrink.
         self.progress = 1.0 if done else max(self.progress, min(max(shares, default=0.0), 1.0))
 
-    def state_dict(self) -> dict[str, float]:
-        """What was spent; the limits belong to the budget."""
-        return {**self.spent, "progress": self.progress}
+    def state_dict(self) -> dict[str, Any]:
+        """What was spent, and of what."""
+        return {**self.spent, "progress": self.progress, "limits": dict(self.limits)}
 
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Go on from what was spent."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what was spent; under other limits, it is another share of these."""
         self.spent = {unit: float(state[unit]) for unit in UNITS}
-        self.progress = float(state["progress"])
+        share = max((self.spent[unit] / limit for unit, limit in self.limits.items()), default=0.0)
+        self.progress = float(state["progress"]) if state["limits"] == dict(self.limits) else min(share, 1.0)
+        self.done = self.progress >= 1.0

@@ -1,25 +1,27 @@
 """Exponential moving average of the weights: evaluate, save and return an average of the last steps.
 
-**What.**  Beside the weights w, one running average e of them, updated after every optimizer step:
+Beside the weights w, one running average e of them, updated after every optimizer step:
 
     e <- e + (1 - 2^(-1 / half_life)) (w - e),        e = w at the start
 
 so that the weights of ``half_life`` steps ago count half as much as the present ones.  Training itself never sees e.
 
-**Why it saves.**  At a learning rate that still makes progress, the weights jump about a point that is better than any
-of them.  The average is near that point now; without it, one has to spend steps on decaying the learning rate first.
-So a target is reached earlier, by about 12 % of GPU hours over the workloads of AlgoPerf (reference 1), and evaluations
-show about what an annealed model would reach.  Where the learning rate is decayed to zero anyway, little is left to
-gain; and an average over a large part of the run lags behind the weights, so a short run needs a short half life.
+At a learning rate that still makes progress, the weights jump about a point that is better than any of them.  The
+average is near that point now; without it, one has to spend steps on decaying the learning rate first.  So a target is
+reached earlier, by about 12 % of GPU hours over the workloads of AlgoPerf (1), and evaluations show about what an
+annealed model would reach.
 
-**Cost.**  One more copy of the trainable weights, sharded as these are, and one pass over them a step.
+It costs one more copy of the trainable weights, sharded as these are, and one pass over them a step.
 
-References: (1) Ajroldi, Orvieto, Geiping, "When, Where and Why to Average Weights?", ICML 2025, arXiv:2502.06761;
-(2) Polyak, Juditsky, "Acceleration of stochastic approximation by averaging", 1992.
+Reference: (1) Ajroldi, Orvieto, Geiping, "When, Where and Why to Average Weights?", ICML 2025, arXiv:2502.06761; (2)
+Polyak, Juditsky, "Acceleration of stochastic approximation by averaging", 1992.  Departures: the average of fp16 or
+bf16 weights is kept in fp32, for an update of 1 - 2^(-1/100) = 0.7 % vanishes in their 8 to 11 bits; buffers are not
+averaged, as statistics of batch normalisation stay those of the last steps, which are averages already.
 
-Departures.  The average of fp16 or bf16 weights is kept in fp32, for an update of 1 - 2^(-1/100) = 0.7 % vanishes in
-their 8 to 11 bits.  Buffers are not averaged: statistics of batch normalisation stay those of the last steps, which are
-averages already.
+When to use: a learning rate that stays high, or a run that may be stopped at any time; evaluations that choose a
+checkpoint or end a run.
+When not to use: a learning rate that decays to zero, which leaves little to gain; short runs with a long half life, as
+the average then lags behind.
 """
 
 from __future__ import annotations
@@ -49,12 +51,14 @@ class ExponentialMovingAverage(Technique):
     """Evaluates, saves and returns an exponential moving average of the weights.
 
     It covers the parameters that are trainable when training starts.
+
+    Args:
+        half_life: Optimizer steps after which weights count half, above 0.  A window of 1 % of all steps is best over
+            the workloads of AlgoPerf (arXiv:2502.06761), so 100 suits some 10,000 steps; it is also where Composer's
+            method card says to begin (its code has 1000).
     """
 
     half_life: Positive = 100
-    """Optimizer steps after which weights count half; in (0, inf).  A window of 1 % of all steps is best over the
-    workloads of AlgoPerf (arXiv:2502.06761), so 100 suits some 10,000 steps; it is also where Composer's method card
-    says to begin (its code has 1000)."""
 
     fidelity = "lossy"
     """The weights of training stay exactly the same; those that are evaluated, saved and returned are others."""

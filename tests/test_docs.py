@@ -1,0 +1,60 @@
+"""What docs/ and the README say of techniques is what the code says."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from hf_accel.recipe import known_techniques
+
+ROOT = Path(__file__).parents[1]
+SPEC = importlib.util.spec_from_file_location("generate", ROOT / "docs" / "generate.py")
+generate = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(generate)
+DOCUMENTS = generate.documents()
+TECHNIQUES = known_techniques()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_a_document_is_current(path):
+    assert path.exists() and path.read_text() == DOCUMENTS[path], "run: python docs/generate.py"
+
+
+def test_there_is_no_card_of_what_is_gone():
+    assert set((ROOT / "docs" / "techniques").glob("*.md")) <= DOCUMENTS.keys()
+
+
+@pytest.mark.parametrize("kind", TECHNIQUES.values(), ids=TECHNIQUES)
+def test_a_technique_has_a_card_with_a_paper_and_a_test_of_its_own(kind):
+    text = DOCUMENTS[generate.card_path(kind)]
+    reference = re.search(r"^\*\*Reference\.\*\* (.*)", text, re.MULTILINE)[1]
+    assert "<https://" in reference
+    path = generate.source(kind).relative_to(ROOT / "hf_accel")
+    assert (ROOT / "tests" / path.parent / f"test_{path.name}").exists()
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)#]+)\)", DOCUMENTS[path]):
+        assert link.startswith("http") or (path.parent / link).resolve() in DOCUMENTS or (path.parent / link).exists()
+
+
+def test_docstrings_explain_the_fields_that_there_are():
+    for kind in TECHNIQUES.values():
+        assert list(generate.meanings(kind)) == [field.name for field in dataclasses.fields(kind)]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("see https://arxiv.org/abs/1234.56789.", "see <https://arxiv.org/abs/1234.56789>."),
+        ("(https://x.org/a-b/), arXiv:2502.06761;", "(<https://x.org/a-b/>), <https://arxiv.org/abs/2502.06761>;"),
+        ("``keep`` is\n\n    k = ``keep`` * n", "`keep` is\n\n    k = keep * n"),
+    ],
+)
+def test_docstrings_become_markdown(text, expected):
+    assert generate.markdown(text) == expected
