@@ -61,7 +61,8 @@ NEEDS_EXAMPLE_LOSSES = frozenset({"example_weights", "token_weights", "extra_los
 
 REFUSED = {
     "train_sampling_strategy": "('group_by_length', 'batch_rebalance') the stream orders the examples itself",
-    "accelerator_config": "(dispatch_batches, split_batches) every rank reads its own part of a step",
+    "accelerator_config": "(dispatch_batches, split_batches, no use_seedable_sampler) every rank reads its own part of "
+    "a step, in an order keyed by seed and epoch; with or without even_batches no example comes twice",
     "ignore_data_skip": "the stream resumes where it stopped, at no cost",
     "lr_scheduler_type": "('reduce_lr_on_plateau', 'greedy') they follow the metric, not progress",
     "parallelism_config": "tensor, context and sequence parallelism are not supported",
@@ -89,7 +90,7 @@ REINTERPRETED = {
 def treatment(name: str) -> tuple[str, str]:
     """How a field of ``TrainingArguments`` is treated by the stream, and why."""
     if name in REFUSED:
-        return "refused", REFUSED[name]
+        return "refused", "; else ".join(said[name] for said in (REFUSED, REINTERPRETED) if name in said)
     if name in REINTERPRETED:
         return "re-interpreted", REINTERPRETED[name]
     return "honoured", ""
@@ -140,6 +141,10 @@ def refuse_stream_arguments(args: TrainingArguments) -> None:
     for name in ("dispatch_batches", "split_batches"):
         if getattr(args.accelerator_config, name):
             raise ValueError(f"accelerator_config.{name}=True: every rank reads its own part of a step. Leave it out.")
+    if not args.accelerator_config.use_seedable_sampler:
+        raise ValueError(
+            "accelerator_config.use_seedable_sampler=False: the order is keyed by seed and epoch. Leave it out."
+        )
     if args.ignore_data_skip:
         raise ValueError("ignore_data_skip=True: the techniques' stream resumes at no cost. Leave it out.")
     if args.parallelism_config is not None:

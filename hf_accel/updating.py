@@ -57,17 +57,19 @@ class Updating(Hosting):
         if not self.paced or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = optimizer or self.optimizer
-        shape = self._named_shape() if (owner := self._owners["schedule"]) is None else owner.schedule
+        shape = self._named_shape(optimizer) if (owner := self._owners["schedule"]) is None else owner.schedule
         self.lr_scheduler = LambdaLR(optimizer, lambda _: shape(self.clock.progress))
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
-    def _named_shape(self) -> Callable[[float], float]:
+    def _named_shape(self, optimizer: torch.optim.Optimizer) -> Callable[[float], float]:
         """Trainer's named schedule as a function of progress."""
         steps = self.nominal_steps or 10_000
+        # Some schedules divide by the peak that the optimizer was made with.
+        peak = getattr(optimizer, "defaults", {}).get("lr", self.args.learning_rate)
         scheduler = get_scheduler(
             self.args.lr_scheduler_type,
-            optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=1.0),
+            optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak),
             num_warmup_steps=self.args.get_warmup_steps(steps),
             num_training_steps=steps,
             scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
