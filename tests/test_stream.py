@@ -88,7 +88,12 @@ def test_chosen_examples_keep_their_order_and_their_weights():
     batches = list(s)
     ids = [i for b in batches for m in b.micro_batches for i in m.ids_B.tolist()]
     assert ids == [i for i in full if i % 2]
-    weights = {i: w for b in batches for m in b.micro_batches for i, w in zip(m.ids_B.tolist(), m.weights_B.tolist())}
+    weights = {
+        i: w
+        for b in batches
+        for m in b.micro_batches
+        for i, w in zip(m.ids_B.tolist(), m.weights_B.tolist(), strict=True)
+    }
     chooser = torch.Generator().manual_seed((3 * 1_000_003) * 2 + 1)
     assert [weights[i] for i in range(1, 23, 2)] == (torch.rand(11, generator=chooser) + 0.5).tolist()
 
@@ -137,7 +142,7 @@ def test_randomness_does_not_depend_on_ranks_or_micro_batches():
             for rank in range(kw.get("world", 1))
             for b in epoch(stream(**kw, rank=rank), 0)
             for m in b
-            for i, noise in zip(m["ids"], m["noise"])
+            for i, noise in zip(m["ids"], m["noise"], strict=True)
             if i >= 0
         }
 

@@ -6,4 +6,8 @@ from hf_accel.optim.large_batch import *
 from hf_accel.optim.learning_rate import *
 from hf_accel.optim.optimizers import *
 
-__all__ = [*averaging.__all__, *large_batch.__all__, *learning_rate.__all__, *optimizers.__all__]
+__all__ = []
+__all__ += averaging.__all__
+__all__ += large_batch.__all__
+__all__ += learning_rate.__all__
+__all__ += optimizers.__all__

@@ -26,6 +26,7 @@ def train(technique, directory, backend=None, resume=None, **settings):
         "local": local,
         "losses": losses_of(trainer),
         "report": trainer.receipt.techniques[0]["report"],
+        "of_a_rank": bool(technique.state_dict("rank")),
         "samples": trainer.receipt.samples,
         "epoch": trainer.state.epoch,
     }
@@ -62,10 +63,10 @@ def test_two_ranks(name, backend, tmp_path):
     # DeepSpeed computes in float32.
     assert difference(one["full"], two["full"]) < (1e-3 if zero else 1e-9)
     assert (two["samples"], two["epoch"]) == (one["samples"], one["epoch"])
-    if not zero:
+    if not zero and not one["of_a_rank"]:
         assert two["report"] == pytest.approx(one["report"])
     for exact, straight, resumed in ranks:
-        assert exact["report"] == two["report"]
+        assert exact["report"] == two["report"] or one["of_a_rank"]
         if backend in ("ddp", "zero2"):
             assert difference(exact["local"], two["local"]) == 0.0, "the ranks drifted apart"
         assert difference(straight["local"], resumed["local"]) == 0.0, "the resumed run is another one"
