@@ -10,6 +10,7 @@ import typer
 from typer.core import TyperGroup
 
 import hf_accel
+from hf_accel.cli.compare import compare
 from hf_accel.cli.train import train
 
 
@@ -41,8 +42,4 @@ app = typer.Typer(
     help="Train to the same quality in less time.",
 )
 app.command()(train)
-
-
-@app.callback()
-def _commands() -> None:
-    """Keeps `train` a command while it is the only one."""
+app.command()(compare)

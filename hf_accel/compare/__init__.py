@@ -1,5 +1,26 @@
-"""Comparing: how many times faster a recipe reaches the quality of a fair baseline."""
+"""Comparing: how many times faster a recipe reaches the quality of a fair baseline.
 
+    results = compare("InfoBatch(keep=0.5)", workload="digits", seeds=5)
+"""
+
+from hf_accel.compare.comparison import Arm, Comparison, Progress, Run, compare
+from hf_accel.compare.results import Results, Row
 from hf_accel.compare.statistics import NonInferiority, SpeedUp, non_inferiority, speed_up
+from hf_accel.compare.workloads import WORKLOADS, Workload, build_workload
 
-__all__ = ["NonInferiority", "SpeedUp", "non_inferiority", "speed_up"]
+__all__ = [
+    "WORKLOADS",
+    "Arm",
+    "Comparison",
+    "NonInferiority",
+    "Progress",
+    "Results",
+    "Row",
+    "Run",
+    "SpeedUp",
+    "Workload",
+    "build_workload",
+    "compare",
+    "non_inferiority",
+    "speed_up",
+]

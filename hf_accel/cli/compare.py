@@ -1,0 +1,96 @@
+"""``hf-accel compare``: how many times faster recipes reach the quality of a fair baseline, with intervals."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import rich
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+if TYPE_CHECKING:
+    from hf_accel.compare import Progress
+
+
+def compare(
+    recipes: Annotated[
+        list[str], typer.Argument(metavar="RECIPE...", help="YAML files, or techniques as 'InfoBatch(keep=0.5)'.")
+    ],
+    workload: Annotated[
+        str | None, typer.Option(help="Where to compare; without one, task, model and data of the recipe.")
+    ] = None,
+    baseline: Annotated[Path | None, typer.Option(help="Recipe in the place of the workload's tuned baseline.")] = None,
+    horizons: Annotated[str, typer.Option(help="Shares of the budget that the baseline is trained for.")] = (
+        "0.25,0.5,0.75,1,1.5"
+    ),
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 5,
+    budget: Annotated[str | None, typer.Option(help="Time for the whole comparison, as 20min.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric of the evaluation, as loss or accuracy.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of records and reports; interrupted, it goes on from there.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the workloads' data sets.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Leave out each technique of a recipe in turn.")] = False,
+    placebos: Annotated[bool, typer.Option(help="Run placebos beside the candidates.")] = True,
+) -> None:
+    """Measure the speed-up of recipes at equal quality, against a fair baseline."""
+    from hf_accel.compare import Comparison
+    from hf_accel.compare.report import table
+    from hf_accel.compare.workloads import DATA_ROOT
+
+    if data is not None:
+        os.environ[DATA_ROOT] = str(data)
+    comparison = Comparison(
+        recipes,
+        workload=workload,
+        baseline=baseline,
+        horizons=_numbers(horizons),
+        seeds=seeds,
+        metric=metric,
+        budget=budget,
+        out=out,
+        ablate=ablate,
+        placebos=placebos,
+    )
+    with progress_bar(Console(stderr=True)) as follow:
+        results = comparison.run(follow)
+    if as_json:
+        print(json.dumps(results.to_dict()))
+        return
+    rich.print(table(results))
+    rich.print(f"Records and report.md are in {comparison.out}.")
+
+
+@contextmanager
+def progress_bar(console: Console) -> Iterator:
+    """Runs done, time gone, and the time that is left, as soon as one run has ended."""
+    columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
+    with Bar(*columns, TextColumn("{task.fields[left]}"), console=console) as bar:
+        task = bar.add_task("starting", total=None, left="")
+
+        def follow(progress: Progress) -> None:
+            left = "" if progress.seconds_left is None else f"about {_duration(progress.seconds_left)} left"
+            bar.update(task, description="runs", completed=progress.done, total=progress.total, left=left)
+            if progress.last:
+                bar.print(f"{progress.done}/{progress.total}  {progress.last}  {left}", highlight=False)
+
+        yield follow
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"horizons({text!r}): must be numbers. Write, for example, 0.25,0.5,0.75,1,1.5.") from None

@@ -1,0 +1,348 @@
+"""A comparison: which runs it takes, in which order, and what they say.
+
+    comparison = Comparison([Arm("pruned", Recipe(techniques=[InfoBatch(keep=0.5)]))], workload="digits")
+    results = comparison.run()
+    print(results.rows[0].speed_ups["cpu_seconds"])
+
+The baseline is trained at every horizon, with its warm-up and its decay to zero inside it; a candidate at the nominal
+one.  Runs are ordered by seed and shuffled within a seed, so that a machine that slows down slows all arms down, and a
+comparison that ends early has whole seeds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hf_accel.clock import parse_budget
+from hf_accel.compare import cache, placebos
+from hf_accel.compare.pool import run_jobs
+from hf_accel.compare.results import Results, collect
+from hf_accel.compare.workloads import DATA_ROOT, WORKLOADS, Workload, build_workload
+from hf_accel.recipe import Recipe, read_technique
+
+HORIZONS = (0.25, 0.5, 0.75, 1.0, 1.5)
+
+SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
+"""Arguments that a technique in the slot of the schedule takes the place of."""
+
+
+@dataclass
+class Arm:
+    """One way to train.
+
+    Args:
+        name: What tables call it.
+        recipe: Its arguments and techniques; arguments that it does not name are the baseline's.
+        role: What it is there for.
+        of: The candidate that it is a placebo or an ablation of.
+        horizon: Share of the nominal budget, of all but the baseline.
+    """
+
+    name: str
+    recipe: Recipe
+    role: Literal["baseline", "candidate", "placebo", "ablation"] = "candidate"
+    of: str | None = None
+    horizon: float = 1.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training of an arm."""
+
+    arm: str
+    horizon: float
+    seed: int
+    configuration: dict[str, Any] = field(compare=False, repr=False)
+
+    def record(self, out: Path) -> Path:
+        """Where its record is, or will be."""
+        name = re.sub(r"[^\w.+-]+", "-", self.arm).strip("-")[:60]
+        return out / "runs" / f"{name}-{self.horizon:g}-{self.seed}-{cache.key(self.configuration)}.json"
+
+
+@dataclass
+class Progress:
+    """How far a comparison is: runs, and an estimate of the seconds left, None until a run has ended."""
+
+    done: int
+    total: int
+    seconds_left: float | None
+    last: str
+
+
+@dataclass
+class Comparison:
+    """Candidates against a baseline, on a workload.
+
+    Args:
+        candidates: Arms, recipes, their paths, or techniques as Python writes them.
+        workload: Name of a workload, or one; None: task, model and data of the baseline's or the first recipe.
+        baseline: Arm that takes the place of the workload's tuned baseline.
+        horizons: Shares of the nominal budget at which the baseline is trained.
+        seeds: How many, or which.
+        metric: Another metric of the evaluation than the workload's.
+        budget: Time that the comparison may take, as ``"20min"``; whole seeds are reported.
+        out: Folder of records and reports; an interrupted comparison continues from it.
+        ablate: Leave out each technique of a recipe in turn.
+        placebos: Run placebos beside the candidates.
+        cost: What speed-ups are of; None: CPU seconds, on an accelerator wall seconds.
+        slots: Runs at a time; None: two on a CPU of several cores, else one.
+    """
+
+    candidates: Sequence[Arm | Recipe | str | Path]
+    workload: str | Workload | None = None
+    baseline: Recipe | str | Path | None = None
+    horizons: Sequence[float] = HORIZONS
+    seeds: int | Sequence[int] = 5
+    metric: str | None = None
+    budget: str | None = None
+    out: str | Path | None = None
+    ablate: bool = False
+    placebos: bool = True
+    cost: str | None = None
+    slots: int | None = None
+
+    def __post_init__(self) -> None:
+        accelerated = torch.accelerator.is_available()
+        self.cost = self.cost or ("wall_seconds" if accelerated else "cpu_seconds")
+        self.slots = self.slots or (1 if accelerated else min(2, os.cpu_count() or 1))
+        self.seeds = list(range(1, self.seeds + 1)) if isinstance(self.seeds, int) else list(self.seeds)
+        self.horizons = sorted(set(self.horizons))
+        if len(self.seeds) < 1:
+            raise ValueError(f"seeds({len(self.seeds)}): must be at least 1. Five are a fair start.")
+        if len(self.horizons) < 2 or self.horizons[0] <= 0:
+            raise ValueError(f"horizons({self.horizons}): must be two or more above 0. Give, say, 0.25,0.5,0.75,1,1.5.")
+        if not self.candidates:
+            raise ValueError("candidates: there are none. Give a recipe.")
+        self.seconds = None if self.budget is None else _seconds(self.budget)
+        arms = [_arm(candidate) for candidate in self.candidates]
+        if isinstance(self.baseline, str | Path):
+            self.baseline = Recipe.load(self.baseline)
+        self.workload = self._find_workload([arm.recipe for arm in arms])
+        if (reason := self.workload.missing()) is not None:
+            raise ValueError(reason)
+        own = Arm("baseline", self.baseline or Recipe(), "baseline")  # type: ignore[arg-type]
+        self.reference = _inherit(own, self.workload.baseline_args())
+        self.arms = [_inherit(arm, self.reference.recipe.args) for arm in arms]
+        if len({arm.name for arm in self.arms} | {"baseline"}) <= len(self.arms):
+            raise ValueError(f"candidates: two are called alike ({', '.join(a.name for a in arms)}). Rename a file.")
+        self.out = Path(self.out or Path("accel_output", f"compare-{self.workload.name}"))
+
+    @property
+    def tuned(self) -> str:
+        """How the baseline was tuned; empty where it was not."""
+        assert isinstance(self.workload, Workload)
+        return self.workload.tuned if self.baseline is None else ""
+
+    def _find_workload(self, recipes: list[Recipe]) -> Workload:
+        if isinstance(self.workload, Workload):
+            return self.workload
+        if self.workload is not None:
+            return build_workload(self.workload)
+        chosen = self.baseline if isinstance(self.baseline, Recipe) and self.baseline.task else recipes[0]
+        if chosen.task is None or chosen.model is None:
+            raise ValueError("workload: none is named, and the recipe has no task and model. Add --workload NAME.")
+        budgets = [chosen.budget] if isinstance(chosen.budget, str) else chosen.budget or []
+        if len(budgets) != 1 or parse_budget(budgets[0])[0] == "seconds":
+            raise ValueError(
+                f"budget({chosen.budget!r}): a comparison needs one, not in seconds. Write, for example, '3epochs'."
+            )
+        options = {"task": chosen.task, "model": chosen.model, "data": chosen.data, "horizon": budgets[0]}
+        workload = build_workload("recipe", options)
+        workload.args = dict(chosen.args) if chosen is self.baseline else {}  # type: ignore[misc]
+        return workload
+
+    # The plan -------------------------------------------------------------------------------------------------------
+
+    def plan(self) -> list[Run]:
+        """The runs that are known beforehand, in order."""
+        return self._runs([self.reference, *self.arms, *self._ablations(), *self._early_placebos()])
+
+    def _runs(self, arms: Iterable[Arm]) -> list[Run]:
+        runs = []
+        for seed in self.seeds:  # type: ignore[union-attr]
+            of_seed = [
+                Run(arm.name, horizon, seed, self._configuration(arm, horizon, seed))
+                for arm in arms
+                for horizon in (self.horizons if arm.role == "baseline" else [arm.horizon])
+            ]
+            random.Random(seed).shuffle(of_seed)
+            runs += of_seed
+        # The shortest run comes first: mistakes show early, and so does an estimate of the time.
+        first = min(runs, key=lambda run: (run.arm != "baseline", run.horizon), default=None)
+        return sorted(runs, key=lambda run: run is not first)
+
+    def _configuration(self, arm: Arm, horizon: float, seed: int) -> dict[str, Any]:
+        assert isinstance(self.workload, Workload)
+        unit, amount = parse_budget(self.workload.nominal_budget())
+        kind = type(self.workload)
+        return {
+            "workload": kind.name if WORKLOADS.get(kind.name) is kind else f"{kind.__module__}:{kind.__name__}",
+            "options": {field.name: getattr(self.workload, field.name) for field in dataclasses.fields(kind)},
+            "recipe": arm.recipe.to_dict(),
+            "budget": f"{amount * horizon:.12g}{unit}",
+            "seed": seed,
+            "data": os.environ.get(DATA_ROOT, ""),
+        }
+
+    def _ablations(self) -> list[Arm]:
+        if not self.ablate:
+            return []
+        arms = []
+        for arm in self.arms:
+            every = arm.recipe.techniques
+            for left_out in every if len(every) > 1 else []:
+                recipe = Recipe(args=arm.recipe.args, techniques=[entry for entry in every if entry is not left_out])
+                name = f"{arm.name} without {next(iter(left_out))}"
+                arms.append(Arm(name, recipe, "ablation", arm.name, arm.horizon))
+        return arms
+
+    def _early_placebos(self) -> list[Arm]:
+        found = [
+            (arm, placebos.learning_rate_placebo(arm.recipe, self.reference.recipe) if self.placebos else None)
+            for arm in self.arms
+        ]
+        return [Arm(f"baseline, LR of {a.name}", r, "placebo", a.name, a.horizon) for a, r in found if r is not None]
+
+    def _late_placebos(self, records: dict[Run, dict[str, Any]]) -> list[Arm]:
+        """Placebos whose size is what the candidates were measured to take."""
+        if not self.placebos:
+            return []
+        arms, reference = [], self.reference.recipe
+
+        def mean(name: str, horizon: float, value: Callable[[dict[str, Any]], float]) -> float:
+            found = [
+                value(r) for run, r in records.items() if (run.arm, run.horizon) == (name, horizon) and "costs" in r
+            ]
+            return statistics.fmean(found) if found else 0.0
+
+        for arm in self.arms:
+            if arm.horizon not in self.horizons:
+                continue
+
+            def ratio(value: Callable[[dict[str, Any]], float], arm: Arm = arm) -> float:
+                return mean(arm.name, arm.horizon, value) / (mean("baseline", arm.horizon, value) or 1.0)
+
+            subset = placebos.random_subset_placebo(arm.recipe, reference, ratio(lambda r: r["costs"]["samples"]))
+            batch = placebos.bigger_batch_placebo(reference, ratio(lambda r: r["peak_memory_bytes"]))
+            for name, recipe in (("random subset", subset), ("bigger batch", batch)):
+                if recipe is not None:
+                    arms.append(Arm(f"{name}, as {arm.name}", recipe, "placebo", arm.name, arm.horizon))
+        return arms
+
+    # Running --------------------------------------------------------------------------------------------------------
+
+    def run(self, progress: Callable[[Progress], None] = lambda _: None) -> Results:
+        """Train what has no record yet, and write ``results.json`` and ``report.md``."""
+        assert isinstance(self.out, Path)
+        for folder in ("runs", "logs"):
+            (self.out / folder).mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        arms = [self.reference, *self.arms, *self._ablations(), *self._early_placebos()]
+        records = self._execute(self._runs(arms), began, progress)
+        late = self._late_placebos(records)
+        records |= self._execute(self._runs(late), began, progress)
+        results = collect(self, [*arms, *late], {(run.arm, run.horizon, run.seed): r for run, r in records.items()})
+        results.save(self.out)
+        return results
+
+    def _execute(
+        self, runs: list[Run], began: float, progress: Callable[[Progress], None]
+    ) -> dict[Run, dict[str, Any]]:
+        """Records of the runs: those that are there, and those that are made now, as far as the time allows."""
+        assert isinstance(self.out, Path) and self.slots is not None
+        slots = self.slots
+        paths = {run: run.record(self.out) for run in runs}
+        records = {run: record for run, path in paths.items() if (record := cache.load(path)) is not None}
+        found = dict(records)
+        missing = [run for run in runs if run not in found]
+        seconds: dict[Run, float] = {}
+
+        def weight(run: Run) -> float:
+            return run.horizon + 0.1  # what a run costs beside its training is about that
+
+        def seconds_of(waiting: Iterable[Run]) -> float | None:
+            """Wall seconds that runs will take, judging from those that ended."""
+            known = [(seconds[run], weight(run)) for run in seconds]
+            known += [(r["whole_seconds"], weight(run)) for run, r in found.items()]
+            if not known:
+                return None
+            rate = sum(s for s, _ in known) / sum(w for _, w in known)
+            return sum(map(weight, waiting)) * rate
+
+        def tell(last: str) -> None:
+            left = seconds_of(run for run in runs if run not in records)
+            progress(Progress(len(records), len(runs), None if left is None else left / slots, last))
+
+        def jobs():
+            for run in missing:
+                left = seconds_of([run])
+                if self.seconds is not None and time.monotonic() - began + (left or 0.0) > self.seconds:
+                    return  # whole seeds are reported
+                paths[run].unlink(missing_ok=True)  # of a run that failed
+                log = self.out / "logs" / paths[run].with_suffix(".log").name  # type: ignore[operator]
+                yield {"run": run.configuration, "record": str(paths[run]), "log": str(log)}
+
+        def done(job: dict[str, Any], status: int) -> None:
+            run = next(run for run in missing if str(paths[run]) == job["record"])
+            record: dict[str, Any] | None = cache.read(paths[run])
+            if status != 0 or record is None:
+                record = {"status": "failed", "error": f"the process ended with status {status}"}
+            if record["status"] == "failed" and run.arm == "baseline":
+                raise ValueError(f"baseline: a run failed, {record['error']} See {job['log']}.")
+            records[run] = record
+            if record["status"] == "finished":
+                seconds[run] = record["whole_seconds"]
+            tell(f"{run.arm}, horizon {run.horizon:g}, seed {run.seed}")
+
+        if runs:
+            tell("")
+        if missing:
+            run_jobs(jobs(), min(slots, len(missing)), self.cost == "cpu_seconds", done)
+        return records
+
+
+def compare(*candidates: Arm | Recipe | str | Path, **options: Any) -> Results:
+    """Run a `Comparison`; options are its fields."""
+    return Comparison(list(candidates), **options).run()
+
+
+def _arm(candidate: Arm | Recipe | str | Path) -> Arm:
+    """An arm from what a user may give."""
+    if isinstance(candidate, Arm):
+        return candidate
+    if isinstance(candidate, Recipe):
+        names = [name.rpartition(":")[2] for entry in candidate.techniques for name in entry]
+        return Arm(" + ".join(names) or "candidate", candidate)
+    text = str(candidate)
+    if text.endswith((".yaml", ".yml")) or Path(text).is_file():
+        return Arm(Path(text).stem, Recipe.load(text))
+    return Arm(text.rpartition(":")[2], Recipe(techniques=[read_technique(text)]))
+
+
+def _inherit(arm: Arm, args: dict[str, Any]) -> Arm:
+    """The arm with arguments where it says nothing; its mistakes are found here."""
+    techniques = arm.recipe.build_techniques()
+    if any("schedule" in technique.answers() for technique in techniques):
+        args = {name: value for name, value in args.items() if name not in SCHEDULE}
+    recipe = Recipe(args=args | arm.recipe.args, techniques=arm.recipe.techniques)
+    recipe.training_arguments()
+    return dataclasses.replace(arm, recipe=recipe)
+
+
+def _seconds(text: str) -> float:
+    unit, amount = parse_budget(text)
+    if unit != "seconds":
+        raise ValueError(f"budget({text!r}): must be a time. Write, for example, '20min'.")
+    return amount

@@ -1,0 +1,119 @@
+"""The results for people: a table for the terminal, a report in Markdown."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from rich.console import Group
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from hf_accel.compare.results import Results, Row
+
+HEADINGS = ("arm", "horizon", "quality", "seconds", "speed-up", "verdict", "set-up s", "step ms", "peak MiB")
+
+
+def first_line(results: Results) -> str:
+    """What a reader must know before the table."""
+    tuned = f"Baseline tuned: {results.tuned}." if results.tuned else "Baseline not tuned."
+    part = "" if results.complete else " Not all runs were made: the time was up."
+    return f"{tuned} {len(results.seeds)} seeds, {results.cost.replace('_', ' ')} of the training section.{part}"
+
+
+def cells(row: Row, results: Results) -> list[str]:
+    """A row of the table."""
+    indent = "" if row.of is None else "- "
+    speed_up = row.speed_ups.get(results.cost)
+    return [
+        indent + row.name,
+        f"{row.horizon:g}",
+        _number(row.quality, ".4f") + ("" if math.isnan(row.quality_sd) else f" ± {row.quality_sd:.4f}"),
+        _number(row.costs[results.cost], ".2f"),
+        str(speed_up or ""),
+        str(row.non_inferiority or ""),
+        _number(row.set_up_seconds, ".2f"),
+        _number(1000 * row.step_seconds, ".1f"),
+        _number(row.peak_memory_bytes / 2**20, ",.0f"),
+    ]
+
+
+def ordered(results: Results) -> list[Row]:
+    """The baseline, then each candidate with its placebos and ablations."""
+    rows = [row for row in results.rows if row.role == "baseline"]
+    for row in results.rows:
+        if row.role == "candidate":
+            rows += [row, *(other for other in results.rows if other.of == row.name)]
+    return rows
+
+
+def table(results: Results) -> Group:
+    """For the terminal."""
+    title = f"Speed-up at equal {results.metric} on {results.workload}"
+    shown = Table(title=title, title_justify="left")
+    for heading in HEADINGS[:6]:
+        words = heading in ("arm", "speed-up", "verdict")
+        shown.add_column(heading, justify="left" if words else "right", no_wrap=heading == "speed-up")
+    for row in ordered(results):
+        style = {"baseline": "dim", "candidate": "bold"}.get(row.role, "")
+        shown.add_row(*cells(row, results)[:6], style=style)
+    return Group(first_line(results), shown, *errors(results))
+
+
+def errors(results: Results) -> list[str]:
+    """A sentence for each thing that went wrong."""
+    return [f"{row.name}: {error}" for row in results.rows for error in row.errors]
+
+
+def markdown(results: Results) -> str:
+    """``report.md``."""
+    lines = [
+        f"# {results.workload}: speed-up at equal {results.metric}",
+        "",
+        first_line(results),
+        "",
+        "| " + " | ".join(HEADINGS) + " |",
+        "|" + " --- |" * len(HEADINGS),
+        *(
+            "| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row, results)) + " |"
+            for row in ordered(results)
+        ),
+        "",
+        "A speed-up is T(q) / t: the candidate reached quality q at cost t, and T(q) is what the baseline of the same "
+        "seed needs for it, interpolated over its horizons, each trained to the end of its own learning-rate decay. "
+        "In brackets, 95 % intervals (Student's t on logarithms over seeds, widened by the doubt of the "
+        "interpolation). Outside of the baseline's range there are bounds and misses, never numbers.",
+        "",
+        f"Verdict: non-inferior where the one-sided 95 % bound of the difference to the baseline's full horizon is "
+        f"below {results.margin:g}, a margin that was fixed before.",
+        "",
+        *by_cost(results),
+        *(["## What went wrong", "", *(f"- {line}" for line in errors(results)), ""] if errors(results) else []),
+        "## Baseline",
+        "",
+        *(f"- `{name}`: `{value}`" for name, value in results.baseline_args.items()),
+        "",
+        f"Code {results.code}, {results.date}, " + ", ".join(f"{n} {v}" for n, v in results.versions.items()) + ".",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def by_cost(results: Results) -> list[str]:
+    """The speed-ups counted in other things than the main cost."""
+    rows = [row for row in ordered(results) if row.speed_ups]
+    costs = [cost for cost in dict.fromkeys(c for row in rows for c in row.speed_ups) if cost != results.cost]
+    if not costs:
+        return []
+    return [
+        "## Counted in other costs",
+        "",
+        "| arm | " + " | ".join(cost.replace("_", " ") for cost in costs) + " |",
+        "|" + " --- |" * (len(costs) + 1),
+        *(f"| {row.name} | " + " | ".join(str(row.speed_ups.get(c, "")) for c in costs) + " |" for row in rows),
+        "",
+    ]
+
+
+def _number(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)

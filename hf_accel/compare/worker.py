@@ -1,0 +1,211 @@
+"""One run of a comparison, measured, in a process of its own.
+
+``python -m hf_accel.compare.worker`` reads jobs from its standard input, a line of JSON each, and answers each with the
+exit status.  It imports everything once and forks for each job, so that a run starts in a fresh process without the
+seconds of the imports.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import math
+import os
+import resource
+import sys
+import tempfile
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+
+from hf_accel.clock import parse_budget
+from hf_accel.compare.workloads import build_workload
+from hf_accel.receipt import Receipt, peak_memory_bytes
+from hf_accel.recipe import Recipe
+from hf_accel.trainer import AccelTrainer, AccelTrainerMixin
+
+
+class Meter:
+    """CPU and wall seconds since its beginning; CPU seconds are of this process and of ended children."""
+
+    def __init__(self) -> None:
+        self.began = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        children = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return time.perf_counter(), time.process_time() + children.ru_utime + children.ru_stime
+
+    def seconds(self) -> dict[str, float]:
+        """What has passed."""
+        wall, cpu = self._now()
+        return {"wall_seconds": wall - self.began[0], "cpu_seconds": cpu - self.began[1]}
+
+
+class SetUp(TrainerCallback):
+    """Notes what was spent when the first step begins: construction, scoring passes, a teacher, growth."""
+
+    def __init__(self, meter: Meter):
+        self.meter, self.seconds = meter, {}
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.seconds = self.seconds or self.meter.seconds()
+
+
+def measure(run: dict[str, Any]) -> dict[str, Any]:
+    """Train once and evaluate.
+
+    What is charged is the training section: from the construction of the trainer to the return of ``train()``, with
+    all that a technique does in it.  Imports, data, the model's construction and a warm-up of two steps come before,
+    the final evaluation after; they are printed, not charged.
+    """
+    if not torch.accelerator.is_available():
+        torch.set_num_threads(1)
+    meter = Meter()
+    workload = build_workload(run["workload"], run["options"])
+    set_seed(run["seed"])
+    task = workload.build()
+    prepared = meter.seconds()
+    recipe = Recipe.from_dict(run["recipe"])
+    with tempfile.TemporaryDirectory() as folder:
+        args = recipe.args | {"output_dir": folder, "seed": run["seed"]} | HARNESS
+        warm_up(task, args)
+        set_seed(run["seed"])
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        meter = Meter()
+        set_up = SetUp(meter)
+        trainer = make_trainer(task, args, recipe, run["budget"], set_up)
+        trainer.train()
+        section = meter.seconds()
+        meter = Meter()
+        metrics = trainer.evaluate()
+    evaluation = meter.seconds()
+    return {
+        "status": "finished",
+        "metrics": {name: value for name, value in metrics.items() if isinstance(value, int | float)},
+        "costs": section | work_done(trainer),
+        "uncharged": {"preparation": prepared, "evaluation": evaluation},
+        "set_up": set_up.seconds,
+        "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
+        "phases": {} if (receipt := receipt_of(trainer)) is None else receipt.seconds,
+        "techniques": [] if receipt is None else receipt.techniques,
+        "log": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
+    }
+
+
+HARNESS = {
+    "eval_strategy": "no",
+    "save_strategy": "no",
+    "logging_strategy": "steps",
+    "logging_steps": 0.05,
+    "report_to": "none",
+    "disable_tqdm": True,
+}
+"""Arguments that are the comparison's, in every arm."""
+
+
+def make_trainer(
+    task: dict[str, Any], args: dict[str, Any], recipe: Recipe, budget: str, callback: TrainerCallback
+) -> Trainer:
+    """The trainer of an arm: without techniques, Trainer itself, so that hosting is charged to those that need it."""
+    unit, amount = parse_budget(budget)
+    techniques = recipe.build_techniques()
+    horizon: dict[str, Any] | None = None
+    if not techniques and unit in ("steps", "epochs", "samples"):
+        horizon = {"num_train_epochs": amount}
+        if unit != "epochs":
+            size = args.get("per_device_train_batch_size", 8) * args.get("gradient_accumulation_steps", 1)
+            horizon = {"max_steps": max(math.ceil(amount / (size if unit == "samples" else 1)), 1)}
+    args = {name: value for name, value in args.items() if name not in ("max_steps", "num_train_epochs")}
+    arguments = TrainingArguments(**args, **(horizon or {}))
+    arguments.dataloader_pin_memory &= torch.accelerator.is_available()
+    if horizon is not None:
+        trainer: Trainer = Trainer(args=arguments, callbacks=[callback], **task)
+    else:
+        recipe = Recipe(args=recipe.args, budget=budget, techniques=recipe.techniques)
+        techniques = recipe.build_techniques()
+        trainer = AccelTrainer(args=arguments, techniques=techniques, callbacks=[callback], **task)
+    trainer.pop_callback(PrinterCallback)
+    return trainer
+
+
+def warm_up(task: dict[str, Any], args: dict[str, Any]) -> None:
+    """Two plain steps on a copy of the model: lazy imports and first allocations are no arm's cost."""
+    arguments = TrainingArguments(**(args | {"max_steps": 2, "warmup_steps": 0, "logging_strategy": "no"}))
+    arguments.dataloader_pin_memory &= torch.accelerator.is_available()
+    trainer = Trainer(args=arguments, **(task | {"model": copy.deepcopy(task["model"])}))
+    trainer.pop_callback(PrinterCallback)
+    trainer.train()
+
+
+def receipt_of(trainer: Trainer) -> Receipt | None:
+    """The receipt of a run that hosted techniques."""
+    return trainer.receipt if isinstance(trainer, AccelTrainerMixin) else None
+
+
+def work_done(trainer: Trainer) -> dict[str, float]:
+    """Steps, samples, tokens and FLOPs; tokens are 0 where nobody counted them."""
+    if (receipt := receipt_of(trainer)) is not None:
+        counts = {"steps": receipt.steps, "samples": receipt.samples, "tokens": receipt.tokens}
+    else:
+        steps, length = trainer.state.global_step, len(trainer.train_dataset)  # type: ignore[arg-type]
+        size = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
+        epochs, rest = divmod(steps, math.ceil(length / size))
+        counts = {"steps": steps, "samples": epochs * length + rest * size, "tokens": 0}
+    return {name: float(count) for name, count in counts.items()} | {"flops": float(trainer.state.total_flos)}
+
+
+def run_job(job: dict[str, Any]) -> None:
+    """Measure a run and write its record; a failure is a record, too."""
+    began = time.perf_counter()
+    record: dict[str, Any]
+    try:
+        record = measure(job["run"])
+    except Exception as error:
+        traceback.print_exc()
+        record = {"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())}"}
+    record["whole_seconds"] = time.perf_counter() - began
+    path = Path(job["record"])
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps({"run": job["run"], **record}, indent=1) + "\n")
+    partial.replace(path)
+
+
+def fork_job(job: dict[str, Any]) -> int:
+    """Run a job in a fork of this process, whose output goes into the job's log; its exit status."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            log = os.open(job["log"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(log, 1)
+            os.dup2(log, 2)
+            run_job(job)
+            code = 0
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def serve() -> None:
+    """Answer jobs until the input ends."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a library prints is no answer
+    gc.collect()
+    gc.freeze()  # else every run would collect the garbage of the imports: Trainer does so once, in a quarter second
+    print("ready", file=answers, flush=True)
+    for line in sys.stdin:
+        print(fork_job(json.loads(line)), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve()

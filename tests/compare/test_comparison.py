@@ -1,0 +1,253 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from hf_accel import LinearToZero, Recipe
+from hf_accel.cli import app
+from hf_accel.compare import Arm, Comparison, build_workload, cache, compare
+from hf_accel.compare import comparison as comparison_module
+from hf_accel.compare.placebos import RandomSubset, bigger_batch_placebo, random_subset_placebo
+from hf_accel.compare.pool import run_jobs
+from hf_accel.compare.worker import measure
+from hf_accel.compare.workloads import WORKLOADS, Workload
+
+SYNTHETIC = "hf_accel.compare.workloads.synthetic"
+
+
+@pytest.fixture(autouse=True)
+def nothing_in_the_working_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def known_answers(out):
+    return Comparison(
+        [f"{SYNTHETIC}:{name}" for name in ("SkipsHalf", "DoesNothing", "EndsEarlier")] + ["InfoBatch(keep=0.5)"],
+        workload=build_workload("synthetic", {"seconds": 0.7, "noise": 0.015}),
+        horizons=(0.375, 0.75, 1.5),
+        seeds=5,
+        out=out,
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole comparison, with what it told of its progress."""
+    out = tmp_path_factory.mktemp("known")
+    told: list = []
+    return known_answers(out).run(told.append), out, told
+
+
+@pytest.mark.parametrize("name, answer", [("SkipsHalf", 2.0), ("DoesNothing", 1.0), ("EndsEarlier", 1.0)])
+def test_the_known_answers_are_in_their_intervals(name, answer, finished):
+    results, _, _ = finished
+    found = results.row(name).speed_ups["cpu_seconds"]
+    assert found.kind == "measured", found
+    assert found.low <= answer <= found.high, found
+    assert found.high / found.low < 1.5, "an interval that says something"
+
+
+def test_the_verdicts_are_those_of_the_task(finished):
+    results, _, _ = finished
+    # Half of the work is certainly worse; the rest is for more seeds to say, as there is more noise than margin.
+    assert results.row("EndsEarlier").non_inferiority.verdict == "inferior"
+    assert results.row("DoesNothing").non_inferiority.verdict != "inferior"
+    assert results.margin == 0.003
+
+
+def test_a_candidate_that_fails_has_infinite_time_and_says_why(finished):
+    results, _, _ = finished
+    row = results.row("InfoBatch(keep=0.5)")
+    found = row.speed_ups["cpu_seconds"]
+    assert (found.kind, found.value, found.misses) == ("miss", 0.0, 5)
+    assert row.non_inferiority.verdict == "inferior"
+    assert "InfoBatch" in row.errors[0] and "loss for each example" in row.errors[0]
+
+
+def test_progress_is_told_from_the_first_run(finished):
+    _, _, told = finished
+    assert told[0].seconds_left is None and told[0].done == 0
+    firsts = [progress.last for progress in told[1:4]]
+    assert "baseline, horizon 0.375, seed 1" in firsts, "the shortest run is among those that begin"
+    assert all(progress.seconds_left is not None for progress in told[1:])
+    assert (told[-1].done, told[-1].total, told[-1].seconds_left) == (35, 35, 0.0)
+
+
+def test_the_reports_are_written(finished):
+    _, out, _ = finished
+    plain = json.loads((out / "results.json").read_text())
+    assert plain["workload"] == "synthetic" and len(plain["runs"]) == 35 and plain["complete"]
+    assert plain["rows"][3]["speed_ups"]["cpu_seconds"]["kind"] == "measured"
+    report = (out / "report.md").read_text()
+    for word in ("Baseline tuned", "SkipsHalf", "miss (5 of 5)", "## What went wrong", "Counted in other costs"):
+        assert word in report, word
+    record = plain["runs"][0]
+    assert record["peak_memory_bytes"] > 0 and record["log"] and record["uncharged"]["evaluation"]["cpu_seconds"] > 0
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(finished, monkeypatch):
+    results, out, _ = finished
+    lost = sorted((out / "runs").glob("baseline-0.375-2-*.json"))
+    assert len(lost) == 1
+    kept = lost[0].read_text()
+    lost[0].unlink()
+    asked = []
+
+    def counted(jobs, slots, single_threaded, done):
+        for job in jobs:
+            asked.append(job["record"])
+            (out / "runs" / job["record"].rpartition("/")[2]).write_text(
+                kept if "baseline" in job["record"] else json.dumps({"status": "failed", "error": "InfoBatch: no"})
+            )
+            done(job, 0)
+
+    monkeypatch.setattr(comparison_module, "run_jobs", counted)
+    again = known_answers(out).run()
+    failed = [record for record in asked if "InfoBatch" in record]
+    assert len(failed) == 5 and len(asked) == 6, "what is missing, and what failed"
+    assert again.row("SkipsHalf").speed_ups == results.row("SkipsHalf").speed_ups
+
+
+def test_a_record_is_of_its_configuration_and_code(monkeypatch):
+    run = {"workload": "synthetic", "recipe": {"techniques": [{"InfoBatch": {"keep": 0.5}}]}, "seed": 1}
+    key = cache.key(run)
+    assert cache.key(dict(run)) == key and cache.key(run | {"seed": 2}) != key
+    monkeypatch.setattr(cache, "code_hash", lambda: "other code")
+    assert cache.key(run) != key
+
+
+# The plan -------------------------------------------------------------------------------------------------------------
+
+
+def test_seeds_are_whole_and_arms_are_mixed():
+    plan = Comparison(["LinearToZero", "LayerFreezing"], workload="code-lm", seeds=3).plan()
+    assert [run.seed for run in plan] == sorted(run.seed for run in plan)
+    orders = [[(run.arm, run.horizon) for run in plan if run.seed == seed] for seed in (1, 2, 3)]
+    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2]) and orders[1] != orders[2]
+    assert orders[0][0] == ("baseline", 0.25)
+    assert len(orders[0]) == 5 + 2
+    budgets = {run.horizon: run.configuration["budget"] for run in plan if run.arm == "baseline"}
+    assert budgets == {
+        0.25: "1200samples",
+        0.5: "2400samples",
+        0.75: "3600samples",
+        1.0: "4800samples",
+        1.5: "7200samples",
+    }
+
+
+def test_candidates_inherit_what_they_do_not_say():
+    recipe = Recipe(args={"learning_rate": 1e-2}, techniques=[LinearToZero(warmup=0.1)])
+    comparison = Comparison([Arm("fast", recipe)], workload="code-lm")
+    args = comparison.arms[0].recipe.args
+    assert args["learning_rate"] == 1e-2 and args["per_device_train_batch_size"] == 8
+    assert "warmup_steps" not in args, "the technique is the schedule"
+    plan = {run.arm: run.configuration["recipe"] for run in comparison.plan()}
+    placebo = plan["baseline, LR of fast"]
+    assert placebo["args"] == comparison.reference.recipe.args | {"learning_rate": 1e-2} and "techniques" not in placebo
+    without = Comparison([Arm("fast", recipe)], workload="code-lm", placebos=False)
+    assert {run.arm for run in without.plan()} == {"baseline", "fast"}
+
+
+def test_ablations_leave_out_one_technique_each():
+    recipe = Recipe(techniques=["LayerFreezing", "ExponentialMovingAverage"])
+    plan = Comparison([Arm("both", recipe)], workload="code-lm", ablate=True, seeds=1).plan()
+    left = {run.arm: run.configuration["recipe"]["techniques"] for run in plan if " without " in run.arm}
+    assert left == {
+        "both without LayerFreezing": [{"ExponentialMovingAverage": {}}],
+        "both without ExponentialMovingAverage": [{"LayerFreezing": {}}],
+    }
+
+
+def test_placebos_have_the_size_of_the_candidate():
+    pruned, plain = Recipe(techniques=["InfoBatch"]), Recipe(args={"per_device_train_batch_size": 8})
+    assert random_subset_placebo(pruned, plain, 0.7).techniques[0].popitem()[1] == {"keep": 0.7}
+    assert random_subset_placebo(pruned, plain, 0.99) is None
+    assert random_subset_placebo(Recipe(techniques=["LayerFreezing"]), plain, 0.7) is None
+    assert bigger_batch_placebo(plain, 1.5).args["per_device_train_batch_size"] == 12
+    assert bigger_batch_placebo(plain, 1.05) is None
+    ids, weights = RandomSubset(keep=0.25).select(0, 100, torch.Generator().manual_seed(0))
+    assert len(ids) == len(set(ids.tolist())) == 25 and (ids.diff() > 0).all() and weights is None
+
+
+def test_a_recipe_with_data_is_a_workload_and_not_tuned():
+    recipe = Recipe(task="causal-lm", model={"config": {"model_type": "llama"}}, data={"source": "x"}, budget="2epochs")
+    comparison = Comparison([recipe], seeds=1)
+    assert comparison.workload.name == "recipe" and comparison.tuned == ""
+    assert comparison.plan()[0].configuration["options"]["data"] == {"source": "x"}
+    assert {run.configuration["budget"] for run in comparison.plan() if run.arm != "baseline"} == {"2epochs"}
+
+
+@pytest.mark.parametrize("name", ["digits"])
+def test_a_workload_trains(name):
+    run = {
+        "workload": name,
+        "options": {},
+        "recipe": {"args": build_workload(name).baseline_args(), "techniques": []},
+        "budget": "64samples",
+        "seed": 1,
+    }
+    plain = measure(run)
+    hosted = measure(run | {"recipe": run["recipe"] | {"techniques": ["LayerFreezing"]}})
+    for record in (plain, hosted):
+        assert record["status"] == "finished" and record["costs"]["steps"] == 2 and record["costs"]["samples"] == 64
+        assert record["set_up"]["cpu_seconds"] < record["costs"]["cpu_seconds"]
+    assert 0 <= plain["metrics"]["eval_accuracy"] <= 1
+    assert not plain["phases"] and hosted["phases"]["forward"] > 0
+
+
+def test_workloads_say_what_they_need(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_ACCEL_DATA", str(tmp_path))
+    assert "there is no such file. Set HF_ACCEL_DATA, or --data" in build_workload("novels-lm").missing()
+    for name, kind in WORKLOADS.items():
+        assert kind.name == name and issubclass(kind, Workload)
+        kind().nominal_budget()
+        Recipe(args=kind().baseline_args()).training_arguments()
+
+
+def test_a_worker_that_dies_is_an_error_not_a_wait(monkeypatch):
+    monkeypatch.setattr("sys.executable", "/bin/false")
+    with pytest.raises(RuntimeError, match="a worker has died"):
+        run_jobs([{"log": "nowhere"}], 1, True, lambda job, status: None)
+
+
+# The command line -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (["none.yaml", "--workload", "digits"], "recipe('none.yaml'): there is no such file."),
+        (["InfoBtch", "--workload", "digits"], "Did you mean 'InfoBatch'?"),
+        (["InfoBatch(keep=2.0)", "--workload", "digits"], "keep must be"),
+        (["InfoBatch", "--workload", "digit"], "workload('digit'): there is none of this name. Did you mean 'digits'?"),
+        (["InfoBatch"], "workload: none is named, and the recipe has no task and model. Add --workload NAME."),
+        (["InfoBatch", "--workload", "novels-lm", "--data", "none"], "there is no such file. Set HF_ACCEL_DATA"),
+        (["InfoBatch", "--workload", "digits", "--horizons", "1,x"], "horizons('1,x'): must be numbers."),
+        (["InfoBatch", "--workload", "digits", "--horizons", "1"], "must be two or more above 0."),
+        (["InfoBatch", "--workload", "digits", "--budget", "20steps"], "budget('20steps'): must be a time."),
+        (["InfoBatch", "InfoBatch", "--workload", "digits"], "two are called alike"),
+        (["InfoBatch", "--workload", "digits", "--baseline", "no.yaml"], "recipe('no.yaml'): there is no such file."),
+    ],
+)
+def test_bad_input_ends_in_one_sentence_and_exit_code_2(line, message, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_ACCEL_DATA", "elsewhere")
+    result = CliRunner().invoke(app, ["compare", *line])
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ") and message in result.stderr
+    assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+def test_the_command_prints_what_python_returns(monkeypatch, finished):
+    results, _, _ = finished
+    monkeypatch.setattr(Comparison, "run", lambda self, progress: results)
+    line = ["compare", "LayerFreezing", "--workload", "synthetic", "--seeds", "2"]
+    shown = CliRunner().invoke(app, line)
+    assert shown.exit_code == 0 and "speed-up" in shown.output and "SkipsHalf" in shown.output
+    plain = CliRunner().invoke(app, [*line, "--json"])
+    assert json.loads(plain.stdout) == results.to_dict()
+    monkeypatch.setattr(Comparison, "run", lambda self: results)
+    assert compare("LayerFreezing", workload="synthetic") is results
