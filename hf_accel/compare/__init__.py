@@ -1,6 +1,8 @@
 """Comparing: how many times faster a recipe reaches the quality of a fair baseline.
 
     results = compare("InfoBatch(keep=0.5)", workload="digits", seeds=5)
+
+The same on the command line: ``hf-accel compare "InfoBatch(keep=0.5)" --workload digits``.
 """
 
 from hf_accel.compare.comparison import Arm, Comparison, Progress, Run, compare

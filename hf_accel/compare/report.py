@@ -53,7 +53,7 @@ def table(results: Results) -> Group:
     shown = Table(title=title, title_justify="left")
     for heading in HEADINGS[:6]:
         words = heading in ("arm", "speed-up", "verdict")
-        shown.add_column(heading, justify="left" if words else "right", no_wrap=heading == "speed-up")
+        shown.add_column(heading, justify="left" if words else "right", no_wrap=heading != "arm")
     for row in ordered(results):
         style = {"baseline": "dim", "candidate": "bold"}.get(row.role, "")
         shown.add_row(*cells(row, results)[:6], style=style)
