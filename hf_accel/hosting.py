@@ -48,6 +48,7 @@ class Hosting(Host):
     head: Head | None
     receipt: Receipt | None
     stopwatch: Stopwatch
+    step_states: list[Any]
 
     def _host(self, techniques, micro_batch_size, allow_changes, example_loss_func) -> None:
         """Take the techniques in, and find out who answers what."""

@@ -9,18 +9,31 @@ alone would leave the others waiting.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+import copy
+import datetime
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from hf_accel import checkpoint as ckpt
 from hf_accel.stream import StepBatch, StepPlan
+from hf_accel.technique import State, Technique
 
 if TYPE_CHECKING:
     from hf_accel.stepping import Stepping
+
+Result = TypeVar("Result")
+TechniqueState = tuple[Technique, Literal["global", "rank"], State]
+
+ASKED_WITHIN_A_STEP = frozenset({"transform_batch", "example_weights", "token_weights", "extra_loss"})
+"""Hooks that are asked again when a step is done again."""
+
+PATIENCE = datetime.timedelta(seconds=30)
+"""How long sharded ranks, which go in step, wait for each other at the end of a trial."""
 
 
 class NotEnoughMemory(RuntimeError):
@@ -35,6 +48,8 @@ def first_micro_batch_size(trainer: Stepping) -> int:
     if requested == "auto":
         if trainer.is_deepspeed_enabled:
             raise ValueError("micro_batch_size='auto': not under DeepSpeed. Give a number.")
+        if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+            raise ValueError("micro_batch_size='auto': not under the first FSDP. Give a number, or use version 2.")
         return trainer._train_batch_size * trainer.accumulation_steps
     if not isinstance(requested, int) or isinstance(requested, bool) or requested < 1:
         raise ValueError(f"micro_batch_size({requested!r}): must be 'auto' or a number above zero. Give one.")
@@ -48,50 +63,95 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def accumulate(trainer: Stepping, model: nn.Module, batch: StepBatch, num_items: Any) -> Tensor:
-    """The gradient of a step, in micro-batches that fit."""
-    observed = len(trainer._observed)
-    saved = [buffer.clone() for buffer in model.buffers()]
-    states = _random_states(trainer.args.device)
+def fitting(trainer: Stepping, model: nn.Module, batch: StepBatch, attempt: Callable[[StepBatch], Result]) -> Result:
+    """``attempt(batch)``, in micro-batches that fit.
+
+    ``batch`` holds in the end what was attempted last: Trainer counts the operations of the batch that it knows.
+    """
+    if trainer.requested_micro_batch_size != "auto":
+        return attempt(batch)
+    alone = trainer.args.world_size == 1
+    before = Before(trainer, model, trainer.step_states) if alone else None
     while True:
         try:
-            return trainer._accumulate_once(model, batch, num_items)
+            return attempt(batch)
         except RuntimeError as error:
-            size = trainer.micro_batch_size
             if not is_out_of_memory(error):
                 raise
-            if trainer.args.world_size > 1 or size == 1:
-                raise NotEnoughMemory(_advice(trainer, size)) from error
-        # Outside of the handler, which would keep the failed step's activations alive.
-        model.zero_grad(set_to_none=True)
+            rows = max(len(micro.ids_B) for micro in batch.micro_batches)
+            if before is None or rows == 1:
+                raise NotEnoughMemory(_advice(trainer, rows)) from error
+        # Outside of the handler, which would keep the failed attempt's activations alive.
+        before.restore()
+        trainer.set_micro_batch_size(_smaller(trainer.micro_batch_size, rows))
+        smaller = trainer.read_again(batch.plan)
+        batch.micro_batches[:] = smaller.micro_batches
+
+
+class Before:
+    """What a failed attempt at a step has touched, as it was."""
+
+    def __init__(self, trainer: Stepping, model: nn.Module, states: list[TechniqueState]):
+        self.trainer, self.model, self.states = trainer, model, states
+        self.gradients = [(p, p.grad.clone()) for p in model.parameters() if p.grad is not None]
+        self.buffers = [buffer.clone() for buffer in model.buffers()]
+        self.random = _random_states(trainer.args.device)
+        self.num_observed = len(trainer._observed)
+
+    def restore(self) -> None:
+        """Give back the memory of the attempt, and put everything in its place."""
+        self.model.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)
-        _restore_random_states(trainer.args.device, states)
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient.clone()
         with torch.no_grad():
-            for buffer, before in zip(model.buffers(), saved, strict=True):
+            for buffer, before in zip(self.model.buffers(), self.buffers, strict=True):
                 buffer.copy_(before)
-        del trainer._observed[observed:]
-        trainer.set_micro_batch_size(size // 2)
-        batch = trainer.read_again(batch.plan)
-        num_items = trainer._count_items(batch)
+        _restore_random_states(self.trainer.args.device, self.random)
+        del self.trainer._observed[self.num_observed :]
+        for technique, scope, state in self.states:
+            technique.load_state_dict(scope, copy.deepcopy(state))
 
 
-def _advice(trainer: Stepping, size: int) -> str:
+def technique_states(trainer: Stepping) -> list[TechniqueState]:
+    """What the techniques know that are asked within a step, some of whom count what they are asked."""
+    asked = [t for t in trainer.techniques if t.answers() & ASKED_WITHIN_A_STEP]
+    return [(t, scope, copy.deepcopy(t.state_dict(scope))) for t in asked for scope in ("global", "rank")]
+
+
+def _smaller(size: int, rows: int) -> int:
+    """The next size, by halving, that divides micro-batches of so many rows."""
+    while size >= rows:
+        size //= 2
+    return size
+
+
+def _advice(trainer: Stepping, rows: int) -> str:
+    if rows == 1:
+        return "memory does not suffice for one example. Shorten the examples or shard the model."
     whole, _ = ckpt.newest_complete(trainer.args.output_dir)
     where = f"resume from {whole}" if whole else "start anew"
-    if size == 1:
-        return "memory does not suffice for one example. Shorten the examples or shard the model."
     return (
-        f"memory does not suffice for micro-batches of {size} at step {trainer.state.global_step}: "
-        f"{where} with micro_batch_size={size // 2}."
+        f"memory does not suffice for micro-batches of {rows} examples at step {trainer.state.global_step + 1}: "
+        f"{where} with micro_batch_size={_smaller(trainer.micro_batch_size, rows)}."
     )
 
 
 def agree(trainer: Stepping) -> int:
     """The largest micro-batch, by halving, that fits on every rank at the longest examples."""
-    size = trainer.micro_batch_size
+    size, group = trainer.micro_batch_size, trainer._cpu_group  # made before a rank may fail: all ranks make it
     while True:
         fits = torch.tensor(float(_fits(trainer, size)))
-        torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN, group=trainer._cpu_group)
+        work = torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN, group=group, async_op=True)
+        assert work is not None
+        try:
+            work.wait(PATIENCE) if isinstance(trainer.model, FSDPModule) else work.wait()
+        except RuntimeError as error:
+            # Sharded ranks that do not run out of memory together wait for each other in vain: end them.
+            raise NotEnoughMemory(
+                f"memory suffices for micro-batches of {size} examples on some ranks only: start anew with "
+                f"micro_batch_size={max(size // 2, 1)}."
+            ) from error
         if fits.item():
             return size
         if size == 1:
@@ -104,28 +164,22 @@ def _fits(trainer: Stepping, size: int) -> bool:
     stream = trainer.stream
     assert stream is not None
     longest = _longest(stream.reader.dataset)
-    plan = StepPlan(0, torch.full((size,), longest), None, size, seed=stream.seed)
-    # Not through DDP, which would wait for the other ranks.
+    batch = stream.read(StepPlan(0, torch.full((size,), longest), None, size, seed=stream.seed))
+    # Not through DDP, which would wait for the other ranks; a sharded model is sharded in place.
     model = trainer.model
-    with random_state_kept(trainer.args.device):
-        buffers = [buffer.clone() for buffer in model.buffers()]
-        try:
-            inputs = trainer._prepare_inputs(stream.read(plan).micro_batches[0].inputs)
-            model.train()
-            with trainer.compute_loss_context_manager():
-                loss = trainer.compute_loss(model, inputs)
-            loss.backward()  # type: ignore[union-attr]
-            return True
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            return False
-        finally:
-            model.zero_grad(set_to_none=True)
-            clear_device_cache(garbage_collection=True)
-            with torch.no_grad():
-                for buffer, before in zip(model.buffers(), buffers, strict=True):
-                    buffer.copy_(before)
+    before = Before(trainer, model, technique_states(trainer))
+    try:
+        trainer._accumulate_once(model, batch, trainer._count_items(batch))
+        return True
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return False
+    finally:
+        if isinstance(model, FSDPModule):
+            # Leave it as after a whole pass, wherever it broke off; the same place on every rank.
+            model._get_fsdp_state()._root_post_backward_final_callback()
+        before.restore()
 
 
 def _longest(dataset: Any) -> int:

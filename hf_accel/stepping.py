@@ -41,12 +41,15 @@ class Stepping(Hosting):
                 return [], None
             if batch.plan.micro_batch_size != self.micro_batch_size:  # read ahead, before memory ran out
                 batch = self.stream.read(dataclasses.replace(batch.plan, micro_batch_size=self.micro_batch_size))
+            if self.requested_micro_batch_size == "auto":
+                self.step_states = memory.technique_states(self)
             batch = self._transformed(batch)
         if (owner := self._owners["step_select"]) is not None:
             with self.charge(owner):
-                batch = self._selected(owner, batch)
+                selected = functools.partial(self._selected, owner)
+                batch = memory.fitting(self, self.model_wrapped, batch, selected)
         self._trained_samples = batch.num_examples
-        self._uncounted.extend(self._num_tokens(micro.inputs) for micro in batch.micro_batches)
+        self._count_tokens_of(batch)
         return [batch], self._count_items(batch)
 
     def read_again(self, plan: StepPlan) -> StepBatch:
@@ -54,6 +57,9 @@ class Stepping(Hosting):
         assert self.stream is not None
         plan = dataclasses.replace(plan, micro_batch_size=self.micro_batch_size)
         return self._transformed(self.stream.read(plan))
+
+    def _count_tokens_of(self, batch: StepBatch) -> None:
+        self._uncounted.append(sum(self._num_tokens(micro.inputs) for micro in batch.micro_batches))
 
     def set_micro_batch_size(self, size: int) -> None:
         """From now on, read micro-batches of this size."""
@@ -147,9 +153,16 @@ class Stepping(Hosting):
 
     def _accumulate(self, model: nn.Module, batch: StepBatch, num_items: Any) -> Tensor:
         """Forward and backward over the micro-batches of a step, in smaller ones where memory does not suffice."""
-        if self.requested_micro_batch_size != "auto":
-            return self._accumulate_once(model, batch, num_items)
-        return memory.accumulate(self, model, batch, num_items)
+        size = self.micro_batch_size
+
+        def attempt(batch: StepBatch) -> Tensor:
+            if self.micro_batch_size == size:
+                return self._accumulate_once(model, batch, num_items)
+            self._uncounted.pop()
+            self._count_tokens_of(batch)
+            return self._accumulate_once(model, batch, self._count_items(batch))
+
+        return memory.fitting(self, model, batch, attempt)
 
     def _accumulate_once(self, model: nn.Module, batch: StepBatch, num_items: Any) -> Tensor:
         owner = self._owners["synchronise"]
