@@ -18,8 +18,9 @@ import transformers
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
+from hf_accel.technique import STREAM, Technique
+
 if TYPE_CHECKING:
-    from hf_accel.technique import Technique
     from hf_accel.trainer import AccelTrainerMixin
 
 TESTED = ("5.17.0", "5.23.0")
@@ -138,10 +139,11 @@ def refuse_stream_arguments(args: TrainingArguments) -> None:
             f"train_sampling_strategy={args.train_sampling_strategy!r}: the techniques' stream orders the examples. "
             "Use a technique that owns the slot 'order', such as LengthGrouped()."
         )
+    accelerator_config: Any = args.accelerator_config
     for name in ("dispatch_batches", "split_batches"):
-        if getattr(args.accelerator_config, name):
+        if getattr(accelerator_config, name):
             raise ValueError(f"accelerator_config.{name}=True: every rank reads its own part of a step. Leave it out.")
-    if not args.accelerator_config.use_seedable_sampler:
+    if not accelerator_config.use_seedable_sampler:
         raise ValueError(
             "accelerator_config.use_seedable_sampler=False: the order is keyed by seed and epoch. Leave it out."
         )
@@ -160,18 +162,24 @@ def refuse_stream_hosts(trainer: AccelTrainerMixin) -> None:
             f"train_dataset ({type(trainer.train_dataset).__name__}): the techniques choose examples by their index. "
             "Give a data set with __len__ and __getitem__."
         )
-    owner = next((cls for cls in _foreign_classes(trainer) if "get_train_dataloader" in vars(cls)), Trainer)
-    if owner is not Trainer:
-        raise ValueError(
-            f"{owner.__name__}: it makes its own batches, which these techniques would replace. Leave them out."
-        )
+    for name in ("get_train_dataloader", "_get_train_sampler"):
+        owner = next(cls for cls in _foreign_classes(trainer) if name in vars(cls))
+        if owner is not Trainer:
+            replacing = ", ".join(repr(t) for t in trainer.techniques if t.answers() & STREAM)
+            raise ValueError(
+                f"{owner.__name__}.{name}: it makes batches of its own, which {replacing or 'micro_batch_size'} would "
+                "replace. Leave that out."
+            )
 
 
 def refuse_own_losses(trainer: AccelTrainerMixin) -> None:
     """A trainer whose loss is not its model's has no loss of an example that we could know."""
     owner = next(cls for cls in _foreign_classes(trainer) if "compute_loss" in vars(cls))
     if owner is not Trainer:
-        raise ValueError(f"{owner.__name__} computes a loss of its own. Give example_loss_func=.")
+        raise ValueError(
+            f"{owner.__name__} computes a loss of its own. Give example_loss_func=, a function (outputs, inputs) -> "
+            "losses_B; or hf_accel.losses.head_of(model), where it is the loss that the model has, too."
+        )
 
 
 def _foreign_classes(trainer: AccelTrainerMixin) -> list[type]:
@@ -227,11 +235,11 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
     }
     changed = {}
     for field in dataclasses.fields(args):
-        value = getattr(args, field.name)
-        value = getattr(value, "value", value)
-        default = getattr(field.default, "value", field.default)
-        plain = value is None or isinstance(value, bool | int | float | str)
-        if field.init and field.name not in private and plain and value != default and value is not None:
+        usual = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        value, usual = (getattr(v, "value", v) for v in (getattr(args, field.name), usual))  # of enumerations
+        plain = isinstance(value, bool | int | float | str | dict | list)
+        # What is empty and was empty before ``__post_init__`` says nothing.
+        if field.init and field.name not in private and plain and value != usual and (value or usual):
             changed[field.name] = value
     return changed
 

@@ -28,6 +28,7 @@ class Hosting(Host):
     # Trainer declares these as optional, or as too wide, for what they are while it trains.
     args: Any
     model: Any
+    model_wrapped: Any
     accelerator: Any
 
     recipe: Recipe
@@ -57,7 +58,7 @@ class Hosting(Host):
         self.example_loss_func = example_loss_func
         self.requested_micro_batch_size = micro_batch_size
         for technique in self.techniques:
-            technique.host_ = self
+            technique.host_ = self  # type: ignore[misc]
         self.technique_names = [f"{i}.{type(t).__name__}" for i, t in enumerate(self.techniques)]
         self._owners = {slot: self._find_owner(slot) for slot in SLOTS}
         self._askable = {hook: [t for t in self.techniques if hook in t.answers()] for hook in HOOKS}

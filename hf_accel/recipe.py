@@ -145,19 +145,25 @@ class Recipe:
         """
         if args is None:
             return self.training_arguments()
+        if not self.args:
+            return args
         kind = type(args)
-        default, wanted = kind(), self.training_arguments(kind)
-        said = {
-            f.name: getattr(args, f.name)
-            for f in dataclasses.fields(args)
-            if f.init and getattr(args, f.name) != getattr(default, f.name)
-        }
+        check_fields("args", self.args, kind)
+        said = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init and _is_said(args, f)}
+        merged = dataclasses.replace(self, args=said | self.args).training_arguments(kind)
         for name, value in self.args.items():
-            if name in said and said[name] != getattr(wanted, name):
+            if name in said and said[name] != getattr(merged, name):
                 raise RecipeError(
                     f"{name}: args say {said[name]!r} and the recipe says {value!r}. Say it in one of the two."
                 )
-        return kind(**(said | self.args)) if self.args else args
+        return merged
+
+
+def _is_said(args: TrainingArguments, field: dataclasses.Field) -> bool:
+    """Whether an argument differs from its default; another instance cannot be asked, which would set up devices."""
+    usual = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    value = getattr(args, field.name)
+    return bool(value != usual and (value or usual))  # empty values differ after ``__post_init__`` only
 
 
 def check_fields(where: str, values: Mapping[str, Any], kind: type) -> None:
