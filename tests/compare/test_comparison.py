@@ -41,6 +41,7 @@ def finished(tmp_path_factory):
     return known_answers(out).run(told.append), out, told
 
 
+@pytest.mark.full  # it measures: an interval of 95 % misses sometimes
 @pytest.mark.parametrize("name, answer", [("SkipsHalf", 2.0), ("DoesNothing", 1.0), ("EndsEarlier", 1.0)])
 def test_the_known_answers_are_in_their_intervals(name, answer, finished):
     results, _, _ = finished
@@ -245,7 +246,7 @@ def test_the_command_prints_what_python_returns(monkeypatch, finished):
     results, _, _ = finished
     monkeypatch.setattr(Comparison, "run", lambda self, progress: results)
     line = ["compare", "LayerFreezing", "--workload", "synthetic", "--seeds", "2"]
-    shown = CliRunner().invoke(app, line)
+    shown = CliRunner().invoke(app, line, env={"COLUMNS": "200"})
     assert shown.exit_code == 0 and "speed-up" in shown.output and "SkipsHalf" in shown.output
     plain = CliRunner().invoke(app, [*line, "--json"])
     assert json.loads(plain.stdout) == results.to_dict()
