@@ -37,6 +37,7 @@ RELIED_ON = {
     "_load_best_model": "",
     "_move_model_to_device": "model device",
     "_prepare_inputs": "inputs",
+    "_push_from_checkpoint": "checkpoint_folder",
     "_remove_unused_columns": "dataset description",
     "_run_epoch": "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
     "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",

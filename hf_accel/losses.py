@@ -314,8 +314,10 @@ class FunctionHead(Head):
         return ExampleLosses(losses_BL, mask_B.unsqueeze(1), _row_numbers(losses_BL))
 
 
-def head_from(example_loss_func: ExampleLossFunc) -> Head:
-    """The head of a model whose loss the user gives; see `FunctionHead`."""
+def head_from(example_loss_func: ExampleLossFunc | Head) -> Head:
+    """The head of a loss that the user gives: as a function, see `FunctionHead`; or itself, as `head_of` gives it."""
+    if isinstance(example_loss_func, Head):
+        return example_loss_func
     return FunctionHead("example_loss_func", example_loss_func)
 
 

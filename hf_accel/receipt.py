@@ -121,11 +121,11 @@ class Receipt:
         where.add_column("share", justify="right")
         total = max(sum(self.seconds.values()), 1e-9)
         for name, seconds in sorted(self.seconds.items(), key=lambda item: -item[1]):
-            where.add_row(name, f"{seconds:.2f}", f"{seconds / total:.1%}")
+            where.add_row(name.partition(".")[2] or name, f"{seconds:.2f}", f"{seconds / total:.1%}")
         parts: list[Table] = [spent, where]
         if self.techniques:
             did = Table(title="What each technique did", title_justify="left")
-            did.add_column("technique")
+            did.add_column("technique", overflow="fold")
             did.add_column("seconds", justify="right")
             did.add_column("report")
             for technique in self.techniques:

@@ -41,8 +41,16 @@ class Resuming(Stepping):
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 ckpt.mark_complete(directory)
+                if self.args.push_to_hub:
+                    self._push_from_checkpoint(str(directory))
                 rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
         self.saving_seconds = self.clock.seconds - began
+
+    def _push_from_checkpoint(self, checkpoint_folder):
+        if Path(checkpoint_folder, ckpt.INCOMPLETE).exists():
+            return  # Trainer asks before ours is written
+        self._write_papers(self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_state(self, directory: Path) -> None:
         owner = self._owners["averaging"]

@@ -46,7 +46,8 @@ class AccelTrainerMixin(Updating, Resuming):
             ``"auto"``: the largest that fits, found by halving.  The examples of an update stay
             ``per_device_train_batch_size x gradient_accumulation_steps x ranks``.
         allow_changes: Resume although the checkpoint was written with other techniques.
-        example_loss_func: ``(outputs, inputs) -> losses_B`` for models whose loss is none of the common heads'.
+        example_loss_func: ``(outputs, inputs) -> losses_B`` for models or trainers whose loss is none of the common
+            heads', or a `losses.Head`.
     """
 
     def __init__(
@@ -58,7 +59,7 @@ class AccelTrainerMixin(Updating, Resuming):
         recipe: Recipe | str | Path | None = None,
         micro_batch_size: int | Literal["auto"] | None = None,
         allow_changes: bool = False,
-        example_loss_func: Callable | None = None,
+        example_loss_func: Callable | losses.Head | None = None,
         callbacks: Sequence[Any] | None = None,
         **kwargs: Any,
     ):
@@ -73,7 +74,11 @@ class AccelTrainerMixin(Updating, Resuming):
         self._host(techniques, micro_batch_size, allow_changes, example_loss_func)
         args = self._prepared_args(args or TrainingArguments("tmp_trainer"), kwargs.get("train_dataset"))
         others = [callback for callback in given if not isinstance(callback, Technique)]
-        super().__init__(model, args, *positional, callbacks=[*others, *self.techniques], **kwargs)
+        kwargs["callbacks"] = [*others, *self.techniques]
+        if positional:
+            super().__init__(model, args, *positional, **kwargs)
+        else:  # by name, for not every trainer has its arguments second
+            super().__init__(model=model, args=args, **kwargs)
         self._settle()
 
     # Construction ---------------------------------------------------------------------------------------------------
@@ -101,13 +106,13 @@ class AccelTrainerMixin(Updating, Resuming):
 
     def _settle(self) -> None:
         """What can only be said once Trainer is built: the model, the loss, the size of a step."""
+        if self.streamed:
+            host.refuse_stream_hosts(self)
         self._replace_model()
         self.callback_handler.callbacks.insert(0, Pacer(self))
         self.callback_handler.callbacks.append(Restorer(self))
         self.callback_handler.__class__ = _charging(type(self.callback_handler))
         self.head = self._find_head() if self.streamed else None
-        if self.streamed:
-            host.refuse_stream_hosts(self)
         self.nominal_batch_size = self._train_batch_size * self.accumulation_steps * self.args.world_size
         self.micro_batch_size = memory.first_micro_batch_size(self)
 
@@ -301,7 +306,8 @@ class AccelTrainerMixin(Updating, Resuming):
         return super()._finalize_training(trial, self.clock.spent["samples"] or num_train_samples, start_time)
 
     def log(self, logs, start_time=None):
-        if self.paced and self.is_in_train:
+        evaluated = any(key.startswith("eval_") for key in logs)  # a model card makes a column of each of its keys
+        if self.paced and self.is_in_train and not evaluated:
             logs["accel/progress"] = self.clock.progress
         return super().log(logs, start_time)
 
@@ -355,7 +361,7 @@ def attach(
     *,
     micro_batch_size: int | Literal["auto"] | None = None,
     allow_changes: bool = False,
-    example_loss_func: Callable | None = None,
+    example_loss_func: Callable | losses.Head | None = None,
 ) -> None:
     """Equip an existing trainer, before ``train()``; arguments as of `AccelTrainerMixin`."""
     if isinstance(trainer, AccelTrainerMixin):

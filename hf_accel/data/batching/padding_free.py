@@ -47,6 +47,11 @@ def flatten(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     rows = []
     for example in examples:
         ids_1L = example["input_ids"]
+        if len(ids_1L) != 1:
+            raise ValueError(
+                f"PaddingFree(): the collator makes {len(ids_1L)} rows of one example, which belong together. "
+                "Leave it out."
+            )
         seen_1L = example.get("attention_mask", torch.ones_like(ids_1L)).bool()
         row = {"position_ids": torch.arange(int(seen_1L.sum()))[None]}
         for name, value in example.items():

@@ -32,6 +32,7 @@ from typing import Annotated, Any, ClassVar
 import annotated_types as at
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_accel.technique import Positive, Technique
 
@@ -40,7 +41,8 @@ def matrix_names(model: Any) -> set[str]:
     """Names of the parameters that Muon updates: matrices in repeated blocks, without embeddings and heads."""
     blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     outside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+    base = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)  # others wrap one
+    for layer in () if base is None else (base.get_input_embeddings(), base.get_output_embeddings()):
         outside |= {id(p) for p in layer.parameters()} if layer is not None else set()
     inside = {id(p) for m in blocks for p in m.parameters()}
     return {n for n, p in model.named_parameters() if p.dim() == 2 and id(p) in inside and id(p) not in outside}

@@ -1,0 +1,337 @@
+"""Techniques in trainers that are not ours: each trains, or is refused with a reason, as docs/trainers.md says.
+
+``pytest tests/test_other_trainers.py --write-docs`` writes the table from what ran; it is checked otherwise.
+"""
+
+from __future__ import annotations
+
+import gc
+import math
+import re
+import traceback
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from sentence_transformers import (
+    SentenceTransformer,
+    SentenceTransformerTrainer,
+    SentenceTransformerTrainingArguments,
+)
+from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
+from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import (
+    BertConfig,
+    BertModel,
+    DataCollatorForSeq2Seq,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    T5Config,
+    T5ForConditionalGeneration,
+    Trainer,
+    TrainingArguments,
+)
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+from hf_accel import Budget, InfoBatch, PaddingFree, accelerated, attach
+from hf_accel.losses import head_of
+from hf_accel.recipe import known_techniques
+from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_llama, weights_of
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # other libraries' own
+
+TABLE = Path(__file__).parents[1] / "docs" / "trainers.md"
+SETTINGS = {
+    "report_to": [],
+    "use_cpu": True,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+    "num_train_epochs": 3,
+    "per_device_train_batch_size": 4,
+    "learning_rate": 1e-3,
+    "logging_steps": 1,
+    "save_strategy": "no",
+}
+TRL = SETTINGS | {"bf16": False}
+WORDS = ["one", "two", "three", "four", "five", "six", "seven", "eight"]
+TEXTS = [" ".join(WORDS[i % 8 : i % 8 + 1 + i % 5]) for i in range(16)]
+FEATURES = [
+    {"input_ids": row["input_ids"], "labels": row["input_ids"][: 3 + i % 4]} for i, row in enumerate(CountingText(16))
+]
+
+
+def tokenizer():
+    """One token for each byte; nothing is downloaded."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {
+        token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *alphabet])
+    }
+    bytewise = Tokenizer(BPE(vocab=vocabulary, merges=[]))
+    bytewise.pre_tokenizer, bytewise.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=bytewise, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
+
+
+def byte_llama(dropout=0.0):
+    torch.manual_seed(0)
+    sizes = dict(
+        hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=2
+    )
+    special = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2, tie_word_embeddings=False)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer()), attention_dropout=dropout, **sizes, **special))
+
+
+def trainer(directory, kind=Trainer, **hosting):
+    return kind(
+        model=tiny_llama(),
+        args=TrainingArguments(str(directory), **SETTINGS),
+        train_dataset=CountingText(16),
+        data_collator=collate_padded,
+        **hosting,
+    )
+
+
+def seq2seq(directory, kind=Seq2SeqTrainer, **hosting):
+    torch.manual_seed(0)
+    sizes = dict(d_model=16, d_kv=8, d_ff=32, num_layers=4, num_heads=2, vocab_size=48, decoder_start_token_id=0)
+    return kind(
+        model=T5ForConditionalGeneration(T5Config(**sizes)),
+        args=Seq2SeqTrainingArguments(str(directory), **SETTINGS),
+        train_dataset=datasets.Dataset.from_list(FEATURES),
+        data_collator=DataCollatorForSeq2Seq(tokenizer()),
+        **hosting,
+    )
+
+
+def sft(directory, kind=SFTTrainer, **hosting):
+    return kind(
+        model=byte_llama(),
+        args=SFTConfig(str(directory), **TRL | hosting.pop("args", {})),
+        train_dataset=datasets.Dataset.from_dict({"text": TEXTS}),
+        processing_class=tokenizer(),
+        **hosting,
+    )
+
+
+def dpo(directory, kind=DPOTrainer, **hosting):
+    pairs = {"prompt": TEXTS, "chosen": [" yes, indeed"] * 16, "rejected": [" no"] * 16}
+    return kind(
+        model=byte_llama(),
+        ref_model=byte_llama(),
+        args=DPOConfig(str(directory), **TRL),
+        train_dataset=datasets.Dataset.from_dict(pairs),
+        processing_class=tokenizer(),
+        **hosting,
+    )
+
+
+def sentence_transformer(directory, kind=SentenceTransformerTrainer, **hosting):
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2)
+    BertModel(BertConfig(vocab_size=len(tokenizer()), **sizes)).save_pretrained(directory / "bert")
+    tokenizer().save_pretrained(directory / "bert")
+    model = SentenceTransformer(modules=[Transformer(str(directory / "bert")), Pooling(16)], device="cpu")
+    return kind(
+        model=model,
+        loss=MultipleNegativesRankingLoss(model),
+        args=SentenceTransformerTrainingArguments(str(directory), **SETTINGS),
+        train_dataset=datasets.Dataset.from_dict({"anchor": TEXTS, "positive": TEXTS[::-1]}),
+        **hosting,
+    )
+
+
+BUILDERS = {
+    "Trainer": trainer,
+    "Seq2SeqTrainer": seq2seq,
+    "SFTTrainer": sft,
+    "DPOTrainer": dpo,
+    "SentenceTransformerTrainer": sentence_transformer,
+}
+PLAIN = "Trainer(callbacks=[...])"
+KINDS = {
+    "Trainer": Trainer,
+    "Seq2SeqTrainer": Seq2SeqTrainer,
+    "SFTTrainer": SFTTrainer,
+    "DPOTrainer": DPOTrainer,
+    "SentenceTransformerTrainer": SentenceTransformerTrainer,
+}
+
+
+def make(name):
+    return known_techniques()[name](**({"limit": "3epochs"} if name == "Budget" else {}))
+
+
+def outcome(column, technique, directory):
+    """``trains``, after a whole run in which the technique took effect, or why it was refused."""
+    try:
+        if column == PLAIN:
+            hosted = trainer(directory, callbacks=[technique])
+        else:
+            hosted = BUILDERS[column](directory, accelerated(KINDS[column]), techniques=[technique])
+        hosted.train()
+    except ValueError as error:
+        last = traceback.extract_tb(error.__traceback__)[-1].filename
+        assert "/hf_accel/" in last, f"not refused by us: {error!r}"
+        return " ".join(str(error).split())
+    assert hosted.state.global_step > 0 and all(map(math.isfinite, losses_of(hosted)))
+    if column != PLAIN:
+        assert technique.took_effect(hosted.receipt.techniques[0]["report"])
+    return "trains"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_garbage_collection():
+    """Trainer collects garbage at every log, which takes long with all that these libraries have imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module")
+def table(request):
+    """What the document says; written anew from what ran, where this was asked for."""
+    found = read(TABLE.read_text()) if TABLE.exists() else {}
+    yield found
+    if request.config.getoption("write_docs"):
+        TABLE.write_text(written(found))
+
+
+@pytest.mark.parametrize("column", [*BUILDERS, PLAIN])
+@pytest.mark.parametrize("name", known_techniques())
+def test_it_trains_or_is_refused_as_the_table_says(name, column, table, tmp_path, request):
+    found = outcome(column, make(name), tmp_path)
+    if request.config.getoption("write_docs"):
+        table[name, column] = found
+    assert table[name, column] == found
+
+
+def written(found):
+    """The document; each refusal has a number."""
+    columns = [*BUILDERS, PLAIN]
+    refusals = list(dict.fromkeys(words for words in found.values() if words != "trains"))
+    lines = [
+        "# Techniques in other trainers",
+        "",
+        "<!-- Written by pytest tests/test_other_trainers.py --write-docs, from what ran. -->",
+        "",
+        "`accelerated(SFTTrainer)(..., techniques=[...])` hosts techniques in other trainers, and so does",
+        "`attach(trainer, [...])`. Here each trained a tiny model; a number is that of a refusal, which is given below",
+        "and comes before the first step.",
+        "",
+        "| | " + " | ".join(f"`{column}`" for column in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for name in known_techniques():
+        cells = (found.get((name, column), "not run") for column in columns)
+        cells = (f"({refusals.index(cell) + 1})" if cell in refusals else cell for cell in cells)
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    lines += ["", *(f"{number}. {words}" for number, words in enumerate(refusals, 1))]
+    return "\n".join(lines) + "\n"
+
+
+def read(text):
+    """What `written` was given."""
+    refusals = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
+    header, _, *rows = (
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n") if line[:1] == "|"
+    )
+    columns = [cell.strip("`") for cell in header[1:]]
+    return {
+        (name, column): refusals[cell[1:-1]] if cell.startswith("(") else cell
+        for name, *cells in rows
+        for column, cell in zip(columns, cells, strict=True)
+        if cell != "not run"
+    }
+
+
+# Losses of examples where the trainer computes its own ----------------------------------------------------------------
+
+
+def sft_run(directory, kind=SFTTrainer, **hosting):
+    hosted = sft(directory, kind, **hosting)
+    hosted.train()
+    return hosted
+
+
+def test_sft_with_the_models_head_is_sft(tmp_path):
+    """Losses of tokens through `hf_accel.losses`, with weights of 1, are SFTTrainer's own, over micro-batches too."""
+    plain = sft_run(tmp_path / "plain")
+    model_head = head_of(byte_llama())
+    neutral = sft_run(
+        tmp_path / "ours", accelerated(SFTTrainer), techniques=[InfoBatch(keep=1.0)], example_loss_func=model_head
+    )
+    assert losses_of(neutral) == pytest.approx(losses_of(plain), rel=1e-5)
+    assert largest_difference(weights_of(neutral), weights_of(plain)) < 1e-4
+    small = sft_run(
+        tmp_path / "small",
+        accelerated(SFTTrainer),
+        techniques=[InfoBatch(keep=1.0)],
+        example_loss_func=model_head,
+        micro_batch_size=3,
+    )
+    assert losses_of(small) == pytest.approx(losses_of(plain), rel=1e-4)
+
+
+def test_sft_with_the_models_head_prunes(tmp_path):
+    pruned = sft_run(
+        tmp_path,
+        accelerated(SFTTrainer),
+        techniques=[InfoBatch(keep=0.5)],
+        example_loss_func=head_of(byte_llama()),
+    )
+    assert pruned.receipt.samples < 3 * 16 and pruned.receipt.techniques[0]["report"]["kept"] < 1
+
+
+def test_observed_losses_are_those_of_the_examples(tmp_path):
+    seen = {}
+
+    class Watch(InfoBatch):
+        def observe(self, ids_B, losses_B):
+            seen.update(zip(ids_B.tolist(), losses_B.tolist(), strict=True))
+            super().observe(ids_B, losses_B)
+
+    still = {"learning_rate": 0.0, "num_train_epochs": 1}
+    hosted = sft_run(
+        tmp_path, accelerated(SFTTrainer), techniques=[Watch()], example_loss_func=head_of(byte_llama()), args=still
+    )
+    model = hosted.model.eval()
+    for i, row in enumerate(hosted.train_dataset):
+        ids = torch.tensor([row["input_ids"]])
+        with torch.no_grad():
+            log_probs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        expected = -log_probs.gather(1, ids[0, 1:, None]).mean().item()
+        assert seen[i] == pytest.approx(expected, rel=1e-4)
+
+
+def test_padding_free_sft_is_sft(tmp_path):
+    plain = sft_run(tmp_path / "plain")
+    flattened = sft_run(tmp_path / "ours", accelerated(SFTTrainer), techniques=[PaddingFree()])
+    assert losses_of(flattened) == pytest.approx(losses_of(plain), rel=1e-4)
+
+
+def test_attach_to_a_trainer_of_trl(tmp_path):
+    attached, built = sft(tmp_path), sft(tmp_path, accelerated(SFTTrainer), techniques=[Budget("5steps")])
+    attach(attached, [Budget("5steps")])
+    for each in (attached, built):
+        torch.manual_seed(0)
+        each.train()
+    assert attached.state.global_step == 5 and losses_of(attached) == losses_of(built)
+
+
+class OwnSampler(Trainer):
+    def _get_train_sampler(self, train_dataset=None):
+        return torch.utils.data.SequentialSampler(self.train_dataset)
+
+
+def test_a_sampler_of_the_users_is_not_replaced_in_silence(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"OwnSampler._get_train_sampler: it makes batches of its own, which InfoBatch\("
+    ):
+        trainer(tmp_path, accelerated(OwnSampler), techniques=[InfoBatch()])
+    trainer(tmp_path, accelerated(OwnSampler), techniques=[Budget("2steps")]).train()
