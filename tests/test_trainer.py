@@ -236,7 +236,12 @@ def test_seq2seq_trainer(tmp_path):
     trainer = accelerated(Seq2SeqTrainer)(
         model=tiny_trainer([], tmp_path).model,
         args=Seq2SeqTrainingArguments(
-            str(tmp_path), report_to=[], use_cpu=True, num_train_epochs=1, dataloader_pin_memory=False, save_strategy="no"
+            str(tmp_path),
+            report_to=[],
+            use_cpu=True,
+            num_train_epochs=1,
+            dataloader_pin_memory=False,
+            save_strategy="no",
         ),
         train_dataset=CountingText(),
         eval_dataset=CountingText(16),
