@@ -79,7 +79,7 @@ def assert_backend(trainer: Trainer, backend: Backend, world: int = 2) -> None:
 
 
 def run_on_ranks(
-    fn: Callable, *args: Any, world: int = 2, backend: Backend = "ddp", timeout: float = 60, **kwargs: Any
+    fn: Callable, *args: Any, world: int = 2, backend: Backend = "ddp", timeout: float = 180, **kwargs: Any
 ) -> list[Any]:
     """What ``fn(*args, **kwargs)`` returns on each rank, in order of ranks.
 

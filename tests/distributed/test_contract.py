@@ -58,10 +58,11 @@ def test_two_ranks(name, backend, tmp_path):
         return exact, straight, resumed
 
     one = train(kind(), tmp_path / "one", **EXACT)
-    ranks = run_on_ranks(exact_straight_resumed, backend=backend)
+    ranks = run_on_ranks(exact_straight_resumed, backend=backend, timeout=240)
     two = ranks[0][0]
     # DeepSpeed computes in float32.
-    assert difference(one["full"], two["full"]) < (1e-3 if zero else 1e-9)
+    declared = f"two_ranks_equal_one[{backend}]" in kind.expected_failed_checks
+    assert difference(one["full"], two["full"]) < (0.05 if declared else 1e-3 if zero else 1e-9)
     assert (two["samples"], two["epoch"]) == (one["samples"], one["epoch"])
     if not zero and not one["of_a_rank"]:
         assert two["report"] == pytest.approx(one["report"])
