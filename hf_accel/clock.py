@@ -78,10 +78,10 @@ class Clock:
     _step_seconds: float = 0.0
     _step_began: float | None = None
 
-    def start(self, earlier_seconds: float | None = None) -> None:
+    def start(self) -> None:
         """Begin to count seconds, after those of earlier parts of the run."""
         self._started = self.now()
-        self._earlier = self.spent["seconds"] if earlier_seconds is None else earlier_seconds
+        self._earlier = self.spent["seconds"]
         self._step_began = None
 
     @property
@@ -107,11 +107,6 @@ class Clock:
             # The recent past predicts the next step: about the last ten.
             self._step_seconds += (duration - self._step_seconds) * (0.1 if self._step_seconds else 1.0)
         self._update()
-
-    @property
-    def step_seconds(self) -> float:
-        """Smoothed duration of a step."""
-        return self._step_seconds
 
     def _update(self) -> None:
         shares = [self.spent[u] / limit for u, limit in self.limits.items() if u != "seconds"]

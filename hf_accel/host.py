@@ -234,15 +234,22 @@ def changed_arguments(args: TrainingArguments) -> dict[str, Any]:
         "local_rank",
         "project",
     }
-    changed = {}
+    changed = {name: getattr(value, "value", value) for name, value in said_arguments(args).items()}  # of enumerations
+    plain = bool | int | float | str | dict | list
+    return {name: value for name, value in changed.items() if name not in private and isinstance(value, plain)}
+
+
+def said_arguments(args: TrainingArguments) -> dict[str, Any]:
+    """The fields that differ from their defaults; another instance is not asked, which would set up devices anew."""
+    said = {}
     for field in dataclasses.fields(args):
         usual = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        value, usual = (getattr(v, "value", v) for v in (getattr(args, field.name), usual))  # of enumerations
-        plain = isinstance(value, bool | int | float | str | dict | list)
+        value = getattr(args, field.name)
+        same = getattr(value, "value", value) == getattr(usual, "value", usual)
         # What is empty and was empty before ``__post_init__`` says nothing.
-        if field.init and field.name not in private and plain and value != usual and (value or usual):
-            changed[field.name] = value
-    return changed
+        if field.init and not same and (value or usual):
+            said[field.name] = value
+    return said
 
 
 def extend_model_card(path: Path, trainer: AccelTrainerMixin) -> None:

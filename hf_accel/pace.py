@@ -88,8 +88,7 @@ class Restorer(TrainerCallback):
 class Ending:
     """What follows the last update in a run that ends on time: an evaluation and a checkpoint.
 
-    Measured: first from a few batches and from the size of the model, then from every evaluation and checkpoint, and
-    scaled by the present duration of a step.
+    Measured: first from a few batches and from the size of the model, then from every evaluation and checkpoint.
     """
 
     def __init__(self, trainer: AccelTrainerMixin):

@@ -24,6 +24,7 @@ from typing import Any, TypeVar, get_type_hints
 
 from transformers import TrainingArguments
 
+from hf_accel.host import said_arguments
 from hf_accel.notation import dump_yaml, load_yaml, nearest, read_call
 from hf_accel.technique import Technique, broken_rule
 
@@ -149,7 +150,7 @@ class Recipe:
             return args
         kind = type(args)
         check_fields("args", self.args, kind)
-        said = {f.name: getattr(args, f.name) for f in dataclasses.fields(args) if f.init and _is_said(args, f)}
+        said = said_arguments(args)
         merged = dataclasses.replace(self, args=said | self.args).training_arguments(kind)
         for name, value in self.args.items():
             if name in said and said[name] != getattr(merged, name):
@@ -157,13 +158,6 @@ class Recipe:
                     f"{name}: args say {said[name]!r} and the recipe says {value!r}. Say it in one of the two."
                 )
         return merged
-
-
-def _is_said(args: TrainingArguments, field: dataclasses.Field) -> bool:
-    """Whether an argument differs from its default; another instance cannot be asked, which would set up devices."""
-    usual = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    value = getattr(args, field.name)
-    return bool(value != usual and (value or usual))  # empty values differ after ``__post_init__`` only
 
 
 def check_fields(where: str, values: Mapping[str, Any], kind: type) -> None:
