@@ -14,7 +14,10 @@ from typing import Any
 import hf_accel
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "numpy", "peft", "scikit-learn")
-REPORTING = ("cli", "compare/statistics.py", "compare/results.py", "compare/report.py", "compare/comparison.py")
+REPORTING = (
+    *("cli", "cards.py", "evidence.py"),
+    *(f"compare/{name}.py" for name in ("statistics", "results", "report", "page", "charts", "comparison")),
+)
 """Parts of the package that no run executes."""
 
 

@@ -1,12 +1,15 @@
-"""The results for people: a table for the terminal, a report in Markdown."""
+"""The results for people: a table for the terminal, a report in Markdown; the page is in `hf_accel.compare.page`."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from rich.console import Group
 from rich.table import Table
+
+from hf_accel import evidence
 
 if TYPE_CHECKING:
     from hf_accel.compare.results import Results, Row
@@ -65,30 +68,43 @@ def errors(results: Results) -> list[str]:
     return [f"{row.name}: {error}" for row in results.rows for error in row.errors]
 
 
+def sentences(results: Results) -> list[str]:
+    """What came out, a sentence for each candidate."""
+    document = evidence.record(results)
+    return [evidence.sentence(document, arm) for arm in document["arms"] if arm["role"] == "candidate"]
+
+
+def notes(results: Results) -> list[str]:
+    """How to read the table."""
+    return [
+        "A speed-up is T(q) / t: the candidate reached quality q at cost t, and T(q) is what the baseline of the same "
+        "seed needs for it, interpolated over its horizons, each trained to the end of its own learning-rate decay. "
+        "In brackets, 95 % intervals (Student's t on logarithms over seeds, widened by the doubt of the "
+        "interpolation). Outside of the baseline's range there are bounds and misses, never numbers.",
+        f"Verdict: non-inferior where the one-sided 95 % bound of the difference to the baseline's full horizon is "
+        f"below {results.margin:g}, a margin that was fixed before.",
+    ]
+
+
 def markdown(results: Results) -> str:
     """``report.md``."""
     lines = [
         f"# {results.workload}: speed-up at equal {results.metric}",
         "",
+        *(f"- {line}" for line in sentences(results)),
+        "",
         first_line(results),
         "",
-        "| " + " | ".join(HEADINGS) + " |",
-        "|" + " --- |" * len(HEADINGS),
-        *(
-            "| " + " | ".join(cell.replace("|", "\\|") for cell in cells(row, results)) + " |"
-            for row in ordered(results)
-        ),
+        *_table(HEADINGS, [cells(row, results) for row in ordered(results)]),
         "",
-        "A speed-up is T(q) / t: the candidate reached quality q at cost t, and T(q) is what the baseline of the same "
-        "seed needs for it, interpolated over its horizons, each trained to the end of its own learning-rate decay. "
-        "In brackets, 95 % intervals (Student's t on logarithms over seeds, widened by the doubt of the "
-        "interpolation). Outside of the baseline's range there are bounds and misses, never numbers.",
-        "",
-        f"Verdict: non-inferior where the one-sided 95 % bound of the difference to the baseline's full horizon is "
-        f"below {results.margin:g}, a margin that was fixed before.",
-        "",
-        *by_cost(results),
-        *(["## What went wrong", "", *(f"- {line}" for line in errors(results)), ""] if errors(results) else []),
+        *(line for note in notes(results) for line in (note, "")),
+    ]
+    headings, rows = by_cost(results)
+    if rows:
+        lines += ["## Counted in other costs", "", *_table(headings, [texts for _, texts in rows]), ""]
+    if wrong := errors(results):
+        lines += ["## What went wrong", "", *(f"- {line}" for line in wrong), ""]
+    lines += [
         "## Baseline",
         "",
         *(f"- `{name}`: `{value}`" for name, value in results.baseline_args.items()),
@@ -99,20 +115,18 @@ def markdown(results: Results) -> str:
     return "\n".join(lines)
 
 
-def by_cost(results: Results) -> list[str]:
-    """The speed-ups counted in other things than the main cost."""
+def by_cost(results: Results) -> tuple[list[str], list[tuple[Row, list[str]]]]:
+    """The speed-ups counted in other things than the main cost: headings, and the cells of each row."""
     rows = [row for row in ordered(results) if row.speed_ups]
     costs = [cost for cost in dict.fromkeys(c for row in rows for c in row.speed_ups) if cost != results.cost]
-    if not costs:
-        return []
-    return [
-        "## Counted in other costs",
-        "",
-        "| arm | " + " | ".join(cost.replace("_", " ") for cost in costs) + " |",
-        "|" + " --- |" * (len(costs) + 1),
-        *(f"| {row.name} | " + " | ".join(str(row.speed_ups.get(c, "")) for c in costs) + " |" for row in rows),
-        "",
-    ]
+    headings = ["arm", *(cost.replace("_", " ") for cost in costs)]
+    return headings, [(row, [row.name, *(str(row.speed_ups.get(c, "")) for c in costs)]) for row in rows if costs]
+
+
+def _table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown."""
+    lines = ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (headings, *rows)]
+    return [lines[0], "|" + " --- |" * len(headings), *lines[1:]]
 
 
 def _number(value: float, form: str) -> str:

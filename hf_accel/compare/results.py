@@ -5,14 +5,19 @@ from __future__ import annotations
 import datetime
 import json
 import math
+import os
+import platform
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from hf_accel.compare import cache
+from hf_accel.compare.page import page
 from hf_accel.compare.report import markdown
 from hf_accel.compare.statistics import NonInferiority, SpeedUp, non_inferiority, speed_up
 
@@ -79,6 +84,7 @@ class Results:
     complete: bool
     versions: dict[str, str]
     code: str
+    machine: str
     date: str
 
     def row(self, name: str) -> Row:
@@ -93,9 +99,10 @@ class Results:
         return _plain(asdict(self))
 
     def save(self, folder: Path) -> None:
-        """Write ``results.json`` and ``report.md``."""
+        """Write ``results.json``, ``report.md`` and ``report.html``."""
         (folder / "results.json").write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
         (folder / "report.md").write_text(markdown(self))
+        (folder / "report.html").write_text(page(self))
 
 
 def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Results:
@@ -190,8 +197,21 @@ def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Re
         complete=len(whole) == len(comparison.seeds) and all(row.seeds == whole for row in rows),
         versions=cache.versions(),
         code=cache.code_hash(),
+        machine=machine(),
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     )
+
+
+def machine() -> str:
+    """What the runs were made on: the accelerator, or the processor and the share of it that a run has."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    models = re.findall(r"model name\s*: (.*)", _text(Path("/proc/cpuinfo")))
+    return f"{(models or [platform.processor() or platform.machine()])[0]}, {os.cpu_count()} cores, one thread a run"
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
 
 
 def _mean(values: np.ndarray) -> float:

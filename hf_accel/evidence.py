@@ -1,0 +1,153 @@
+"""What comparisons have shown: their records, and the grade of each technique.
+
+A record is a finished comparison without its logs: who was compared with what, on which machine, and what came out for
+each seed.  ``hf-accel compare --record FILE`` writes one; those in ``docs/evidence`` are committed and come with the
+package.  A technique's grade is
+
+    proven here      in some record, an arm of this technique alone gained (`gained`) on a tuned baseline
+    no gain shown    there are such records, and in none it gained
+    reported         there is no such record; the papers on its card say what others saw
+
+Arms of several techniques grade none of them, as nobody knows whose the gain is.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from hf_accel.compare.results import Results
+
+Record = dict[str, Any]
+Arm = dict[str, Any]
+Records = Mapping[str, Record]
+"""Records by name."""
+Grade = Literal["proven here", "no gain shown", "reported"]
+
+
+def record(results: Results) -> Record:
+    """A comparison without its logs."""
+    document = results.to_dict()
+    runs = {(run["arm"], run["horizon"], run["seed"]): run for run in document.pop("runs")}
+    arms = document.pop("rows")
+    for arm, row in zip(arms, results.rows, strict=True):
+        own = [runs[arm["name"], arm["horizon"], seed] for seed in arm["seeds"]]
+        given = own[0].get("run", {}).get("recipe", {}).get("args", {})
+        arm["args"] = {key: value for key, value in given.items() if value != results.baseline_args.get(key)}
+        arm["qualities"] = [run.get("metrics", {}).get(results.metric) for run in own]
+        arm["paid"] = [run.get("costs", {}).get(results.cost) for run in own]
+        for cost, speed_up in row.speed_ups.items():
+            arm["speed_ups"][cost]["text"] = str(speed_up)
+    options = next(iter(runs.values())).get("run", {}).get("options", {})
+    return _rounded({**document, "options": options, "arms": arms})
+
+
+def write_record(results: Results, path: str | Path) -> None:
+    """Write a comparison's record, as JSON with a list of numbers on one line."""
+    text = json.dumps(record(results), indent=1, allow_nan=False)
+    text = re.sub(r"\[\n\s+([^\[\]{}]*?)\n\s+\]", lambda found: "[" + re.sub(r"\n\s+", " ", found[1]) + "]", text)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text + "\n")
+
+
+def folder() -> Path:
+    """Where the committed records are: in the package where it was installed, else in the checkout."""
+    packaged = Path(__file__).with_name("evidence_records")
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "docs" / "evidence"
+
+
+def load_records(path: Path | None = None) -> dict[str, Record]:
+    """The comparisons in a folder, by the stem of the file."""
+    documents = {file.stem: json.loads(file.read_text()) for file in sorted((path or folder()).glob("*.json"))}
+    return {name: document for name, document in documents.items() if "arms" in document}
+
+
+def candidates(records: Records) -> Iterator[tuple[str, Record, Arm]]:
+    """The name of the record, the record, and the arm, of everything that was to be faster than a baseline."""
+    for name, document in records.items():
+        for arm in document["arms"]:
+            if arm["role"] == "candidate":
+                yield name, document, arm
+
+
+def techniques_of(arm: Arm) -> list[str]:
+    """The names of an arm's techniques."""
+    return [name for entry in arm["techniques"] for name in entry]
+
+
+def gained(document: Record, arm: Arm) -> bool:
+    """Whether an arm was faster at equal quality, and not just as a placebo of it is.
+
+    The 95 % interval of its speed-up in the main cost lies above 1 (of a bound, its lower end does), and of no placebo
+    of it the interval reaches as high as the arm's own value.
+    """
+    own = arm["speed_ups"].get(document["cost"])
+    return own is not None and own["kind"] != "miss" and own["low"] > 1 and not rivals(document, arm)
+
+
+def rivals(document: Record, arm: Arm) -> list[str]:
+    """The placebos of an arm that may be as fast: the upper end of their interval reaches its value."""
+    own = arm["speed_ups"].get(document["cost"], {"value": 0.0})
+    found = []
+    for other in document["arms"]:
+        if other["role"] == "placebo" and other["of"] == arm["name"]:
+            theirs = other["speed_ups"].get(document["cost"], {"kind": "miss"})
+            if theirs["kind"] != "miss" and (theirs["high"] is None or theirs["high"] >= own["value"]):
+                found.append(other["name"])
+    return found
+
+
+def grade(technique: str, records: Records) -> Grade:
+    """What the records say of a technique."""
+    alone = [(document, arm) for _, document, arm in candidates(records) if techniques_of(arm) == [technique]]
+    if any(document["tuned"] and gained(document, arm) for document, arm in alone):
+        return "proven here"
+    return "no gain shown" if alone else "reported"
+
+
+def sentence(document: Record, arm: Arm) -> str:
+    """What came out for a candidate, in words."""
+    name, metric = arm["name"], document["metric"].removeprefix("eval_")
+    own = arm["speed_ups"].get(document["cost"])
+    faster = "faster" if "seconds" in document["cost"] else f"cheaper in {document['cost']}"
+    if own is None:
+        return f"{name}: nothing is known of its {document['cost']}."
+    if own["kind"] == "miss":
+        of = f"{own['misses']} of {len(own['per_seed'])} seeds"
+        return f"{name}: miss. {of} ended worse than the baseline's shortest run, or failed."
+    if own["low"] > 1:
+        gain = f"{name} reaches the baseline's {metric} {own['text']} {faster}"
+        if own["kind"] == "bound":
+            gain = f"{name} ends with a better {metric} than the baseline's longest run, and is {own['text']} {faster}"
+        if others := rivals(document, arm):
+            return f"{gain}, but a placebo may be as fast ({', '.join(others)}): no gain shown."
+        return f"{gain}."
+    if own["high"] is not None and own["high"] < 1:
+        return f"{name} is slower: {own['text']} at equal {metric}."
+    return f"{name}: no gain shown, {own['text']} at equal {metric}."
+
+
+def verdict(document: Record, arm: Arm) -> str:
+    """What came out for a candidate, in a word or three."""
+    own = arm["speed_ups"].get(document["cost"])
+    if own is None or own["kind"] == "miss":
+        return "miss"
+    if gained(document, arm):
+        return "faster"
+    if own["low"] > 1:
+        return "no gain over its placebo"
+    return "slower" if own["high"] is not None and own["high"] < 1 else "no gain shown"
+
+
+def _rounded(value: Any) -> Any:
+    """The same with six digits of every number that is not whole."""
+    if isinstance(value, dict):
+        return {name: _rounded(item) for name, item in value.items()}
+    if isinstance(value, list):
+        return [_rounded(item) for item in value]
+    return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value

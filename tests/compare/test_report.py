@@ -1,0 +1,219 @@
+from __future__ import annotations
+
+import json
+import math
+import random
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+
+from hf_accel import evidence
+from hf_accel.compare import Arm, Comparison
+from hf_accel.compare.charts import Axis, Chart
+from hf_accel.compare.page import page, parts
+from hf_accel.compare.report import markdown, sentences
+from hf_accel.compare.results import collect
+from hf_accel.recipe import Recipe
+
+ARMS = {  # name: (loss at the cost of the full horizon, that cost), the baseline reaches 1.3 there at cost 10
+    "half": (1.3, 5.0),
+    "same": (1.3, 10.0),
+    "bad": (3.0, 10.0),
+    "stack & more": (1.3, 6.0),
+    "stack & more without Muon": (1.3, 8.0),
+    "baseline, LR of half": (1.3, 9.0),
+}
+
+
+@pytest.fixture(scope="module")
+def results():
+    """A comparison whose answers are known: the baseline's loss is 1 + 0.3 / horizon, its cost 10 x horizon."""
+    comparison = Comparison(
+        [
+            Arm("half", Recipe(techniques=["LayerFreezing"])),
+            Arm("same", Recipe(techniques=["StepGuard"])),
+            Arm("bad", Recipe(techniques=["Muon"])),
+            Arm("stack & more", Recipe(techniques=["Muon", "LayerFreezing"])),
+        ],
+        workload="synthetic",
+        seeds=3,
+        cost="cpu_seconds",
+    )
+    without = Arm("stack & more without Muon", Recipe(techniques=["LayerFreezing"]), "ablation", "stack & more")
+    placebo = Arm("baseline, LR of half", Recipe(args={"learning_rate": 1.0}), "placebo", "half")
+    arms = [comparison.reference, *comparison.arms, without, placebo]
+    noise, records = random.Random(0), {}
+    for arm in arms:
+        for seed in comparison.seeds:
+            for horizon in comparison.horizons if arm.role == "baseline" else [1.0]:
+                loss, cost = ARMS.get(arm.name, (1 + 0.3 / horizon, 10 * horizon))
+                record = made(loss + noise.gauss(0, 0.004), cost * math.exp(noise.gauss(0, 0.01)))
+                records[arm.name, horizon, seed] = {"run": {"recipe": arm.recipe.to_dict(), "options": {}}, **record}
+    records["bad", 1.0, 2] = {"run": {}, "status": "failed", "error": "ValueError: <no> & never"}
+    return collect(comparison, arms, records)
+
+
+def made(loss: float, cost: float) -> dict:
+    costs = {"cpu_seconds": cost, "wall_seconds": cost, "flops": 1e9, "tokens": 0.0, "samples": 64.0, "steps": 8.0}
+    return {
+        "status": "finished",
+        "metrics": {"eval_loss": loss, "epoch": 1.0},
+        "costs": costs,
+        "uncharged": {},
+        "set_up": {"cpu_seconds": 0.1, "wall_seconds": 0.1},
+        "peak_memory_bytes": 2**28,
+        "phases": {"data": 0.1, "forward": cost / 3, "backward": cost / 2, "optimizer": 0.5, "1.Muon": 0.2, "other": 1},
+        "techniques": [],
+        "log": [[step, 2 + loss / step] for step in range(1, 9)],
+        "whole_seconds": cost + 1,
+    }
+
+
+# Words ----------------------------------------------------------------------------------------------------------------
+
+
+def test_a_sentence_says_what_came_out(results):
+    half, same, bad, stack = sentences(results)
+    assert re.fullmatch(r"half reaches the baseline's loss (1\.9\d|2\.0\d)x \[\d\.\d\d, \d\.\d\d\] faster\.", half)
+    assert re.fullmatch(r"same: no gain shown, [01]\.\d\dx \[.*\] at equal loss\.", same)
+    assert bad == "bad: miss. 3 of 3 seeds ended worse than the baseline's shortest run, or failed."
+    assert "1.6" in stack and stack.startswith("stack & more reaches")
+
+
+def test_the_markdown_begins_with_the_sentences(results):
+    text = markdown(results)
+    lines = text.splitlines()
+    assert lines[2:6] == [f"- {line}" for line in sentences(results)]
+    assert all(any(line.startswith(f"| {name} ") or f"- {name} |" in line for line in lines) for name in ARMS)
+    headings = [line for line in lines if line.startswith("## ")]
+    assert headings == ["## Counted in other costs", "## What went wrong", "## Baseline"]
+
+
+# The page -------------------------------------------------------------------------------------------------------------
+
+
+class Elements(HTMLParser):
+    """What a page is made of; raises where it is not nested as it must be."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open, self.seen, self.text, self.headings = [], [], "", []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+        if tag not in ("meta",) and not self.get_starttag_text().endswith("/>"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] == "h2":
+            self.headings.append(data)
+        self.text += data
+
+
+def test_the_page_needs_nothing_else_and_shows_every_arm(results):
+    text = page(results)
+    elements = Elements(text)
+    assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in elements.seen}
+    assert not [attrs for _, attrs in elements.seen if {"src", "href", "xlink:href"} & attrs.keys()]
+    assert "url(" not in text and "@import" not in text and "http" not in text
+    for name in ["baseline", *ARMS]:
+        assert elements.text.count(name) >= 2, name
+    for sentence in sentences(results):
+        assert sentence in elements.text
+    assert "ValueError: <no> & never" in elements.text
+    assert elements.headings == [
+        "Quality against cost",
+        "Speed-up at equal quality",
+        "Ablation",
+        "Training loss",
+        "Where the time went",
+        "Counted in other costs",
+        "What went wrong",
+        "Baseline",
+        "Machine and versions",
+    ]
+
+
+def test_its_charts_are_well_formed_and_have_every_run(results):
+    pictures = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", page(results), re.DOTALL)]
+    quality = next(svg for svg in pictures if svg.get("aria-label") == "quality of every run against its cost")
+    titles = [title.text for title in quality.iter("title")]
+    finished = [run for run in results.runs if run["status"] == "finished"]
+    assert len(titles) == len(finished) == 5 * 3 + 6 * 3 - 1
+    for run in finished:
+        label = f"{run['arm']}, horizon {run['horizon']:g}, seed {run['seed']}: loss {run['metrics']['eval_loss']:.4f}"
+        assert len([title for title in titles if title.startswith(label + " at ")]) == 1
+    box = [float(part) for part in quality.get("viewBox").split()]
+    for circle in quality.iter("circle"):
+        assert 0 <= float(circle.get("cx")) <= box[2] and 0 <= float(circle.get("cy")) <= box[3]
+
+
+def test_the_ablation_is_the_ratio_seed_by_seed(results):
+    text = Elements(page(results)).text
+    (found,) = re.findall(r"what it adds.*?x \[[^]]*\].*?x \[[^]]*\](\d\.\d\d)x \[", text.replace("\n", ""))
+    assert float(found) == pytest.approx(8 / 6, abs=0.05)
+
+
+def test_a_comparison_that_measured_little_has_a_page(results):
+    bare = collect_without(results, phases={}, log=[])
+    headings = Elements(page(bare)).headings
+    assert "Training loss" not in headings and "Where the time went" not in headings and "Baseline" in headings
+
+
+def collect_without(results, **changes):
+    import copy
+
+    bare = copy.copy(results)
+    bare.runs = [run | changes for run in results.runs]
+    return bare
+
+
+def test_phases_are_joined():
+    found = parts({"data": 1.0, "saving": 2.0, "other": 4.0, "0.Muon": 8.0, "1.InfoBatch": 16.0})
+    nothing = {"forward": 0, "backward": 0, "optimizer": 0, "evaluation": 0}
+    assert found == nothing | {"data": 1, "techniques": 24, "other": 6}
+
+
+@pytest.mark.parametrize("low, high, log", [(0.9, 2.3, True), (3, 4000, True), (0.31, 0.33, False), (-2, 7, False)])
+def test_ticks_are_round_and_inside(low, high, log):
+    ticks = Axis(low, high, log).ticks()
+    assert 3 <= len(ticks) <= 12 and all(low <= tick <= high for tick in ticks) and ticks == sorted(set(ticks))
+    assert all(len(f"{tick:g}") <= 6 for tick in ticks)
+
+
+def test_places_are_shares_of_an_axis():
+    assert Axis(1, 100, True).share(10) == pytest.approx(0.5) and Axis(2, 4).share(3.5) == pytest.approx(0.75)
+    assert Axis(1, 100, True).share(0) == 0 and Axis(2, 4).share(9) == 1
+    chart = Chart(Axis(0, 1), Axis(0, 1), "x", "y")
+    assert chart.place(0.2, 0.9)[1] < chart.place(0.2, 0.1)[1], "more is higher"
+    assert chart.point(math.nan, 0.5, "circle", "s0", "") == ""
+
+
+# Records --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_record_is_read_as_it_was_written(results, tmp_path):
+    evidence.write_record(results, tmp_path / "new" / "synthetic.json")
+    (tmp_path / "new" / "other.json").write_text('{"what": "no comparison"}')
+    read = evidence.load_records(tmp_path / "new")
+    assert read == {"synthetic": evidence.record(results)}
+    document = read["synthetic"]
+    assert "runs" not in document and "log" not in json.dumps(document)
+    arms = {arm["name"]: arm for arm in document["arms"] if arm["role"] != "baseline"}
+    assert arms.keys() == ARMS.keys()
+    assert arms["half"]["speed_ups"]["cpu_seconds"]["text"] == str(results.row("half").speed_ups["cpu_seconds"])
+    assert arms["half"]["paid"] == pytest.approx([5.0] * 3, rel=0.05)
+    assert arms["bad"]["qualities"][1] is None and arms["bad"]["qualities"][0] == pytest.approx(3.0, rel=0.01)
+    assert arms["baseline, LR of half"]["args"] == {"learning_rate": 1.0}
+    assert evidence.grade("LayerFreezing", read) == "proven here"
+    assert evidence.grade("StepGuard", read) == "no gain shown" == evidence.grade("Muon", read)
