@@ -94,6 +94,9 @@ class Technique(TrainerCallback):
     variations: ClassVar[Mapping[str, Any]] = {}
     """For fields whose other values cannot be guessed, one that must change the outcome; the contract tries it."""
 
+    modality: ClassVar[Literal["text", "image", "speech"]] = "text"
+    """What the contract trains it on; ``text`` also where it does not matter."""
+
     host_: ClassVar[Any] = None
     """The trainer that asks the hooks; None in a plain Trainer, which cannot."""
 

@@ -11,19 +11,32 @@ technique that is known to break one says so in ``expected_failed_checks``, with
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from itertools import combinations, permutations
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import annotated_types as at
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from transformers import (
+    ASTConfig,
+    ASTForAudioClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PrinterCallback,
+    Trainer,
+    TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_accel.technique import Technique
 from hf_accel.trainer import AccelTrainer, AccelTrainerMixin
@@ -85,6 +98,92 @@ def tiny_llama(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: i
         return LlamaForCausalLM(config).to(dtype)  # type: ignore[arg-type]
 
 
+class Patterns(Dataset):
+    """Noisy copies, in [0, 1], of one of four coarse patterns, which is the class; a classifier can learn them."""
+
+    def __init__(self, name: str, shape: tuple[int, int, int], num_examples: int, seed: int, dtype: torch.dtype):
+        patterns = torch.rand(4, shape[0], 2, 2, generator=torch.Generator().manual_seed(99))
+        generator = torch.Generator().manual_seed(seed)
+        labels = torch.randint(4, (num_examples,), generator=generator)
+        noise = torch.rand(num_examples, *shape, generator=generator)
+        values = 0.7 * F.interpolate(patterns, shape[1:], mode="bilinear")[labels] + 0.3 * noise
+        self.rows = [
+            {name: value.squeeze(0).to(dtype), "labels": label}
+            for value, label in zip(values, labels.tolist(), strict=True)
+        ]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return self.rows[index]
+
+
+def collate_stacked(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """Examples of one shape, one after the other."""
+    return {name: torch.stack([torch.as_tensor(f[name]) for f in features]) for name in features[0]}
+
+
+def tiny_vit(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0) -> ViTForImageClassification:
+    """A ViT of two blocks on images of 16 x 16 pixels, the same for the same seed."""
+    config = ViTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        image_size=16,
+        patch_size=4,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=4,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ViTForImageClassification(config).to(dtype)  # type: ignore[arg-type]
+
+
+def tiny_ast(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0) -> ASTForAudioClassification:
+    """A spectrogram transformer of two blocks on 16 frames of 8 bands, the same for the same seed."""
+    config = ASTConfig(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_length=16,
+        num_mel_bins=8,
+        patch_size=4,
+        frequency_stride=4,
+        time_stride=4,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+        num_labels=4,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return ASTForAudioClassification(config).to(dtype)  # type: ignore[arg-type]
+
+
+class Probe(NamedTuple):
+    """What the contract trains techniques of one modality on."""
+
+    model: Callable[[float, torch.dtype], PreTrainedModel]
+    examples: Callable[[int, int, torch.dtype], Dataset]
+    """Of a number, a seed and a type."""
+    collate: Callable[[Sequence[Any]], dict[str, Tensor]]
+
+
+PROBES = {
+    "text": Probe(tiny_llama, lambda number, seed, _: CountingText(number, seed=seed), collate_padded),
+    "image": Probe(tiny_vit, functools.partial(Patterns, "pixel_values", (3, 16, 16)), collate_stacked),
+    "speech": Probe(tiny_ast, functools.partial(Patterns, "input_values", (1, 16, 8)), collate_stacked),
+}
+
+
+def modality_of(techniques: Sequence[Technique]) -> str:
+    """The modality that techniques can be trained on together."""
+    return next((t.modality for t in techniques if t.modality != "text"), "text")
+
+
 def tiny_trainer(
     techniques: Sequence[Technique],
     directory: str | Path,
@@ -94,9 +193,12 @@ def tiny_trainer(
     dtype: torch.dtype = torch.float32,
     model: torch.nn.Module | None = None,
     micro_batch_size: int | None = None,
+    modality: str | None = None,
     **args: Any,
 ) -> Any:
-    """A trainer of `tiny_llama` on `CountingText`, 24 updates of 8 examples; ``args`` are TrainingArguments."""
+    """A trainer of the probe of a modality, the techniques' own where none is given, for text `tiny_llama` on
+    `CountingText`: 24 updates of 8 examples; ``args`` are TrainingArguments."""
+    probe = PROBES[modality or modality_of(techniques)]
     settings: dict[str, Any] = {
         "output_dir": str(directory),
         "num_train_epochs": EPOCHS,
@@ -120,11 +222,11 @@ def tiny_trainer(
     if schedules:
         del settings["lr_scheduler_type"]
     trainer = trainer_class(
-        model=model or tiny_llama(dropout, dtype),
+        model=model or probe.model(dropout, dtype),
         args=TrainingArguments(**(settings | args)),
-        train_dataset=CountingText(),
-        eval_dataset=CountingText(16, seed=1),
-        data_collator=collate_padded,
+        train_dataset=probe.examples(EXAMPLES, 0, dtype),
+        eval_dataset=probe.examples(16, 1, dtype),
+        data_collator=probe.collate,
         **hosting,
     )
     trainer.pop_callback(PrinterCallback)
@@ -220,7 +322,7 @@ def check_neutral_is_trainer(technique: Technique, directory: Path) -> None:
     if technique.neutral is None:
         return
     neutral = dataclasses.replace(technique, **technique.neutral)  # type: ignore[type-var]
-    plain = tiny_trainer([], directory, trainer_class=Trainer)
+    plain = tiny_trainer([], directory, trainer_class=Trainer, modality=technique.modality)
     plain.train()
     hosted = tiny_trainer([neutral], directory)
     averaging = hosted._owners["averaging"] is not None
@@ -263,8 +365,9 @@ def check_evaluates_what_it_returns(technique: Technique, directory: Path) -> No
     returned = trainer.evaluate()["eval_loss"]
     assert math.isclose(logged, returned, rel_tol=1e-6), f"{technique!r}: evaluated {logged}, returned {returned}"
     trainer.save_model(str(directory / "saved"))
-    saved = LlamaForCausalLM.from_pretrained(directory / "saved")
-    reloaded = tiny_trainer([], directory, trainer_class=Trainer, model=saved).evaluate()["eval_loss"]
+    saved = type(PROBES[technique.modality].model(0.0, torch.float32)).from_pretrained(directory / "saved")
+    plain = tiny_trainer([], directory, trainer_class=Trainer, model=saved, modality=technique.modality)
+    reloaded = plain.evaluate()["eval_loss"]
     assert math.isclose(reloaded, returned, rel_tol=1e-6), f"{technique!r}: returned {returned}, saved {reloaded}"
 
 

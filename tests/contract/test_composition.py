@@ -19,7 +19,11 @@ from hf_accel.technique import SLOTS
 from hf_accel.testing import EPOCHS, covering_array, largest_difference, losses_of, tiny_trainer, weights_of
 
 TABLE = Path(__file__).parents[2] / "docs" / "composition.md"
-KINDS = known_techniques()
+KINDS = {name: kind for name, kind in known_techniques().items() if kind.modality == "text"}
+OTHERS = {
+    modality: [name for name, kind in known_techniques().items() if kind.modality == modality]
+    for modality in ("image", "speech")
+}
 OWNERS = {slot: [name for name, kind in KINDS.items() if slot in kind.answers()] for slot in SLOTS}
 FREE = [name for name in KINDS if not any(name in owners for owners in OWNERS.values())]
 RUNS = covering_array(OWNERS, FREE)
@@ -30,7 +34,7 @@ PAIRS = [pair for pair in permutations(KINDS, 2) if frozenset(pair) not in SLOT_
 
 def build(names):
     """Fresh techniques with their defaults; budgets of the length of the other runs, for effects take time."""
-    techniques = [KINDS[name]() for name in names]
+    techniques = [known_techniques()[name]() for name in names]
     return [replace(t, limit=f"{EPOCHS}epochs") if type(t).__name__ == "Budget" else t for t in techniques]
 
 
@@ -41,10 +45,11 @@ def train(names, directory, resume=None, **args):
 
     def count(module, positional, inputs):
         if module.training and torch.is_grad_enabled():
-            ids = inputs["input_ids"]
-            flat = len(ids) == 1 and "position_ids" in inputs
-            seen["samples"] += int((inputs["position_ids"] == 0).sum()) if flat else len(ids)
-            seen["tokens"] += int((ids != 0).sum())
+            main = inputs[module.main_input_name]
+            flat = len(main) == 1 and "position_ids" in inputs
+            seen["samples"] += int((inputs["position_ids"] == 0).sum()) if flat else len(main)
+            if not main.is_floating_point():
+                seen["tokens"] += int(inputs.get("attention_mask", torch.ones_like(main)).sum())
 
     handle = trainer.model.register_forward_pre_hook(count, with_kwargs=True)
     trainer.train(resume_from_checkpoint=resume)
@@ -136,6 +141,12 @@ def test_the_array_gives_each_slot_one_owner():
 def test_together(names, passed, tmp_path):
     check_together(names, tmp_path)
     passed.append(names)
+
+
+@pytest.mark.parametrize("modality", [modality for modality, names in OTHERS.items() if names])
+def test_together_on_other_data(modality, tmp_path):
+    for i, names in enumerate((OTHERS[modality], OTHERS[modality][::-1])):
+        check_together(names, tmp_path / str(i))
 
 
 @pytest.mark.full

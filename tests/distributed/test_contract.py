@@ -16,6 +16,8 @@ def train(technique, directory, backend=None, resume=None, **settings):
     args = {"per_device_train_batch_size": 8} if backend is None else backend_args(backend)
     if backend is not None:
         args["per_device_train_batch_size"] = 4
+    if "fsdp_config" in args and technique.modality != "text":
+        args["fsdp_config"].pop("transformer_layer_cls_to_wrap")  # the model says itself what is not to be split
     trainer = tiny_trainer([technique], directory, **(settings | args))
     trainer.train(resume_from_checkpoint=resume)
     if backend is not None:
