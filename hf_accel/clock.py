@@ -73,9 +73,10 @@ class Clock:
     progress: float = 0.0
     done: bool = False
     """Whether the budget is spent: no further update is made."""
+    step_seconds: float = 0.0
+    """Seconds of a step, of about the last ten; 0 before the first."""
     _started: float = 0.0
     _earlier: float = 0.0
-    _step_seconds: float = 0.0
     _step_began: float | None = None
 
     def start(self) -> None:
@@ -105,7 +106,7 @@ class Clock:
         if self._step_began is not None:
             duration = self.now() - self._step_began
             # The recent past predicts the next step: about the last ten.
-            self._step_seconds += (duration - self._step_seconds) * (0.1 if self._step_seconds else 1.0)
+            self.step_seconds += (duration - self.step_seconds) * (0.1 if self.step_seconds else 1.0)
         self._update()
 
     def _update(self) -> None:
@@ -114,7 +115,7 @@ class Clock:
         if "seconds" in self.limits:
             available = max(self.limits["seconds"] - self.reserve, 1e-9)
             seconds, late = self.share(
-                [self.spent["seconds"] / available, float(self.spent["seconds"] + self._step_seconds > available)]
+                [self.spent["seconds"] / available, float(self.spent["seconds"] + self.step_seconds > available)]
             )
             shares.append(seconds)
             done |= bool(late)

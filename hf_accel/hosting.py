@@ -40,6 +40,7 @@ class Hosting(Host):
     accumulation_steps: int
     run_id: str
     _said: dict[str, Any]
+    _trained_positions: int
     evaluation_seconds: float
     saving_seconds: float
     nominal_steps: int | None
@@ -67,7 +68,8 @@ class Hosting(Host):
         self.paced = self.streamed or self._owners["budget"] is not None or self._owners["schedule"] is not None
         self.clock = Clock({})
         self.stream = None
-        self._uncounted: list[Tensor | int] = []
+        self._tokens_before: Tensor | int = 0
+        self._tokens_of_step: Tensor | int = 0
         self._observed: list[tuple[Tensor, Tensor]] = []
         self.receipt = None
         self.stopwatch = Stopwatch()

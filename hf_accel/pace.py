@@ -88,11 +88,16 @@ class Restorer(TrainerCallback):
 class Ending:
     """What follows the last update in a run that ends on time: an evaluation and a checkpoint.
 
-    Measured: first from a few batches and from the size of the model, then from every evaluation and checkpoint.
+    Measured: first from a few batches and from the size of the model, then from every evaluation and checkpoint.  The
+    evaluation is scaled by how much longer a position of a step takes now than when it was measured, for a machine
+    that gets other work will evaluate as slowly as it trains.
     """
 
     def __init__(self, trainer: AccelTrainerMixin):
         self.trainer = trainer
+        self.positions = 0.0
+        self.pace_when_measured: float | None = None
+        self.measured = -1.0
         self.evaluates = str(getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy)) != "no"
         self.saves = str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) != "no"
         trainer.evaluation_seconds = _probe_evaluation(trainer) if self.evaluates else 0.0
@@ -101,10 +106,21 @@ class Ending:
     def seconds(self) -> float:
         """The reserve: what is kept back of the budget."""
         trainer = self.trainer
-        seconds = trainer.evaluation_seconds if self.evaluates else 0.0
+        seconds = trainer.evaluation_seconds * self._slowdown() if self.evaluates else 0.0
         if self.saves:
             seconds += trainer.saving_seconds * (2 if trainer.args.load_best_model_at_end else 1)
         return seconds + 0.05
+
+    def _slowdown(self) -> float:
+        """Seconds of a position now over those when the evaluation was measured; both about of the last ten steps."""
+        trainer, duration = self.trainer, self.trainer.clock.step_seconds
+        if duration == 0 or trainer._trained_positions == 0:
+            return 1.0
+        self.positions += (trainer._trained_positions - self.positions) * (0.1 if self.positions else 1.0)
+        pace = duration / self.positions
+        if self.measured != trainer.evaluation_seconds or self.pace_when_measured is None:
+            self.measured, self.pace_when_measured = trainer.evaluation_seconds, pace
+        return min(max(pace / self.pace_when_measured, 0.5), 4.0)
 
 
 def _probe_evaluation(trainer: AccelTrainerMixin) -> float:

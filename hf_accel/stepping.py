@@ -34,22 +34,24 @@ class Stepping(Hosting):
             if self.stream is None:
                 batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
                 self._trained_samples = sum(map(_num_rows, batches)) * self.args.world_size
-                self._uncounted.extend(self._num_tokens(batch) for batch in batches)
+                self._trained_positions = sum(map(self._num_positions, batches))
+                self._begin_counting_tokens(batches)
                 return batches, items
             batch = next(epoch_iterator, None)
             if batch is None:
                 return [], None
-            if batch.plan.micro_batch_size != self.micro_batch_size:  # read ahead, before memory ran out
-                batch = self.stream.read(dataclasses.replace(batch.plan, micro_batch_size=self.micro_batch_size))
             if self.requested_micro_batch_size == "auto":
                 self.step_states = memory.technique_states(self)
-            batch = self._transformed(batch)
+            read_ahead = batch.plan.micro_batch_size != self.micro_batch_size  # before memory ran out
+            batch = self.read_again(batch.plan) if read_ahead else self._transformed(batch)
         if (owner := self._owners["step_select"]) is not None:
             with self.charge(owner):
                 selected = functools.partial(self._selected, owner)
                 batch = memory.fitting(self, self.model_wrapped, batch, selected)
         self._trained_samples = batch.num_examples
-        self._count_tokens_of(batch)
+        inputs = [micro.inputs for micro in batch.micro_batches]
+        self._trained_positions = sum(map(self._num_positions, inputs))
+        self._begin_counting_tokens(inputs)
         return [batch], self._count_items(batch)
 
     def read_again(self, plan: StepPlan) -> StepBatch:
@@ -58,8 +60,10 @@ class Stepping(Hosting):
         plan = dataclasses.replace(plan, micro_batch_size=self.micro_batch_size)
         return self._transformed(self.stream.read(plan))
 
-    def _count_tokens_of(self, batch: StepBatch) -> None:
-        self._uncounted.append(sum(self._num_tokens(micro.inputs) for micro in batch.micro_batches))
+    def _begin_counting_tokens(self, batches) -> None:
+        """The tokens of a new step; those of a step that is done again are counted once."""
+        self._tokens_before = self._tokens_before + self._tokens_of_step
+        self._tokens_of_step = sum(map(self._num_tokens, batches))
 
     def set_micro_batch_size(self, size: int) -> None:
         """From now on, read micro-batches of this size."""
@@ -105,6 +109,11 @@ class Stepping(Hosting):
             return inputs["attention_mask"].sum()
         values = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
         return 0 if values is None or values.is_floating_point() else values.numel()
+
+    def _num_positions(self, inputs) -> int:
+        """The size of a batch, padding included: positions of text, pixels of images."""
+        values = inputs.get(getattr(self.model, "main_input_name", "input_ids"))
+        return 0 if values is None else values.numel()
 
     def _count_items(self, batch: StepBatch) -> Tensor | int | None:
         """What the step's loss is divided by, over micro-batches and ranks."""
@@ -158,8 +167,7 @@ class Stepping(Hosting):
         def attempt(batch: StepBatch) -> Tensor:
             if self.micro_batch_size == size:
                 return self._accumulate_once(model, batch, num_items)
-            self._uncounted.pop()
-            self._count_tokens_of(batch)
+            self._tokens_of_step = sum(self._num_tokens(micro.inputs) for micro in batch.micro_batches)
             return self._accumulate_once(model, batch, self._count_items(batch))
 
         return memory.fitting(self, model, batch, attempt)
@@ -214,8 +222,8 @@ class Stepping(Hosting):
 
     def _count_tokens(self) -> float:
         """Tokens since the last call, over all ranks."""
-        tokens = torch.as_tensor(float(sum(self._uncounted)), dtype=torch.float64)
-        self._uncounted.clear()
+        tokens = torch.as_tensor(float(self._tokens_before + self._tokens_of_step), dtype=torch.float64)
+        self._tokens_before = self._tokens_of_step = 0
         if self.args.world_size > 1:
             torch.distributed.all_reduce(tokens, group=self._cpu_group)
         return tokens.item()

@@ -156,7 +156,7 @@ class AccelTrainerMixin(Updating, Resuming):
         self.stopwatch.seconds.clear()
         self._skipped_steps = 0
         self._trained_samples = 0.0
-        self._uncounted.clear()
+        self._tokens_before = self._tokens_of_step = 0
         self._observed.clear()
         self.stream = None
         self.run_id = uuid.uuid4().hex

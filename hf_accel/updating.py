@@ -62,6 +62,17 @@ class Updating(Hosting):
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if not self.paced or self._resumed is None or "clock" not in self._resumed:
+            return
+        if self._resumed["clock"]["limits"] != dict(self.clock.limits):
+            # What was spent is another share of this budget, with another learning rate.
+            scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+            scheduler._last_lr = [b * f(0) for b, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+            for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
+                group["lr"] = rate
+
     def _named_shape(self, optimizer: torch.optim.Optimizer) -> Callable[[float], float]:
         """Trainer's named schedule as a function of progress."""
         steps = self.nominal_steps or 10_000

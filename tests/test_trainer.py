@@ -282,6 +282,16 @@ def test_a_time_budget_ends_at_learning_rate_zero(tmp_path):
     assert len([e for e in trainer.state.log_history if "eval_loss" in e]) >= 3
 
 
+def test_a_longer_budget_continues_at_its_own_learning_rate(tmp_path):
+    tiny_trainer([Budget("12steps")], tmp_path / "short", save_strategy="steps", save_steps=12).train()
+    longer = tiny_trainer([Budget("24steps")], tmp_path / "long")
+    longer.allow_changes = True
+    longer.train(resume_from_checkpoint=str(tmp_path / "short" / "checkpoint-12"))
+    rates = {e["step"]: e["learning_rate"] for e in longer.state.log_history if "learning_rate" in e}
+    expected = {12: 5e-3 / 12, 13: 5e-3 * 12 / 24, 18: 5e-3 * 7 / 24, 24: 5e-3 / 24}
+    assert {step: rates[step] for step in expected} == pytest.approx(expected)
+
+
 def test_absolute_warmup_needs_a_known_number_of_steps(tmp_path):
     with pytest.raises(ValueError, match="warmup_steps=10: the budget is in seconds. Give a fraction"):
         tiny_trainer([Budget("5s")], tmp_path, warmup_steps=10).train()

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import rich
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -65,8 +64,9 @@ def compare(
     if as_json:
         print(json.dumps(results.to_dict()))
         return
-    rich.print(table(results))
-    rich.print(f"Records and report.md are in {comparison.out}.")
+    console = Console()
+    console.print(table(results))
+    console.print(f"Records and report.md are in {comparison.out}.")
 
 
 @contextmanager

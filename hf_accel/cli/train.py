@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import rich
 import torch
 import typer
+from rich.console import Console
 from transformers import set_seed
 from transformers.utils import logging
 
@@ -55,8 +55,9 @@ def train(
     trainer.save_model()
     if trainer.is_world_process_zero():
         assert trainer.receipt is not None
-        rich.print(trainer.receipt.table())
-        rich.print(f"Model, recipe and receipt are in {folder}.")
+        console = Console()
+        console.print(trainer.receipt.table())
+        console.print(f"Model, recipe and receipt are in {folder}.")
 
 
 def refuse_to_overwrite(folder: Path) -> None:
