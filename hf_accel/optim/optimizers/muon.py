@@ -11,50 +11,105 @@ It takes up to 1.4 times fewer steps than well-tuned AdamW at 0.1B parameters, 1
 heads, norms, biases and all else that is no matrix inside a block have AdamW with the trainer's learning rate; the
 schedule multiplies both rates.
 
-Reference: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon/; Liu et al. (2025), Muon is scalable for LLM
-training, https://arxiv.org/abs/2502.16982; the numbers: Wen et al. (2025), https://arxiv.org/abs/2509.02046.  The
-iteration is that of ``torch.optim.Muon``; it runs in bfloat16, so gradients that differ in the last digit may give
-updates that differ in the third.
+What is a matrix is seen from the module.  Query, key and value in one layer are three: a ``Conv1D`` called ``c_attn``,
+or a ``Linear`` with ``qkv`` in its name, with three times as many outputs as inputs, is split into thirds, in which
+order they may be; with fewer keys than queries, or under another name, it is one.  The weight of a convolution without
+groups is flattened to (out, rest); a stack of experts is many matrices.  Matrices of one shape are iterated together:
+in bfloat16 on GPUs that have it, otherwise in float32, and in float64 where weights are.  Under FSDP2 every rank
+gathers each matrix and iterates it whole.
 
-When to use: pre-training of transformers.  Tune both ``lr`` and the trainer's learning rate.
+Reference: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon/; Liu et al. (2025), Muon is scalable for LLM
+training, https://arxiv.org/abs/2502.16982; the numbers: Wen et al. (2025), https://arxiv.org/abs/2509.02046; cautious
+weight decay: Chen et al. (2025), https://arxiv.org/abs/2510.12402.
+
+When to use: pre-training of transformers.  Tune both ``lr`` and the trainer's learning rate, which may be above that of
+AdamW alone: it is only that of embeddings, heads and norms.
 When not to use: full fine-tuning of models that were pre-trained with Adam, which it degrades
 (https://arxiv.org/abs/2605.10468); convolutional networks; small models or steps, where the iteration costs 10 to 40 %
-more time.  Matrices stacked in one parameter are treated as one (attention of GPT-2) or left to AdamW (experts in three
-dimensions).
+more time.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import annotated_types as at
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.training_args import OptimizerNames
 
+from hf_accel.optim.optimizers.newton_schulz import orthogonalised
 from hf_accel.technique import Positive, Technique
 
+BATCH = 2**24
+"""Elements that are iterated together, at most, unless one parameter has more."""
 
-def matrix_names(model: Any) -> set[str]:
-    """Names of the parameters that Muon updates: matrices in repeated blocks, without embeddings and heads."""
+
+class Matrices(NamedTuple):
+    """How a parameter consists of matrices."""
+
+    transposed: bool
+    """Whether it is stored as (in, out)."""
+    shape: tuple[int, int, int]
+    """Number of matrices, their outputs and inputs."""
+
+    def of(self, tensor: Tensor) -> Tensor:
+        return (tensor.mT if self.transposed else tensor).reshape(self.shape)
+
+    def back(self, matrices_KOI: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `of`, for a parameter of the shape."""
+        if self.transposed:
+            return matrices_KOI.reshape((*shape[:-2], shape[-1], shape[-2])).mT
+        return matrices_KOI.reshape(shape)
+
+
+def matrices_in(model: Any) -> dict[str, Matrices]:
+    """The parameters that Muon updates, by name: matrices in repeated blocks, without embeddings and heads."""
     blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     outside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     base = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)  # others wrap one
     for layer in () if base is None else (base.get_input_embeddings(), base.get_output_embeddings()):
         outside |= {id(p) for p in layer.parameters()} if layer is not None else set()
-    inside = {id(p) for m in blocks for p in m.parameters()}
-    return {n for n, p in model.named_parameters() if p.dim() == 2 and id(p) in inside and id(p) not in outside}
+    inside = {id(p) for m in blocks for p in m.parameters()} - outside
+    return {
+        f"{path}.{name}": matrices
+        for path, module in model.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if id(parameter) in inside and (matrices := _matrices(path, module, name, tuple(parameter.shape))) is not None
+    }
+
+
+def _matrices(path: str, module: nn.Module, name: str, shape: tuple[int, ...]) -> Matrices | None:
+    if "bias" in name:  # those of experts are stacked in two dimensions
+        return None
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return Matrices(False, (1, shape[0], math.prod(shape[1:]))) if module.groups == 1 else None
+    if len(shape) == 3 and "Experts" in type(module).__name__:
+        transposed = bool(getattr(module, "is_transposed", False))  # transformers' own mark
+        return Matrices(transposed, (shape[0], shape[2], shape[1]) if transposed else shape)
+    if len(shape) != 2:
+        return None
+    transposed = isinstance(module, Conv1D)
+    num_out, num_in = shape[::-1] if transposed else shape
+    layer = path.rpartition(".")[2].lower()
+    fused = layer == "c_attn" if transposed else isinstance(module, nn.Linear) and "qkv" in layer
+    if fused and num_out == 3 * num_in:
+        return Matrices(transposed, (3, num_in, num_in))
+    return Matrices(transposed, (1, num_out, num_in))
 
 
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the groups whose ``algorithm`` is ``"muon"``, AdamW for those with ``"adamw"``.
 
-    One optimizer with an ordinary state: `torch.optim.Muon` and `torch.optim.AdamW` work on its own groups and state.
+    One optimizer with an ordinary state; `torch.optim.AdamW` works on its own groups and state.  A group of Muon has
+    the keys ``lr``, ``weight_decay``, ``cautious``, ``momentum`` and, as of `Matrices`, ``transposed`` and ``shape``.
     """
-
-    algorithms: ClassVar = {"muon": torch.optim.Muon, "adamw": torch.optim.AdamW}
 
     def __init__(self, groups: list[dict[str, Any]]):
         super().__init__(groups, {})
@@ -68,13 +123,11 @@ class MuonAdamW(torch.optim.Optimizer):
         self._link()
 
     def _link(self) -> None:
-        """Let the algorithms work on the groups and the state as they are now; groups get their default options."""
-        self._inner = []
-        for name, algorithm in self.algorithms.items():
-            if groups := [group for group in self.param_groups if group["algorithm"] == name]:
-                inner = algorithm(groups)
-                inner.state = self.state
-                self._inner.append(inner)
+        """Let AdamW work on its groups and the state as they are now; groups get its default options."""
+        groups = [group for group in self.param_groups if group["algorithm"] == "adamw"]
+        self._adamw = torch.optim.AdamW(groups) if groups else None
+        if self._adamw is not None:
+            self._adamw.state = self.state
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Any:
@@ -83,9 +136,40 @@ class MuonAdamW(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for inner in self._inner:
-            inner.step()
+        for group in self.param_groups:
+            if group["algorithm"] == "muon":
+                parameters = [p for p in group["params"] if p.grad is not None]
+                size = max(BATCH // math.prod(group["shape"]), 1)
+                for start in range(0, len(parameters), size):
+                    self._update(group, parameters[start : start + size])
+        if self._adamw is not None:
+            self._adamw.step()
         return loss
+
+    def _update(self, group: dict[str, Any], parameters: list[Any]) -> None:
+        """Parameters whose matrices have the same shape."""
+        matrices, momentum = Matrices(group["transposed"], group["shape"]), group["momentum"]
+        _, num_out, num_in = matrices.shape
+        lr, decay = group["lr"], group["lr"] * group["weight_decay"]
+        directions = []
+        for p in parameters:
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
+            direction = p.grad.lerp(state["momentum_buffer"], momentum)
+            directions.append(matrices.of(direction.full_tensor() if isinstance(p, DTensor) else direction))
+        updates = orthogonalised(torch.cat(directions)).split(matrices.shape[0])
+        for p, update_KOI in zip(parameters, updates, strict=True):
+            weight, update = p, matrices.back(update_KOI, p.shape)
+            if isinstance(p, DTensor):
+                update = distribute_tensor(update, p.device_mesh, p.placements, src_data_rank=None).to_local()
+                weight = p.to_local()
+            if group["cautious"]:
+                weight.sub_(weight * (update * weight >= 0), alpha=decay)
+            elif decay:
+                weight.mul_(1 - decay)
+            weight.add_(update, alpha=-lr * math.sqrt(max(1, num_out / num_in)))
 
 
 @dataclass(eq=False)
@@ -100,37 +184,39 @@ class Muon(Technique):
     lr: Positive = 0.02  # Jordan's, for updates scaled by sqrt(max(1, out / in))
     momentum: Annotated[float, at.Interval(ge=0, lt=1)] = 0.95  # Jordan's
     refused_backends: ClassVar = {"zero": "it flattens parameters, and Muon needs matrices"}
-    expected_failed_checks: ClassVar = {
-        "two_ranks_equal_one[fsdp2]": "torch iterates in bfloat16, where sums over shards round differently: ranks "
-        "stay in step and resume bit for bit, but equal one process to about two digits"
-    }
 
     def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Each group in two; weight decay and factors on the learning rate hold for both."""
+        """Each group divided by the shape of its matrices; weight decay and factors on the rate hold for all."""
         host: Any = self.host_
         if host.is_deepspeed_enabled:
             raise ValueError(f"{self!r}: under DeepSpeed ZeRO, parameters are no matrices. Use DDP or FSDP.")
-        args, matrices = host.args, matrix_names(model)
-        muon = {"algorithm": "muon", "momentum": self.momentum}
-        adamw = {"algorithm": "adamw", "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-        split = []
-        for group in groups:
-            for options, is_muon in ((muon, True), (adamw, False)):
-                chosen = [p for n, p in zip(group["names"], group["params"], strict=True) if (n in matrices) == is_muon]
-                lr = group["lr"] * self.lr / args.learning_rate if is_muon else group["lr"]
-                if chosen:
-                    kept = {key: value for key, value in group.items() if key != "names"}
-                    split.append(kept | options | {"params": chosen, "lr": lr})
-        count = {
-            name: sum(p.numel() for group in split if group["algorithm"] == name for p in group["params"])
-            for name in MuonAdamW.algorithms
+        args, matrices = host.args, matrices_in(model)
+        muon = {"algorithm": "muon", "momentum": self.momentum, "cautious": False}
+        adamw = {
+            "algorithm": "adamw",
+            "betas": (args.adam_beta1, args.adam_beta2),
+            "eps": args.adam_epsilon,
+            "fused": args.optim == OptimizerNames.ADAMW_TORCH_FUSED or None,
         }
+        divided: dict[Any, dict[str, Any]] = {}
+        for number, group in enumerate(groups):
+            for name, parameter in zip(group["names"], group["params"], strict=True):
+                kind = matrices.get(name)
+                if (number, kind) not in divided:
+                    options = adamw if kind is None else muon | kind._asdict()
+                    lr = group["lr"] if kind is None else group["lr"] * self.lr / args.learning_rate
+                    divided[number, kind] = group | options | {"params": [], "lr": lr}
+                    del divided[number, kind]["names"]
+                divided[number, kind]["params"].append(parameter)
+        count = {"muon": 0, "adamw": 0}
+        for group in divided.values():
+            count[group["algorithm"]] += sum(p.numel() for p in group["params"])
         if count["muon"] == 0:
             raise ValueError(
                 f"{self!r}: {type(model).__name__} has no trainable matrix in a block. Use another optimizer."
             )
         self.share_ = count["muon"] / sum(count.values())
-        return MuonAdamW(split)
+        return MuonAdamW(list(divided.values()))
 
     def report(self) -> Mapping[str, Any]:
         """The share of the trainable parameters that Muon updates."""
