@@ -44,7 +44,7 @@ class Stepping(Hosting):
                 self.step_states = memory.technique_states(self)
             read_ahead = batch.plan.micro_batch_size != self.micro_batch_size  # before memory ran out
             batch = self.read_again(batch.plan) if read_ahead else self._transformed(batch)
-        if (owner := self._owners["step_select"]) is not None:
+        if (owner := self._owners["step_select"]) is not None and owner.scores_step():
             with self.charge(owner):
                 selected = functools.partial(self._selected, owner)
                 batch = memory.fitting(self, self.model_wrapped, batch, selected)

@@ -258,6 +258,8 @@ class StepStream:
             permutation_N = torch.randperm(num_examples, generator=generator)
             repeats_N = torch.bincount(ids_N, minlength=num_examples)
             ordered_N = permutation_N.repeat_interleave(repeats_N[permutation_N])
+            if repeats_N.max() > 1:  # copies of an example must not lie side by side
+                ordered_N = ordered_N[torch.randperm(len(ordered_N), generator=generator)]
         if weights_N is not None:
             by_id_N = torch.zeros(num_examples, dtype=weights_N.dtype)
             by_id_N[ids_N] = weights_N

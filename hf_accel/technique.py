@@ -200,6 +200,11 @@ class Technique(TrainerCallback):
         losses of all of them, over all ranks, before the step."""
         raise NotImplementedError
 
+    def scores_step(self) -> bool:
+        """Whether the owner of ``step_select`` wants the losses of the next step; where not, all of it is trained on.
+        The same on every rank."""
+        return True
+
     def objective(self, model: nn.Module, backward: Callable[[], Tensor]) -> Tensor:
         """The gradient of one step; ``backward()`` adds the step batch's gradient to ``.grad`` and gives its loss."""
         raise NotImplementedError
