@@ -12,6 +12,7 @@ comparison that ends early has whole seeds.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import random
 import re
@@ -25,13 +26,16 @@ from typing import Any, Literal
 import torch
 
 from hf_accel.clock import parse_budget
-from hf_accel.compare import cache, placebos
+from hf_accel.compare import cache, placebos, tuning
 from hf_accel.compare.pool import run_jobs
-from hf_accel.compare.results import Results, collect
+from hf_accel.compare.results import Results, collect, lower_is_better
 from hf_accel.compare.workloads import DATA_ROOT, WORKLOADS, Workload, build_workload
 from hf_accel.recipe import Recipe, read_technique
 
 HORIZONS = (0.25, 0.5, 0.75, 1.0, 1.5)
+
+TECHNICAL = ("per_device_eval_batch_size", "remove_unused_columns", "label_names", "bf16", "fp16")
+"""Arguments that say how a workload runs, not how well: the untouched defaults need them, too."""
 
 SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 """Arguments that a technique in the slot of the schedule takes the place of."""
@@ -51,7 +55,7 @@ class Arm:
 
     name: str
     recipe: Recipe
-    role: Literal["baseline", "candidate", "placebo", "ablation"] = "candidate"
+    role: Literal["baseline", "candidate", "placebo", "ablation", "defaults"] = "candidate"
     of: str | None = None
     horizon: float = 1.0
 
@@ -95,7 +99,8 @@ class Comparison:
         budget: Time that the comparison may take, as ``"20min"``; whole seeds are reported.
         out: Folder of records and reports; an interrupted comparison continues from it.
         ablate: Leave out each technique of a recipe in turn.
-        placebos: Run placebos beside the candidates.
+        placebos: Run placebos beside the candidates, and Trainer's untouched defaults.
+        tune: Trials of learning rate and batch size for every arm, the baseline first (`hf_accel.compare.tuning`).
         cost: What speed-ups are of; None: CPU seconds, on an accelerator wall seconds.
         slots: Runs at a time; None: two on a CPU of several cores, else one.
     """
@@ -110,6 +115,7 @@ class Comparison:
     out: str | Path | None = None
     ablate: bool = False
     placebos: bool = True
+    tune: int = 0
     cost: str | None = None
     slots: int | None = None
 
@@ -119,12 +125,16 @@ class Comparison:
         self.slots = self.slots or (1 if accelerated else min(2, os.cpu_count() or 1))
         self.seeds = list(range(1, self.seeds + 1)) if isinstance(self.seeds, int) else list(self.seeds)
         self.horizons = sorted(set(self.horizons))
+        if tuning.SEED in self.seeds:
+            raise ValueError(f"seeds({tuning.SEED}): is the seed of tuning. Choose others.")
+        if self.tune < 0:
+            raise ValueError(f"tune({self.tune}): must be 0 or more. Eight trials are a fair start.")
         if len(self.seeds) < 1:
             raise ValueError(f"seeds({len(self.seeds)}): must be at least 1. Five are a fair start.")
         if len(self.horizons) < 2 or self.horizons[0] <= 0:
             raise ValueError(f"horizons({self.horizons}): must be two or more above 0. Give, say, 0.25,0.5,0.75,1,1.5.")
-        if not self.candidates:
-            raise ValueError("candidates: there are none. Give a recipe.")
+        if not self.candidates and not (self.tune and self.workload):
+            raise ValueError("candidates: there are none. Give a recipe, or a workload and trials to tune its baseline.")
         self.seconds = None if self.budget is None else _seconds(self.budget)
         arms = [_arm(candidate) for candidate in self.candidates]
         if isinstance(self.baseline, str | Path):
@@ -137,12 +147,15 @@ class Comparison:
         self.arms = [_inherit(arm, self.reference.recipe.args) for arm in arms]
         if len({arm.name for arm in self.arms} | {"baseline"}) <= len(self.arms):
             raise ValueError(f"candidates: two are called alike ({', '.join(a.name for a in arms)}). Rename a file.")
+        self.trials: dict[str, list[dict[str, Any]]] = {}
         self.out = Path(self.out or Path("accel_output", f"compare-{self.workload.name}"))
 
     @property
     def tuned(self) -> str:
         """How the baseline was tuned; empty where it was not."""
         assert isinstance(self.workload, Workload)
+        if self.tune:
+            return f"{self.tune} trials for every arm of {tuning.SPACE}; seed {tuning.SEED}"
         return self.workload.tuned if self.baseline is None else ""
 
     def _find_workload(self, recipes: list[Recipe]) -> Workload:
@@ -166,8 +179,12 @@ class Comparison:
     # The plan -------------------------------------------------------------------------------------------------------
 
     def plan(self) -> list[Run]:
-        """The runs that are known beforehand, in order."""
-        return self._runs([self.reference, *self.arms, *self._ablations(), *self._early_placebos()])
+        """The runs that are known beforehand, in order; where arms are tuned, with their arguments before that."""
+        first, *others = self._runs(self._early_arms())
+        return [first, self._hosted(), *others]
+
+    def _early_arms(self) -> list[Arm]:
+        return [self.reference, *self.arms, *self._ablations(), *self._early_placebos(), *self._defaults()]
 
     def _runs(self, arms: Iterable[Arm]) -> list[Run]:
         runs = []
@@ -183,6 +200,12 @@ class Comparison:
         first = min(runs, key=lambda run: (run.arm != "baseline", run.horizon), default=None)
         return sorted(runs, key=lambda run: run is not first)
 
+    def _hosted(self) -> Run:
+        """The baseline through AccelTrainer: its receipt says where the baseline's time goes, and counts its tokens."""
+        nominal, seed = min(self.horizons, key=lambda horizon: abs(horizon - 1)), self.seeds[0]  # type: ignore[index]
+        configuration = self._configuration(self.reference, nominal, seed) | {"hosted": True}
+        return Run("baseline, hosted", nominal, seed, configuration)
+
     def _configuration(self, arm: Arm, horizon: float, seed: int) -> dict[str, Any]:
         assert isinstance(self.workload, Workload)
         unit, amount = parse_budget(self.workload.nominal_budget())
@@ -194,6 +217,7 @@ class Comparison:
             "budget": f"{amount * horizon:.12g}{unit}",
             "seed": seed,
             "data": os.environ.get(DATA_ROOT, ""),
+            **({"metric": self.metric} if self.metric and self.metric_name != "eval_loss" else {}),
         }
 
     def _ablations(self) -> list[Arm]:
@@ -207,6 +231,13 @@ class Comparison:
                 name = f"{arm.name} without {next(iter(left_out))}"
                 arms.append(Arm(name, recipe, "ablation", arm.name, arm.horizon))
         return arms
+
+    def _defaults(self) -> list[Arm]:
+        """Trainer's untouched defaults; nobody's baseline, but what many people run."""
+        if not self.placebos:
+            return []
+        args = {name: value for name, value in self.reference.recipe.args.items() if name in TECHNICAL}
+        return [Arm("Trainer's defaults", Recipe(args=args), "defaults")]
 
     def _early_placebos(self) -> list[Arm]:
         found = [
@@ -249,13 +280,66 @@ class Comparison:
         for folder in ("runs", "logs"):
             (self.out / folder).mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        arms = [self.reference, *self.arms, *self._ablations(), *self._early_placebos()]
-        records = self._execute(self._runs(arms), began, progress)
+        if self.tune:
+            self._tune(began, progress)
+        records = self._execute(self.plan(), began, progress)
         late = self._late_placebos(records)
         records |= self._execute(self._runs(late), began, progress)
-        results = collect(self, [*arms, *late], {(run.arm, run.horizon, run.seed): r for run, r in records.items()})
+        results = collect(
+            self, [*self._early_arms(), *late], {(run.arm, run.horizon, run.seed): r for run, r in records.items()}
+        )
         results.save(self.out)
         return results
+
+    def _tune(self, began: float, progress: Callable[[Progress], None]) -> None:
+        """Give every arm the best arguments of its own search."""
+        every = [self.reference, *self.arms]
+        searches = {}
+        for arm in every:
+            args = arm.recipe.training_arguments()
+            searches[arm.name] = tuning.Search(args.learning_rate, args.per_device_train_batch_size, self.tune)
+        while True:
+            trials = {}
+            for arm in every:
+                for point in searches[arm.name].proposals():
+                    args = arm.recipe.args | searches[arm.name].args(point)
+                    recipe = Recipe(args=args, techniques=arm.recipe.techniques)
+                    name = f"{arm.name}, learning rate {args['learning_rate']:g}, batch "
+                    trial = Arm(f"{name}{args['per_device_train_batch_size']}", recipe, "candidate")
+                    run = Run(trial.name, 1.0, tuning.SEED, self._configuration(trial, 1.0, tuning.SEED))
+                    trials[run] = arm.name, point
+            if not trials:
+                break
+            records = self._execute(list(trials), began, progress)
+            if len(records) < len(trials):
+                raise ValueError(f"budget({self.budget!r}): too short for the tuning. Give more time.")
+            for run, (name, point) in trials.items():
+                searches[name].losses[point] = self._loss(records[run])
+        self.trials = {name: search.record() for name, search in searches.items()}
+        self.reference, *self.arms = [
+            dataclasses.replace(
+                arm,
+                recipe=Recipe(
+                    args=arm.recipe.args | searches[arm.name].args(searches[arm.name].best),
+                    techniques=arm.recipe.techniques,
+                ),
+            )
+            for arm in every
+        ]
+
+    def _loss(self, record: dict[str, Any]) -> float:
+        """The metric of a run, turned so that less is better; infinite where it failed."""
+        value = record.get("metrics", {}).get(self.metric_name)
+        if value is None or not math.isfinite(value):
+            return math.inf
+        return value if lower_is_better(self.metric_name) else -value
+
+    @property
+    def metric_name(self) -> str:
+        """The metric, by its name in the evaluation."""
+        assert isinstance(self.workload, Workload)
+        name = Path(self.metric).name if self.metric else self.workload.metric
+        return name if name.startswith("eval_") else f"eval_{name}"
 
     def _execute(
         self, runs: list[Run], began: float, progress: Callable[[Progress], None]

@@ -19,7 +19,7 @@ import torch
 from hf_accel.compare import cache
 from hf_accel.compare.page import page
 from hf_accel.compare.report import markdown
-from hf_accel.compare.statistics import NonInferiority, SpeedUp, non_inferiority, speed_up
+from hf_accel.compare.statistics import NonInferiority, SpeedUp, holm, non_inferiority, p_value, speed_up
 
 if TYPE_CHECKING:
     from hf_accel.compare.comparison import Arm, Comparison
@@ -43,6 +43,7 @@ class Row:
         costs: Mean of each cost.
         speed_ups: By cost; empty for the baseline.
         non_inferiority: Against the baseline of the nominal horizon.
+        p_value: Of "not faster than the baseline", one-sided, adjusted for the number of candidates; only theirs.
         set_up_seconds: Part of the seconds that passed before the first step.
         step_seconds: Seconds of a step after that.
         peak_memory_bytes: Mean over seeds.
@@ -64,6 +65,7 @@ class Row:
     errors: list[str]
     speed_ups: dict[str, SpeedUp] = field(default_factory=dict)
     non_inferiority: NonInferiority | None = None
+    p_value: float | None = None
 
 
 @dataclass
@@ -76,6 +78,7 @@ class Results:
     margin: float
     cost: str
     tuned: str
+    trials: dict[str, list[dict[str, Any]]]
     baseline_args: dict[str, Any]
     seeds: list[int]
     horizons: list[float]
@@ -105,17 +108,21 @@ class Results:
         (folder / "report.html").write_text(page(self))
 
 
+def lower_is_better(metric: str) -> bool:
+    """Whether less of a metric is better, judging from its name."""
+    return metric.endswith(LOWER_IS_BETTER)
+
+
 def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Results:
     """Results from the records that there are."""
     workload = comparison.workload
     assert workload is not None and not isinstance(workload, str) and not isinstance(comparison.seeds, int)
-    metric = comparison.metric or workload.metric
-    metric = metric if metric.startswith("eval_") else f"eval_{metric}"
+    metric = comparison.metric_name
     known = {name for record in records.values() for name in record.get("metrics", {})}
     if known and metric not in known:
         shown = ", ".join(sorted(known - {"epoch"}))
         raise ValueError(f"metric({metric!r}): the evaluation has none of this name. It has {shown}.")
-    lower = metric.endswith(LOWER_IS_BETTER)
+    lower = lower_is_better(metric)
     horizons = list(comparison.horizons)
     whole = [seed for seed in comparison.seeds if all(("baseline", h, seed) in records for h in horizons)]
     if not whole:
@@ -160,6 +167,7 @@ def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Re
 
     nominal = min(horizons, key=lambda h: abs(h - 1))
     margin = workload.margin if metric == workload.metric else 0.003 if lower else 0.002
+    count_tokens(records)
     rows = []
     for arm in arms:
         if arm.role == "baseline":
@@ -182,6 +190,10 @@ def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Re
                 rows[-1].speed_ups[cost] = speed_up(costs, curves, paid, losses)
         final = sign * values("baseline", nominal, seeds, quality)
         rows[-1].non_inferiority = non_inferiority(losses, final, margin)
+    candidates = [row for row in rows if row.role == "candidate" and comparison.cost in row.speed_ups]
+    p_values = holm([p_value(row.speed_ups[str(comparison.cost)]) for row in candidates])
+    for candidate, adjusted in zip(candidates, p_values, strict=True):
+        candidate.p_value = adjusted
     return Results(
         workload=type(workload).name,
         metric=metric,
@@ -189,6 +201,7 @@ def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Re
         margin=margin,
         cost=str(comparison.cost),
         tuned=comparison.tuned,
+        trials=comparison.trials,
         baseline_args=comparison.reference.recipe.args,
         seeds=whole,
         horizons=horizons,
@@ -200,6 +213,16 @@ def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Re
         machine=machine(),
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     )
+
+
+def count_tokens(records: Records) -> None:
+    """Fill in the tokens of plain trainers, which count none: those of a sample, by the hosted baseline, for each."""
+    for (name, _, _), record in records.items():
+        if name == "baseline, hosted" and record["status"] == "finished":
+            per_sample = record["costs"]["tokens"] / record["costs"]["samples"]
+            for other in records.values():
+                if other["status"] == "finished" and other["costs"]["tokens"] == 0:
+                    other["costs"]["tokens"] = per_sample * other["costs"]["samples"]
 
 
 def machine() -> str:

@@ -19,6 +19,7 @@ A *loss* here is any quality, turned so that lower is better.  Shape suffixes: `
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -166,6 +167,28 @@ def speed_up(
         # Each value is at most the truth, so the lower end holds for the truth, too.
         return SpeedUp("bound", mean, low, math.inf, per_seed, bounds, misses)
     return SpeedUp("measured", mean, low, high, per_seed, bounds, misses)
+
+
+def p_value(found: SpeedUp, confidence: float = CONFIDENCE) -> float:
+    """One-sided p of "not faster than the baseline"; 2.5 % where the interval begins at 1."""
+    seeds = len(found.per_seed)
+    if found.kind == "miss" or seeds < 2:
+        return 1.0
+    half = math.log(found.value) - math.log(found.low)
+    quantile = float(student.ppf(0.5 + confidence / 2, seeds - 1))
+    return float(student.sf(math.log(found.value) * quantile / max(half, 1e-12), seeds - 1))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values adjusted for their number: who finds one of many below a level finds it by chance no more often.
+
+    Reference: Holm (1979), A simple sequentially rejective multiple test procedure.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, (len(p_values) - rank) * p_values[index])
+        adjusted[index] = min(largest, 1.0)
+    return adjusted
 
 
 def mean_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> tuple[float, float, float]:

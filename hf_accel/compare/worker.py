@@ -17,12 +17,14 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
 
+from hf_accel import losses
 from hf_accel.clock import parse_budget
 from hf_accel.compare.workloads import build_workload
 from hf_accel.receipt import Receipt, peak_memory_bytes
@@ -71,6 +73,8 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     workload = build_workload(run["workload"], run["options"])
     set_seed(run["seed"])
     task = workload.build()
+    if (name := run.get("metric")) is not None:
+        task["compute_metrics"] = with_metric(name, task.get("compute_metrics"))
     prepared = meter.seconds()
     recipe = Recipe.from_dict(run["recipe"])
     with tempfile.TemporaryDirectory() as folder:
@@ -81,7 +85,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         meter = Meter()
         set_up = SetUp(meter)
-        trainer = make_trainer(task, args, recipe, run["budget"], set_up)
+        trainer = make_trainer(task, args, recipe, run["budget"], set_up, hosted=run.get("hosted", False))
         trainer.train()
         section = meter.seconds()
         meter = Meter()
@@ -112,13 +116,24 @@ HARNESS = {
 
 
 def make_trainer(
-    task: dict[str, Any], args: dict[str, Any], recipe: Recipe, budget: str, callback: TrainerCallback
+    task: dict[str, Any],
+    args: dict[str, Any],
+    recipe: Recipe,
+    budget: str,
+    callback: TrainerCallback,
+    hosted: bool = False,
 ) -> Trainer:
-    """The trainer of an arm: without techniques, Trainer itself, so that hosting is charged to those that need it."""
+    """The trainer of an arm: without techniques, Trainer itself, so that hosting is charged to those that need it.
+
+    A plain Trainer mis-scales the losses of some models when it accumulates gradients; their baseline is hosted.
+    """
     unit, amount = parse_budget(budget)
     techniques = recipe.build_techniques()
     horizon: dict[str, Any] | None = None
-    if not techniques and unit in ("steps", "epochs", "samples"):
+    accumulates = args.get("gradient_accumulation_steps", 1) > 1
+    misscaled = accumulates and not losses.honours_num_items(task["model"])
+    plain = not techniques and not hosted and not misscaled
+    if plain and unit in ("steps", "epochs", "samples"):
         horizon = {"num_train_epochs": amount}
         if unit != "epochs":
             size = args.get("per_device_train_batch_size", 8) * args.get("gradient_accumulation_steps", 1)
@@ -130,10 +145,29 @@ def make_trainer(
         trainer: Trainer = Trainer(args=arguments, callbacks=[callback], **task)
     else:
         recipe = Recipe(args=recipe.args, budget=budget, techniques=recipe.techniques)
-        techniques = recipe.build_techniques()
-        trainer = AccelTrainer(args=arguments, techniques=techniques, callbacks=[callback], **task)
+        trainer = AccelTrainer(
+            args=arguments,
+            techniques=recipe.build_techniques(),
+            micro_batch_size=arguments.per_device_train_batch_size if misscaled else None,
+            callbacks=[callback],
+            **task,
+        )
     trainer.pop_callback(PrinterCallback)
     return trainer
+
+
+def with_metric(metric: str, own: Callable | None) -> Callable:
+    """What computes the workload's own metrics, and one of ``evaluate`` where they have none of its name."""
+
+    def compute(prediction: EvalPrediction) -> dict[str, float]:
+        found = {} if own is None else dict(own(prediction))
+        if Path(metric).name.removeprefix("eval_") in found:
+            return found
+        from hf_accel.compare.workloads.metrics import evaluate_metric
+
+        return found | evaluate_metric(metric)(prediction)
+
+    return compute
 
 
 def warm_up(task: dict[str, Any], args: dict[str, Any]) -> None:

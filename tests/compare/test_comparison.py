@@ -1,6 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,13 +79,13 @@ def test_progress_is_told_from_the_first_run(finished):
     firsts = [progress.last for progress in told[1:4]]
     assert "baseline, horizon 0.375, seed 1" in firsts, "the shortest run is among those that begin"
     assert all(progress.seconds_left is not None for progress in told[1:])
-    assert (told[-1].done, told[-1].total, told[-1].seconds_left) == (35, 35, 0.0)
+    assert (told[-1].done, told[-1].total, told[-1].seconds_left) == (41, 41, 0.0)
 
 
 def test_the_reports_are_written(finished):
     _, out, _ = finished
     plain = json.loads((out / "results.json").read_text())
-    assert plain["workload"] == "synthetic" and len(plain["runs"]) == 35 and plain["complete"]
+    assert plain["workload"] == "synthetic" and len(plain["runs"]) == 41 and plain["complete"]
     assert plain["rows"][3]["speed_ups"]["cpu_seconds"]["kind"] == "measured"
     report = (out / "report.md").read_text()
     for word in ("Baseline tuned", "SkipsHalf", "miss (5 of 5)", "## What went wrong", "Counted in other costs"):
@@ -112,6 +117,50 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(finished, monkeypatc
     assert again.row("SkipsHalf").speed_ups == results.row("SkipsHalf").speed_ups
 
 
+def test_a_killed_comparison_goes_on_from_its_records(tmp_path):
+    script = (
+        "from hf_accel.compare import Comparison\n"
+        "from hf_accel.compare.workloads.synthetic import Synthetic\n"
+        "comparison = Comparison(['LinearToZero'], Synthetic(seconds=0.4), horizons=(0.5, 1.0), seeds=3, out='out')\n"
+        "print(len(comparison.run().runs))\n"
+    )
+    command = [sys.executable, "-c", script]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    killed = subprocess.Popen(command, env=environment, start_new_session=True)
+    while len(list(tmp_path.glob("out/runs/*.json"))) < 3:
+        assert killed.poll() is None
+        time.sleep(0.05)
+    killed.kill()
+    killed.wait()
+    time.sleep(2)  # runs that are under way end, or are lost with their workers
+    kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob("out/runs/*.json")}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert 3 <= len(kept) < 13 and int(ended.stdout) == 13
+    assert {path: path.stat().st_mtime_ns for path in kept} == kept, "no run is made twice"
+
+
+def test_when_the_time_is_up_whole_seeds_are_reported(finished, monkeypatch, tmp_path):
+    _, out, _ = finished
+    now = [0.0]
+    monkeypatch.setattr(comparison_module.time, "monotonic", lambda: now[0])
+
+    def two_seconds_each(jobs, slots, single_threaded, done):
+        for job in jobs:
+            now[0] += 2.0
+            horizon = float(job["run"]["budget"].removesuffix("samples")) / 64
+            like = next((out / "runs").glob(f"baseline-{horizon:g}-1-*.json"))
+            Path(job["record"]).write_text(json.dumps(json.loads(like.read_text()) | {"whole_seconds": 2.0}))
+            done(job, 0)
+
+    monkeypatch.setattr(comparison_module, "run_jobs", two_seconds_each)
+    options = {"workload": "synthetic", "horizons": (0.75, 1.5), "seeds": 5, "placebos": False}
+    arm = Arm("half", Recipe(techniques=["LinearToZero"]), horizon=0.75)
+    cut = Comparison([arm], **options, budget="17s", out=tmp_path / "cut").run()
+    assert cut.seeds == [1, 2] and not cut.complete and now[0] <= 17
+    with pytest.raises(ValueError, match="budget\\('3s'\\): too short for the baseline of one seed. Give more time."):
+        Comparison([arm], **options, budget="3s", out=tmp_path / "short").run()
+
+
 def test_a_record_is_of_its_configuration_and_code(monkeypatch):
     run = {"workload": "synthetic", "recipe": {"techniques": [{"InfoBatch": {"keep": 0.5}}]}, "seed": 1}
     key = cache.key(run)
@@ -127,9 +176,10 @@ def test_seeds_are_whole_and_arms_are_mixed():
     plan = Comparison(["LinearToZero", "LayerFreezing"], workload="code-lm", seeds=3).plan()
     assert [run.seed for run in plan] == sorted(run.seed for run in plan)
     orders = [[(run.arm, run.horizon) for run in plan if run.seed == seed] for seed in (1, 2, 3)]
-    assert sorted(orders[0]) == sorted(orders[1]) == sorted(orders[2]) and orders[1] != orders[2]
-    assert orders[0][0] == ("baseline", 0.25)
-    assert len(orders[0]) == 5 + 2
+    assert sorted(orders[1]) == sorted(orders[2]) and orders[1] != orders[2]
+    assert orders[0][:2] == [("baseline", 0.25), ("baseline, hosted", 1.0)]
+    assert sorted(orders[0]) == sorted([*orders[1], ("baseline, hosted", 1.0)])
+    assert len(orders[1]) == 5 + 2 + 1, "the baseline's horizons, two candidates and Trainer's defaults"
     budgets = {run.horizon: run.configuration["budget"] for run in plan if run.arm == "baseline"}
     assert budgets == {
         0.25: "1200samples",
@@ -150,7 +200,7 @@ def test_candidates_inherit_what_they_do_not_say():
     placebo = plan["baseline, LR of fast"]
     assert placebo["args"] == comparison.reference.recipe.args | {"learning_rate": 1e-2} and "techniques" not in placebo
     without = Comparison([Arm("fast", recipe)], workload="code-lm", placebos=False)
-    assert {run.arm for run in without.plan()} == {"baseline", "fast"}
+    assert {run.arm for run in without.plan()} == {"baseline", "baseline, hosted", "fast"}
 
 
 def test_ablations_leave_out_one_technique_each():
