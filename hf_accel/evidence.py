@@ -27,6 +27,8 @@ Record = dict[str, Any]
 Arm = dict[str, Any]
 Records = Mapping[str, Record]
 """Records by name."""
+LEVEL = 0.025
+"""Where the interval of a single candidate begins at 1, its one-sided p is this."""
 Grade = Literal["proven here", "no gain shown", "reported"]
 
 
@@ -35,6 +37,7 @@ def record(results: Results) -> Record:
     document = results.to_dict()
     runs = {(run["arm"], run["horizon"], run["seed"]): run for run in document.pop("runs")}
     arms = document.pop("rows")
+    del document["trials"]  # ``tuned`` says how many, and ``args`` what each arm got
     for arm, row in zip(arms, results.rows, strict=True):
         own = [runs[arm["name"], arm["horizon"], seed] for seed in arm["seeds"]]
         given = own[0].get("run", {}).get("recipe", {}).get("args", {})
@@ -81,13 +84,19 @@ def techniques_of(arm: Arm) -> list[str]:
 
 
 def gained(document: Record, arm: Arm) -> bool:
-    """Whether an arm was faster at equal quality, and not just as a placebo of it is.
+    """Whether an arm was faster at equal quality, and neither by chance nor just as a placebo of it is.
 
-    The 95 % interval of its speed-up in the main cost lies above 1 (of a bound, its lower end does), and of no placebo
-    of it the interval reaches as high as the arm's own value.
+    The 95 % interval of its speed-up in the main cost lies above 1 (of a bound, its lower end does), also when p is
+    adjusted for the number of candidates, and of no placebo of it the interval reaches as high as the arm's own value.
     """
     own = arm["speed_ups"].get(document["cost"])
-    return own is not None and own["kind"] != "miss" and own["low"] > 1 and not rivals(document, arm)
+    above = own is not None and own["kind"] != "miss" and own["low"] > 1
+    return above and not by_chance(arm) and not rivals(document, arm)
+
+
+def by_chance(arm: Arm) -> bool:
+    """Whether one of so many candidates may look as fast as this without being it."""
+    return arm["p_value"] is not None and arm["p_value"] > LEVEL
 
 
 def rivals(document: Record, arm: Arm) -> list[str]:
@@ -110,13 +119,18 @@ def grade(technique: str, records: Records) -> Grade:
     return "no gain shown" if alone else "reported"
 
 
+def said(cost: str) -> str:
+    """A cost as people call it."""
+    return {"cpu_seconds": "CPU seconds", "wall_seconds": "wall seconds", "flops": "FLOPs"}.get(cost, cost)
+
+
 def sentence(document: Record, arm: Arm) -> str:
     """What came out for a candidate, in words."""
     name, metric = arm["name"], document["metric"].removeprefix("eval_")
     own = arm["speed_ups"].get(document["cost"])
-    faster = "faster" if "seconds" in document["cost"] else f"cheaper in {document['cost']}"
+    faster = "faster" if "seconds" in document["cost"] else f"cheaper in {said(document['cost'])}"
     if own is None:
-        return f"{name}: nothing is known of its {document['cost']}."
+        return f"{name}: nothing is known of its {said(document['cost'])}."
     if own["kind"] == "miss":
         of = f"{own['misses']} of {len(own['per_seed'])} seeds"
         return f"{name}: miss. {of} ended worse than the baseline's shortest run, or failed."
@@ -126,10 +140,17 @@ def sentence(document: Record, arm: Arm) -> str:
             gain = f"{name} ends with a better {metric} than the baseline's longest run, and is {own['text']} {faster}"
         if others := rivals(document, arm):
             return f"{gain}, but a placebo may be as fast ({', '.join(others)}): no gain shown."
+        if by_chance(arm):
+            return f"{gain}, which among so many candidates may be chance (p = {arm['p_value']:.2g}): no gain shown."
         return f"{gain}."
     if own["high"] is not None and own["high"] < 1:
         return f"{name} is slower: {own['text']} at equal {metric}."
     return f"{name}: no gain shown, {own['text']} at equal {metric}."
+
+
+def speed_up(document: Record, arm: Arm) -> str:
+    """An arm's speed-up in the main cost, with its interval."""
+    return arm["speed_ups"].get(document["cost"], {"text": "miss"})["text"]
 
 
 def verdict(document: Record, arm: Arm) -> str:
@@ -140,7 +161,7 @@ def verdict(document: Record, arm: Arm) -> str:
     if gained(document, arm):
         return "faster"
     if own["low"] > 1:
-        return "no gain over its placebo"
+        return "no gain over its placebo" if rivals(document, arm) else "no gain beyond chance"
     return "slower" if own["high"] is not None and own["high"] < 1 else "no gain shown"
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_accel.cards import markdown, meanings, source
 from hf_accel.recipe import known_techniques
 
 ROOT = Path(__file__).parents[1]
@@ -33,7 +34,7 @@ def test_a_technique_has_a_card_with_a_paper_and_a_test_of_its_own(kind):
     text = DOCUMENTS[generate.card_path(kind)]
     reference = re.search(r"^\*\*Reference\.\*\* (.*)", text, re.MULTILINE)[1]
     assert "<https://" in reference
-    path = generate.source(kind).relative_to(ROOT / "hf_accel")
+    path = source(kind).relative_to(ROOT / "hf_accel")
     assert (ROOT / "tests" / path.parent / f"test_{path.name}").exists()
 
 
@@ -45,7 +46,7 @@ def test_links_lead_somewhere(path):
 
 def test_docstrings_explain_the_fields_that_there_are():
     for kind in TECHNIQUES.values():
-        assert list(generate.meanings(kind)) == [field.name for field in dataclasses.fields(kind)]
+        assert list(meanings(kind)) == [field.name for field in dataclasses.fields(kind)]
 
 
 @pytest.mark.parametrize(
@@ -57,4 +58,4 @@ def test_docstrings_explain_the_fields_that_there_are():
     ],
 )
 def test_docstrings_become_markdown(text, expected):
-    assert generate.markdown(text) == expected
+    assert markdown(text) == expected

@@ -36,14 +36,19 @@ def compare(
         Path | None, typer.Option(help="Folder of records and reports; interrupted, it goes on from there.")
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the workloads' data sets.")] = None,
+    record: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Write the evidence there, as docs/evidence/NAME.json.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     ablate: Annotated[bool, typer.Option("--ablate", help="Leave out each technique of a recipe in turn.")] = False,
     placebos: Annotated[bool, typer.Option(help="Run placebos beside the candidates.")] = True,
+    tune: Annotated[int, typer.Option(min=0, help="Trials of learning rate and batch size for every arm.")] = 0,
 ) -> None:
     """Measure the speed-up of recipes at equal quality, against a fair baseline."""
     from hf_accel.compare import Comparison
     from hf_accel.compare.report import table
     from hf_accel.compare.workloads import DATA_ROOT
+    from hf_accel.evidence import write_record
 
     if data is not None:
         os.environ[DATA_ROOT] = str(data)
@@ -58,15 +63,18 @@ def compare(
         out=out,
         ablate=ablate,
         placebos=placebos,
+        tune=tune,
     )
     with progress_bar(Console(stderr=True)) as follow:
         results = comparison.run(follow)
+    if record is not None:
+        write_record(results, record)
     if as_json:
         print(json.dumps(results.to_dict()))
         return
     console = Console()
     console.print(table(results))
-    console.print(f"Records and report.md are in {comparison.out}.")
+    console.print(f"Records, report.md and report.html are in {comparison.out}.")
 
 
 @contextmanager

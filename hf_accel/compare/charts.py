@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 760, 400
+WIDTH, HEIGHT = 1000, 440
 LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 48
 SHAPES = ("square", "triangle", "diamond", "down", "circle", "cross")
 
@@ -46,7 +46,7 @@ class Axis:
         return min((value - low) / (high - low), 1.0)
 
     def ticks(self) -> list[float]:
-        """About five round values."""
+        """Some round values."""
         if self.log:
             powers = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
             for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
@@ -54,7 +54,7 @@ class Axis:
                 found = [tick for tick in found if self.low <= tick <= self.high]
                 if len(found) >= 3:
                     return found
-        rough = (self.high - self.low) / 5
+        rough = (self.high - self.low) / 7
         power = 10.0 ** math.floor(math.log10(rough))
         step = next(step * power for step in (1, 2, 5, 10) if step * power >= rough)
         first = math.ceil(self.low / step - 1e-9)
@@ -133,7 +133,7 @@ def swatch(shape: str, style: str) -> str:
 
 def whisker(axis: Axis, value: float, low: float, high: float, shape: str, style: str) -> str:
     """An interval on an axis, with a line at 1; an end that is not known runs to the edge."""
-    width, height = 150, 20
+    width, height = 130, 20
 
     def at(value: float) -> float:
         return 6 + axis.share(value) * (width - 12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
@@ -11,8 +12,9 @@ import numpy as np
 
 from hf_accel import evidence
 from hf_accel.compare.charts import SHAPES, Axis, Chart, swatch, whisker
-from hf_accel.compare.report import HEADINGS, by_cost, cells, errors, first_line, notes, ordered
+from hf_accel.compare.report import HEADINGS, apart, by_cost, cells, errors, first_line, notes, ordered
 from hf_accel.compare.statistics import mean_interval
+from hf_accel.evidence import said
 from hf_accel.receipt import PHASES
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ def page(results: Results) -> str:
         ("Training loss", loss_chart(results)),
         ("Where the time went", time_bars(results)),
         ("Counted in other costs", other_costs(results)),
+        ("Apart from the comparison", defaults(results)),
         ("What went wrong", bullets(errors(results))),
         ("Baseline", facts(results.baseline_args)),
         ("Machine and versions", facts(about(results))),
@@ -53,7 +56,7 @@ def looks(results: Results) -> dict[str, tuple[str, str]]:
     for row in results.rows:
         if row.of in found:
             shape, style = found[row.of]
-            found[row.name] = ("cross", style) if row.role == "ablation" else (shape, f"{style} hollow")
+            found[row.name] = ("cross", f"{style} dashed") if row.role == "ablation" else (shape, f"{style} hollow")
         found.setdefault(row.name, ("circle", "base hollow"))
     return found
 
@@ -75,23 +78,24 @@ def headline(results: Results) -> str:
 
 def quality_chart(results: Results) -> str:
     """Every run as a point, the baseline's mean as a line, and the way from each candidate to that line."""
-    runs = [run for run in results.runs if run["status"] == "finished"]
+    look, metric = looks(results), results.metric.removeprefix("eval_")
+    runs = [run for run in results.runs if run["status"] == "finished" and run["arm"] in look]
 
     def quality(run: dict[str, Any]) -> float:
         value = run["metrics"].get(results.metric)
         return math.nan if value is None else value
 
-    look, metric = looks(results), results.metric.removeprefix("eval_")
     baseline = [quality(run) for run in runs if run["arm"] == "baseline"]
     low, high = np.nanmin(baseline), np.nanmax(baseline)
     low, high = low - 0.6 * (high - low), high + 0.6 * (high - low)
     inside = [value for run in runs if low <= (value := quality(run)) <= high]
-    unit = results.cost.replace("_", " ")
+    steep = results.lower_is_better and min(inside) > 0 and max(inside) / min(inside) > 3
+    unit = said(results.cost)
     chart = Chart(
         Axis.over((run["costs"][results.cost] for run in runs), log=True, pad=0.06),
-        Axis.over(inside),
+        Axis.over(inside, log=bool(steep)),
         f"{unit} of a run (logarithmic)",
-        f"{metric} ({'lower' if results.lower_is_better else 'higher'} is better)",
+        f"{metric}{', logarithmic' if steep else ''} ({'lower' if results.lower_is_better else 'higher'} is better)",
     )
     knots = [row for row in results.rows if row.role == "baseline"]
     elements = [chart.line([row.costs[results.cost] for row in knots], [row.quality for row in knots], "base")]
@@ -103,16 +107,15 @@ def quality_chart(results: Results) -> str:
     order = {"baseline": 0, "candidate": 2}
     roles = {row.name: row.role for row in results.rows}
     for run in sorted(runs, key=lambda run: order.get(roles.get(run["arm"], ""), 1)):
-        if run["arm"] in look:
-            paid = run["costs"][results.cost]
-            label = f"{run['arm']}, horizon {run['horizon']:g}, seed {run['seed']}"
-            label += f": {metric} {quality(run):.4f} at {paid:.4g} {unit}"
-            elements.append(chart.point(paid, quality(run), *look[run["arm"]], label))
+        paid = run["costs"][results.cost]
+        label = f"{run['arm']}, horizon {run['horizon']:g}, seed {run['seed']}"
+        label += f": {metric} {quality(run):.4f} at {paid:.4g} {unit}"
+        elements.append(chart.point(paid, quality(run), *look[run["arm"]], label))
     outside = sum(1 for run in runs if math.isfinite(quality(run))) - len(inside)
     text = "Each mark is a run; the line is the baseline's mean at its horizons. "
     text += f"A broken line leads from a candidate's mean to the cost at which the baseline is as good: {SIDES} "
     text += f"{outside} runs lie outside and are drawn at the edge." if outside else ""
-    names = ["baseline", *(row.name for row in ordered(results) if row.role != "baseline")]
+    names = [row.name for row in [*shown(results), *apart(results)]]
     return legend(results, names) + figure(chart.draw(elements, "quality of every run against its cost"), text)
 
 
@@ -146,7 +149,8 @@ def time_bars(results: Results) -> str:
     """Wall seconds of each arm by what they were spent on, as far as its runs were measured so."""
     bars = []
     for row in shown(results):
-        split = [parts(run["phases"]) for run in runs_of(row, results) if run.get("phases")]
+        hosted = dataclasses.replace(row, name=f"{row.name}, hosted")  # of a plain Trainer, which has no receipt
+        split = [parts(run["phases"]) for run in runs_of(row, results) + runs_of(hosted, results) if run["phases"]]
         if split:
             bars.append((row.name, {part: float(np.mean([one[part] for one in split])) for part in PARTS}))
     if not bars:
@@ -164,7 +168,7 @@ def time_bars(results: Results) -> str:
     used = [(index, part) for index, part in enumerate(PARTS) if any(bar[part] > 0 for _, bar in bars)]
     key = "".join(f'<li><i class="p{index}"></i>{part}</li>' for index, part in used)
     silent = [row.name for row in shown(results) if row.name not in dict(bars)]
-    text = "Wall seconds of a run, means over seeds."
+    text = "Wall seconds of a run, means over seeds. An arm without techniques is measured through AccelTrainer."
     text += f" Not measured by phase: {', '.join(silent)}." if silent else ""
     return f'<ul class="legend">{key}</ul>\n<div class="bars">{"".join(lines)}</div>\n{paragraphs([text])}'
 
@@ -192,6 +196,12 @@ def runs_of(row: Row, results: Results) -> list[dict[str, Any]]:
     ]
 
 
+def defaults(results: Results) -> str:
+    """The rows that are nobody's baseline."""
+    lines = [(row.role, cells(row, results)) for row in apart(results)]
+    return table(HEADINGS, lines, {0: "name", 4: "text", 5: "text"}) if lines else ""
+
+
 # Tables ---------------------------------------------------------------------------------------------------------------
 
 
@@ -207,7 +217,7 @@ def speed_up_table(results: Results) -> str:
         if own is not None and own.kind != "miss":
             picture = whisker(axis, own.value, own.low, own.high, *look[row.name])
         texts = cells(row, results)
-        lines.append((row.role, [*texts[:5], picture, *texts[5:]]))
+        lines.append((row.role, [row.name, *texts[1:5], picture, *texts[5:]]))
     headings = (*HEADINGS[:5], "", *HEADINGS[5:])
     return table(headings, lines, {0: "name", 4: "text", 5: "picture", 6: "text"}, raw={5})
 
@@ -266,7 +276,7 @@ def facts(values: dict[str, Any]) -> str:
 
 def about(results: Results) -> dict[str, Any]:
     """What the results hold for."""
-    return {"date": results.date, "machine": results.machine, "code": results.code, **results.versions}
+    return {"date": results.date, "code": results.code, **results.versions, "machine": results.machine}
 
 
 def legend(results: Results, names: Sequence[str], line: bool = False) -> str:
@@ -309,7 +319,7 @@ STYLE = """
 }
 * { box-sizing: border-box; }
 body {
-  margin: 0 auto; max-width: 1000px; padding: 2.2rem 1.2rem 4rem; background: var(--page); color: var(--ink);
+  margin: 0 auto; max-width: 1180px; padding: 2.2rem 1.2rem 4rem; background: var(--page); color: var(--ink);
   font: 15px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;
 }
 h1 { font-size: 1.55rem; line-height: 1.25; margin: 0 0 .8rem; }
@@ -317,7 +327,7 @@ h2 { font-size: 1.1rem; margin: 0 0 .7rem; }
 section { margin-top: 2.4rem; padding-top: 1.3rem; border-top: 1px solid var(--rule); }
 p, figcaption { margin: .5rem 0; max-width: 48rem; }
 section p, figcaption { color: var(--soft); font-size: .9rem; }
-figure { margin: 0; }
+figure { margin: 0; overflow-x: auto; }
 .headline { font-size: 1.12rem; margin: 0 0 .8rem; }
 .headline p { margin: .15rem 0; max-width: none; }
 .headline .swatch { margin-right: .5rem; }
@@ -325,25 +335,26 @@ figure { margin: 0; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; margin: 0 0 .4rem; padding: 0; }
 .legend li { display: flex; align-items: center; gap: .4rem; font-size: .88rem; }
 .legend i { width: 12px; height: 12px; border-radius: 2px; }
-.chart { width: 100%; height: auto; display: block; }
+.chart { width: 100%; min-width: 620px; height: auto; display: block; }
 .grid { stroke: var(--faint); stroke-width: 1; }
 .tick, .axis { fill: var(--soft); font-size: 12px; font-variant-numeric: tabular-nums; }
 .line { fill: none; stroke: var(--c); stroke-width: 1.8; stroke-linejoin: round; }
 .line.dashed { stroke-dasharray: 5 4; }
 .line.hollow { stroke-dasharray: 2 3; }
-.mark { fill: var(--c); stroke: var(--c); stroke-width: 1.3; }
+.mark { fill: var(--c); stroke: var(--page); stroke-width: .8; }
 .mark.hollow { fill: var(--page); }
+.mark.hollow, .mark.dashed { stroke: var(--c); stroke-width: 1.5; }
 .base { --c: var(--base); } .s0 { --c: var(--s0); } .s1 { --c: var(--s1); } .s2 { --c: var(--s2); }
 .s3 { --c: var(--s3); } .s4 { --c: var(--s4); } .s5 { --c: var(--s5); }
-.whisker { width: 150px; height: 20px; display: block; }
+.whisker { width: 130px; height: 20px; display: block; }
 .interval { stroke: var(--c); stroke-width: 2; }
 .one { stroke: var(--soft); stroke-width: 1; stroke-dasharray: 2 2; }
 .scroll { overflow-x: auto; margin: 0 0 .6rem; }
-table { border-collapse: collapse; width: 100%; font-size: .88rem; font-variant-numeric: tabular-nums; }
+table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 500; border-bottom: 1px solid var(--rule); }
-th, td { padding: .32rem .6rem; text-align: left; white-space: nowrap; vertical-align: middle; }
+th, td { padding: .32rem .5rem; text-align: left; white-space: nowrap; vertical-align: middle; }
 td { border-bottom: 1px solid var(--faint); }
-.name { white-space: normal; min-width: 9rem; padding-left: 0; }
+.name { white-space: normal; min-width: 11rem; padding-left: 0; }
 .number { text-align: right; }
 .picture { padding: 0 .2rem; }
 tr.baseline { color: var(--soft); } tr.candidate { font-weight: 600; }

@@ -10,18 +10,19 @@ from rich.console import Group
 from rich.table import Table
 
 from hf_accel import evidence
+from hf_accel.evidence import said
 
 if TYPE_CHECKING:
     from hf_accel.compare.results import Results, Row
 
-HEADINGS = ("arm", "horizon", "quality", "seconds", "speed-up", "verdict", "set-up s", "step ms", "peak MiB")
+HEADINGS = ("arm", "horizon", "quality", "seconds", "speed-up", "verdict", "p", "set-up s", "step ms", "peak MiB")
 
 
 def first_line(results: Results) -> str:
     """What a reader must know before the table."""
     tuned = f"Baseline tuned: {results.tuned}." if results.tuned else "Baseline not tuned."
     part = "" if results.complete else " Not all runs were made: the time was up."
-    return f"{tuned} {len(results.seeds)} seeds, {results.cost.replace('_', ' ')} of the training section.{part}"
+    return f"{tuned} {len(results.seeds)} seeds, {said(results.cost)} of the training section.{part}"
 
 
 def cells(row: Row, results: Results) -> list[str]:
@@ -35,6 +36,7 @@ def cells(row: Row, results: Results) -> list[str]:
         _number(row.costs[results.cost], ".2f"),
         str(speed_up or ""),
         str(row.non_inferiority or ""),
+        "" if row.p_value is None else "<0.001" if row.p_value < 0.001 else f"{row.p_value:.3f}",
         _number(row.set_up_seconds, ".2f"),
         _number(1000 * row.step_seconds, ".1f"),
         _number(row.peak_memory_bytes / 2**20, ",.0f"),
@@ -50,6 +52,11 @@ def ordered(results: Results) -> list[Row]:
     return rows
 
 
+def apart(results: Results) -> list[Row]:
+    """Trainer's untouched defaults: what many people run, and nobody's baseline."""
+    return [row for row in results.rows if row.role == "defaults"]
+
+
 def table(results: Results) -> Group:
     """For the terminal."""
     title = f"Speed-up at equal {results.metric} on {results.workload}"
@@ -57,7 +64,7 @@ def table(results: Results) -> Group:
     for heading in HEADINGS[:6]:
         words = heading in ("arm", "speed-up", "verdict")
         shown.add_column(heading, justify="left" if words else "right", no_wrap=heading != "arm")
-    for row in ordered(results):
+    for row in [*ordered(results), *apart(results)]:
         style = {"baseline": "dim", "candidate": "bold"}.get(row.role, "")
         shown.add_row(*cells(row, results)[:6], style=style)
     return Group(first_line(results), shown, *errors(results))
@@ -82,7 +89,8 @@ def notes(results: Results) -> list[str]:
         "In brackets, 95 % intervals (Student's t on logarithms over seeds, widened by the doubt of the "
         "interpolation). Outside of the baseline's range there are bounds and misses, never numbers.",
         f"Verdict: non-inferior where the one-sided 95 % bound of the difference to the baseline's full horizon is "
-        f"below {results.margin:g}, a margin that was fixed before.",
+        f"below {results.margin:g}, a margin that was fixed before. p is that of no speed-up, one-sided and adjusted "
+        "for the number of candidates (Holm).",
     ]
 
 
@@ -99,6 +107,8 @@ def markdown(results: Results) -> str:
         "",
         *(line for note in notes(results) for line in (note, "")),
     ]
+    if rows := apart(results):
+        lines += ["## Apart from the comparison", "", *_table(HEADINGS, [cells(row, results) for row in rows]), ""]
     headings, rows = by_cost(results)
     if rows:
         lines += ["## Counted in other costs", "", *_table(headings, [texts for _, texts in rows]), ""]
@@ -109,7 +119,9 @@ def markdown(results: Results) -> str:
         "",
         *(f"- `{name}`: `{value}`" for name, value in results.baseline_args.items()),
         "",
-        f"Code {results.code}, {results.date}, " + ", ".join(f"{n} {v}" for n, v in results.versions.items()) + ".",
+        f"{results.machine}. Code {results.code}, {results.date}, "
+        + ", ".join(f"{name} {version}" for name, version in results.versions.items())
+        + ".",
         "",
     ]
     return "\n".join(lines)
@@ -119,7 +131,7 @@ def by_cost(results: Results) -> tuple[list[str], list[tuple[Row, list[str]]]]:
     """The speed-ups counted in other things than the main cost: headings, and the cells of each row."""
     rows = [row for row in ordered(results) if row.speed_ups]
     costs = [cost for cost in dict.fromkeys(c for row in rows for c in row.speed_ups) if cost != results.cost]
-    headings = ["arm", *(cost.replace("_", " ") for cost in costs)]
+    headings = ["arm", *map(said, costs)]
     return headings, [(row, [row.name, *(str(row.speed_ups.get(c, "")) for c in costs)]) for row in rows if costs]
 
 

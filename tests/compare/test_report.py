@@ -24,6 +24,7 @@ ARMS = {  # name: (loss at the cost of the full horizon, that cost), the baselin
     "stack & more": (1.3, 6.0),
     "stack & more without Muon": (1.3, 8.0),
     "baseline, LR of half": (1.3, 9.0),
+    "Trainer's defaults": (1.5, 10.0),
 }
 
 
@@ -43,7 +44,8 @@ def results():
     )
     without = Arm("stack & more without Muon", Recipe(techniques=["LayerFreezing"]), "ablation", "stack & more")
     placebo = Arm("baseline, LR of half", Recipe(args={"learning_rate": 1.0}), "placebo", "half")
-    arms = [comparison.reference, *comparison.arms, without, placebo]
+    defaults = Arm("Trainer's defaults", Recipe(), "defaults")
+    arms = [comparison.reference, *comparison.arms, without, placebo, defaults]
     noise, records = random.Random(0), {}
     for arm in arms:
         for seed in comparison.seeds:
@@ -51,6 +53,9 @@ def results():
                 loss, cost = ARMS.get(arm.name, (1 + 0.3 / horizon, 10 * horizon))
                 record = made(loss + noise.gauss(0, 0.004), cost * math.exp(noise.gauss(0, 0.01)))
                 records[arm.name, horizon, seed] = {"run": {"recipe": arm.recipe.to_dict(), "options": {}}, **record}
+    for (name, _, _), record in records.items():
+        record["phases"] = {} if name == "baseline" else record["phases"]
+    records["baseline, hosted", 1.0, 1] = {"run": {}, **made(1.3, 10.0)}
     records["bad", 1.0, 2] = {"run": {}, "status": "failed", "error": "ValueError: <no> & never"}
     return collect(comparison, arms, records)
 
@@ -88,7 +93,12 @@ def test_the_markdown_begins_with_the_sentences(results):
     assert lines[2:6] == [f"- {line}" for line in sentences(results)]
     assert all(any(line.startswith(f"| {name} ") or f"- {name} |" in line for line in lines) for name in ARMS)
     headings = [line for line in lines if line.startswith("## ")]
-    assert headings == ["## Counted in other costs", "## What went wrong", "## Baseline"]
+    assert headings == [
+        "## Apart from the comparison",
+        "## Counted in other costs",
+        "## What went wrong",
+        "## Baseline",
+    ]
 
 
 # The page -------------------------------------------------------------------------------------------------------------
@@ -138,6 +148,7 @@ def test_the_page_needs_nothing_else_and_shows_every_arm(results):
         "Training loss",
         "Where the time went",
         "Counted in other costs",
+        "Apart from the comparison",
         "What went wrong",
         "Baseline",
         "Machine and versions",
@@ -149,7 +160,8 @@ def test_its_charts_are_well_formed_and_have_every_run(results):
     quality = next(svg for svg in pictures if svg.get("aria-label") == "quality of every run against its cost")
     titles = [title.text for title in quality.iter("title")]
     finished = [run for run in results.runs if run["status"] == "finished"]
-    assert len(titles) == len(finished) == 5 * 3 + 6 * 3 - 1
+    finished = [run for run in finished if run["arm"] != "baseline, hosted"]
+    assert len(titles) == len(finished) == 5 * 3 + 7 * 3 - 1
     for run in finished:
         label = f"{run['arm']}, horizon {run['horizon']:g}, seed {run['seed']}: loss {run['metrics']['eval_loss']:.4f}"
         assert len([title for title in titles if title.startswith(label + " at ")]) == 1
