@@ -47,7 +47,10 @@ EPOCHS = 3
 
 
 class CountingText(Dataset):
-    """Sequences that count upwards modulo the vocabulary, of mixed length; a language model can learn them."""
+    """Sequences that count upwards modulo the vocabulary, of mixed length; a language model can learn them.
+
+    Columns that the model does not see: ``label`` (the stride), ``score`` (the start) and ``text``.
+    """
 
     def __init__(self, num_examples: int = EXAMPLES, longest: int = 24, seed: int = 0):
         generator = torch.Generator().manual_seed(seed)
@@ -58,15 +61,18 @@ class CountingText(Dataset):
             ((start + stride * torch.arange(int(length))) % (VOCABULARY - 3) + 3).tolist()
             for start, stride, length in zip(starts, strides, lengths, strict=True)
         ]
+        self.labels, self.scores = (strides - 1).tolist(), (starts / VOCABULARY).tolist()
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def __getitem__(self, index: int) -> dict[str, list[int]]:
-        return {"input_ids": self.rows[index], "labels": list(self.rows[index])}
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row = self.rows[index]
+        unseen = {"label": self.labels[index], "score": self.scores[index], "text": " ".join(map(str, row[::2]))}
+        return {"input_ids": row, "labels": list(row), **unseen}
 
 
-def collate_padded(features: Sequence[dict[str, list[int]]]) -> dict[str, Tensor]:
+def collate_padded(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     """Pad to the longest example; padding carries no label."""
     longest = max(len(f["input_ids"]) for f in features)
 

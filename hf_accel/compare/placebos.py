@@ -7,34 +7,8 @@ batch for the memory that it took.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar
-
-import annotated_types as at
-import torch
-from torch import Tensor
-
+from hf_accel.data.sampling.random_subset import RandomSubset
 from hf_accel.recipe import Recipe
-from hf_accel.technique import Technique
-
-
-@dataclass(eq=False)
-class RandomSubset(Technique):
-    """Trains each epoch on another random share of the examples, with equal weights.
-
-    Reference: Okanovic et al. (2024), Repeated random sampling for minimizing the time-to-accuracy of learning,
-    https://arxiv.org/abs/2305.18424: at equal size, above 22 methods of pruning.
-
-    Args:
-        keep: Share of the examples, in (0, 1].
-    """
-
-    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5
-    fidelity: ClassVar = "unbiased"
-
-    def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        kept = torch.randperm(num_examples, generator=generator)[: max(round(self.keep * num_examples), 1)]
-        return kept.sort().values, None
 
 
 def learning_rate_placebo(candidate: Recipe, baseline: Recipe) -> Recipe | None:

@@ -4,8 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import BertConfig, BertForSequenceClassification
 
 from hf_accel.data.sampling.info_batch import InfoBatch, prune_learnt
+from hf_accel.losses import head_of, weighted_mean
 
 
 def started(progress=0.0, **fields):
@@ -42,6 +44,52 @@ def test_the_weighted_sum_is_unbiased():
     spread = math.sqrt(sum((s - mean) ** 2 for s in sums) / (len(sums) - 1))
     assert spread > 0
     assert abs(mean - float(losses.sum())) < 4 * spread / math.sqrt(len(sums)) + 1e-5
+
+
+def test_the_expected_weighted_gradient_is_the_full_one():
+    """Real gradients of a small model in the trainer's own loss, over an epoch of steps; a z-test."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=20, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8, num_labels=3
+        )
+        model = BertForSequenceClassification(config).double().eval()
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "input_ids": torch.randint(20, (24, 5), generator=generator),
+        "labels": torch.randint(3, (24,), generator=generator),
+    }
+    head = head_of(model)
+
+    def gradient(ids_N, weights_N):
+        """Of an epoch: steps of four examples, each weighted and divided by what it counts, times its size."""
+        total = 0
+        for step in torch.arange(len(ids_N)).split(4):
+            chosen = {name: values[ids_N[step]] for name, values in inputs.items()}
+            losses = head.losses(model(**chosen), chosen, len(step))
+            total = total + weighted_mean(losses, head.count(chosen, len(step)), weights_N[step]) * len(step)
+        gradients = torch.autograd.grad(total, model.parameters(), allow_unused=True, materialize_grads=True)
+        return torch.cat([g.flatten() for g in gradients])
+
+    full = gradient(torch.arange(24), torch.ones(24).double())
+    per_example = torch.stack([gradient(torch.tensor([i]), torch.ones(1).double()) for i in range(24)])
+    scores = head.losses(model(**inputs), inputs, 24).per_example(24)
+
+    ids, weights = prune_learnt(scores, 0.3, generator)
+    assert torch.allclose(gradient(ids, weights.double()), weights.double() @ per_example[ids])
+    directions = torch.randn(len(full), 20, generator=generator, dtype=torch.float64)
+    projected = per_example @ directions
+
+    def z_scores(weighted):
+        draws = []
+        for _ in range(3000):
+            ids, weights = prune_learnt(scores, 0.3, generator)
+            draws.append((weights.double() if weighted else torch.ones(len(ids)).double()) @ projected[ids])
+        draws = torch.stack(draws)
+        return (draws.mean(0) - full @ directions) / (draws.std(0) / math.sqrt(len(draws)))
+
+    assert z_scores(weighted=True).abs().max() < 4.5
+    assert z_scores(weighted=False).abs().max() > 20  # the test would see a bias
 
 
 def test_epochs_without_scores_and_after_the_end_are_full_and_draw_nothing():

@@ -1,0 +1,61 @@
+"""One column of a training set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+from transformers.trainer_utils import has_length
+
+from hf_accel.technique import Technique
+
+
+def check_indexable(dataset: Any, asking: Technique) -> None:
+    """Raise ValueError unless examples can be chosen by their index."""
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and has_length(dataset)):
+        raise ValueError(
+            f"{asking!r}: it chooses examples by their index, which train_dataset ({type(dataset).__name__}) lacks. "
+            "Give a data set with __len__ and __getitem__."
+        )
+
+
+def column_chunks(dataset: Any, name: str, asking: Technique, rows: int = 10_000) -> Iterator[pa.Array]:
+    """The values of a column, in chunks of so many ``rows``."""
+    check_indexable(dataset, asking)
+    in_arrow = isinstance(dataset, datasets.Dataset)
+    first = {} if in_arrow else dataset[0]
+    if not isinstance(first, Mapping):
+        raise ValueError(f"{asking!r}: its examples ({type(first).__name__}) have no columns. Give mappings.")
+    found = dataset.column_names if in_arrow else list(first)
+    if name not in found:
+        raise ValueError(
+            f"{asking!r}: train_dataset has no column {name!r}, only {', '.join(map(repr, found))}. Name one of these."
+        )
+    if in_arrow:
+        chunks: Any = dataset.select_columns([name]).with_format("arrow").iter(batch_size=rows)
+        for chunk in chunks:
+            yield chunk[name].combine_chunks()
+        return
+    for start in range(0, len(dataset), rows):
+        values = (dataset[i][name] for i in range(start, min(start + rows, len(dataset))))
+        yield pa.array([v.tolist() if isinstance(v, Tensor | np.ndarray | np.generic) else v for v in values])
+
+
+def column(dataset: Any, name: str, asking: Technique) -> list[Any]:
+    """The values of a column; ValueError where there is none of this name."""
+    return [value for chunk in column_chunks(dataset, name, asking) for value in chunk.to_pylist()]
+
+
+def numbers(dataset: Any, name: str, asking: Technique) -> Tensor:
+    """The values of a column of numbers, float64; nan where there is none."""
+    values = column(dataset, name, asking)
+    for value in values:
+        if not isinstance(value, int | float | None):
+            raise ValueError(f"{asking!r}: the column {name!r} holds {value!r}, no number. Name one of numbers.")
+    return torch.tensor([float("nan") if value is None else value for value in values], dtype=torch.float64)

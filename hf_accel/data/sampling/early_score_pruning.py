@@ -1,0 +1,126 @@
+"""EarlyScorePruning: watch the first epochs of a run, then go on with the examples that still teach something.
+
+Until progress ``after`` epochs are full, and what the model lost on each example in each of them is its score:
+
+    el2n        mean of  sqrt(2) * (1 - exp(-loss))      close to || p - onehot ||, and equal to it for two classes
+    loss        mean of the loss
+    forgetting  how often the loss rose above log 2 after it was below; more than any number where it never was below
+
+From the first epoch that begins at ``after`` or later, only the share ``keep`` with the highest scores is trained on;
+with ``balance``, that share of each class.  The scores are free: they are of steps that are trained on anyway.
+
+Reference: Paul et al. (2021), Deep Learning on a Data Diet, https://arxiv.org/abs/2107.07075 (EL2N after a few epochs);
+Toneva et al. (2019), An Empirical Study of Example Forgetting during Deep Neural Network Learning,
+https://arxiv.org/abs/1812.05159.  Departures: scores are computed from losses and so hold for any model; an example
+counts as learnt when the model gives its target a probability above 1/2, where the authors ask for the highest one; and
+the run goes on, where they start anew on what is kept.
+
+When to use: runs of ten epochs or more on clean, redundant data.
+When not to use: few epochs; noisy labels, which are what it keeps; small classes without ``balance``.  A random subset
+an epoch is reported to be better at equal time (https://arxiv.org/abs/2305.18424).
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import annotated_types as at
+import torch
+from torch import Tensor
+
+from hf_accel.data.columns import check_indexable, column
+from hf_accel.data.scores import keep_by_score
+from hf_accel.technique import Fraction, State, Technique
+
+
+@dataclass(eq=False)
+class EarlyScorePruning(Technique):
+    """Trains, after the first epochs, on the share of the examples with the highest scores.
+
+    Args:
+        score: ``"el2n"``, ``"loss"`` or ``"forgetting"``.
+        keep: Share of the examples that later epochs train on, in (0, 1].
+        after: Progress, in [0, 1], from which epochs are short; the first epoch is always full.
+        balance: A column with classes, of each of which the same share is kept; None: of all together.
+    """
+
+    score: Literal["el2n", "loss", "forgetting"] = "el2n"
+    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.7
+    after: Fraction = 0.2
+    balance: str | None = None
+    fidelity: ClassVar = "lossy"
+    neutral: ClassVar = {"keep": 1.0}
+    variations: ClassVar = {"score": "forgetting", "after": 0.5, "balance": "label"}
+
+    def prepare_dataset(self, dataset: Any) -> Any:
+        """Read the classes."""
+        check_indexable(dataset, self)
+        self.classes_ = None if self.balance is None else column(dataset, self.balance, self)
+        for name, number in Counter(self.classes_ or ()).items():
+            if round(self.keep * number) == 0:
+                raise ValueError(f"{self!r}: it would keep no example of class {name!r} of {number}. Keep more.")
+        return dataset
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.sums_N_, self.counts_N_ = torch.empty(0, dtype=torch.float64), torch.empty(0)
+        self.learnt_N_, self.forgotten_N_ = torch.empty(0, dtype=torch.bool), torch.empty(0)
+        self.ids_N_ = torch.empty(0, dtype=torch.int64)
+
+    def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """All, until the scores are final; then always the same share."""
+        assert self.host_ is not None
+        if len(self.sums_N_) == 0:
+            self.sums_N_, self.counts_N_ = torch.zeros(num_examples).double(), torch.zeros(num_examples)
+            self.learnt_N_, self.forgotten_N_ = torch.zeros(num_examples).bool(), torch.zeros(num_examples)
+        scored = self.counts_N_.sum() > 0
+        if self.keep < 1 and scored and not len(self.ids_N_) and self.host_.clock.progress >= self.after:
+            if self.classes_ is not None and len(self.classes_) != num_examples:
+                raise ValueError(f"{self!r}: a later technique left other examples than it knows. Put it last.")
+            self.ids_N_ = keep_by_score(self.scores(), self.keep, "hard", generator, self.classes_, self)
+        return self.ids_N_ if len(self.ids_N_) else torch.arange(num_examples), None
+
+    def observe(self, ids_B: Tensor, losses_B: Tensor) -> None:
+        """Add to the scores, until they are final."""
+        if len(self.ids_N_):
+            return
+        losses_B = losses_B.double()
+        values_B = losses_B if self.score == "loss" else math.sqrt(2) * -torch.expm1(-losses_B)
+        learnt_B = losses_B < math.log(2)
+        self.sums_N_[ids_B] += values_B
+        self.counts_N_[ids_B] += 1
+        self.forgotten_N_[ids_B] += (self.learnt_N_[ids_B] & ~learnt_B).float()
+        self.learnt_N_[ids_B] = learnt_B
+
+    def scores(self) -> Tensor:
+        """Scores of all examples, (N,)."""
+        if self.score == "forgetting":
+            return self.forgotten_N_.double().masked_fill(~self.learnt_N_ & (self.forgotten_N_ == 0), math.inf)
+        return (self.sums_N_ / self.counts_N_).nan_to_num(nan=math.inf)
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        """What the scores are made of, and what was chosen."""
+        if scope == "rank":
+            return {}
+        return {
+            "sums_N": self.sums_N_,
+            "counts_N": self.counts_N_,
+            "learnt_N": self.learnt_N_,
+            "forgotten_N": self.forgotten_N_,
+            "ids_N": self.ids_N_,
+        }
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        for name, value in state.items():
+            setattr(self, f"{name}_", value.clone())
+
+    def report(self) -> Mapping[str, Any]:
+        """The share of the examples that later epochs trained on; 1 where none began after ``after``."""
+        return {"kept": len(self.ids_N_) / len(self.sums_N_) if len(self.ids_N_) else 1.0}
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["kept"] < 1

@@ -1,0 +1,152 @@
+"""ScorePruning: leave out, for the whole run, the examples that teach least by a score.
+
+Fewer examples make a shorter epoch.  Each example is scored once, before training, and the share ``keep`` with the
+highest scores (``prefer="hard"``) or the lowest (``"easy"``) is trained on; with ``balance``, that share of each class.
+
+    el2n        || softmax(logits) - onehot(label) ||            mean over the example's items
+    grand       || gradient of the example's loss with respect to all trainable parameters ||
+    loss        the example's mean loss
+    perplexity  exp(loss): the same ranks as loss
+    column:NAME, file:PATH    numbers that are there: a column, or a .npy file or a text file with one number a line
+
+The first four cost a forward pass of the whole set, ``grand`` a backward pass as well, one example at a time; they
+judge by the model as it is before training.
+
+Reference: Paul et al. (2021), Deep Learning on a Data Diet: Finding Important Examples Early in Training (EL2N, GraNd),
+https://arxiv.org/abs/2107.07075; Marion et al. (2023), When Less is More: Investigating Data Pruning for Pretraining
+LLMs at Scale, https://arxiv.org/abs/2309.04564 (perplexity).  Departure: one model scores, where Paul et al. average
+about ten.
+
+When to use: several runs on one data set, with scores computed once by a trained model and given as a column or a file;
+much data for the budget (keep the hard), or little (keep the easy).
+When not to use: scores of a model that has learnt nothing are noise; in one run, the scoring is dearer than what it
+saves, and a random subset an epoch is reported to be better at equal time (https://arxiv.org/abs/2305.18424).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal
+
+import annotated_types as at
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_accel.data.columns import column, numbers
+from hf_accel.data.scores import (
+    WHOLE_WEIGHTS,
+    check_scores,
+    head_for,
+    keep_by_score,
+    losses_and_outputs,
+    refuse_lost_classes,
+    score_examples,
+)
+from hf_accel.data.static_subset import StaticSubset
+from hf_accel.losses import ClassHead, ExampleLosses, TokenHead, weighted_mean
+from hf_accel.technique import State
+
+PASSES = ("el2n", "grand", "loss", "perplexity")
+
+
+def error_norms(logits: Tensor, losses: ExampleLosses) -> ExampleLosses:
+    """|| p - onehot ||, from sum p^2 - 2 p_label + 1 and p_label = exp(-loss), in place of the items' losses."""
+    squares = logits.float().softmax(-1).square().sum(-1).reshape(losses.losses_BL.shape)
+    norms_BL = (squares - 2 * (-losses.losses_BL).exp() + 1).clamp(min=0).sqrt()
+    return losses._replace(losses_BL=norms_BL.masked_fill(~losses.mask_BL, 0))
+
+
+@dataclass(eq=False)
+class ScorePruning(StaticSubset):
+    """Trains on the share of the examples with the highest or the lowest scores.
+
+    Args:
+        score: ``"el2n"``, ``"grand"``, ``"loss"``, ``"perplexity"``, ``"column:NAME"`` or ``"file:PATH"``.
+        keep: Share of the examples that is trained on, in (0, 1].
+        prefer: Whether high scores are kept (``"hard"``) or low ones (``"easy"``).
+        balance: A column with classes, of each of which the same share is kept; None: of all together.
+    """
+
+    score: str = "el2n"
+    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.7
+    prefer: Literal["hard", "easy"] = "hard"
+    balance: str | None = None
+    fidelity: ClassVar = "lossy"
+    neutral: ClassVar = {"keep": 1.0}
+    refused_backends: ClassVar = WHOLE_WEIGHTS
+    variations: ClassVar = {"score": "column:score", "balance": "label"}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.score not in PASSES and not self.score.startswith(("column:", "file:")):
+            raise ValueError(
+                f"ScorePruning(score={self.score!r}): score must be one of {', '.join(PASSES)}, column:NAME, file:PATH."
+            )
+
+    def choose(self, dataset: Any) -> Tensor:
+        """By the scores."""
+        self.edge_ = 0.0
+        if self.keep == 1:
+            return torch.arange(len(dataset))
+        scores_N = self._scores(dataset)
+        check_scores(scores_N, len(dataset), self)
+        host: Any = self.host_
+        classes = None if self.balance is None else column(dataset, self.balance, self)
+        generator = torch.Generator().manual_seed(host.args.seed)
+        ids_K = keep_by_score(scores_N, self.keep, self.prefer, generator, classes, self)
+        refuse_lost_classes(dataset, ids_K, self)
+        kept_K = scores_N[ids_K]
+        self.edge_ = float(kept_K.min() if self.prefer == "hard" else kept_K.max())
+        return ids_K
+
+    def _scores(self, dataset: Any) -> Tensor:
+        kind, _, source = self.score.partition(":")
+        if kind == "column":
+            return numbers(dataset, source, self)
+        if kind == "file":
+            path = Path(source)
+            if not path.is_file():
+                raise ValueError(f"{self!r}: there is no file {source!r}. Name one.")
+            return torch.from_numpy(np.atleast_1d(np.load(path) if path.suffix == ".npy" else np.loadtxt(path)))
+        return score_examples(self, dataset, getattr(self, f"_{kind}"), batch_size=1 if kind == "grand" else None)
+
+    def _loss(self, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
+        losses, _ = losses_and_outputs(head_for(self), self.host_.model, inputs, num_examples)
+        return losses.per_example(num_examples)
+
+    def _perplexity(self, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
+        return self._loss(inputs, num_examples).exp()
+
+    def _el2n(self, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
+        head = head_for(self)
+        losses, outputs = losses_and_outputs(head, self.host_.model, inputs, num_examples)
+        one_label = (
+            isinstance(head, ClassHead) and (head.problem or head.config.problem_type) == "single_label_classification"
+        )
+        if not (one_label or isinstance(head, TokenHead)):
+            raise ValueError(f"{self!r}: el2n needs one class for each item, which {head.kind} has not. Use 'loss'.")
+        return error_norms(outputs["logits"], losses).per_example(num_examples)
+
+    def _grand(self, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
+        head, model = head_for(self), self.host_.model
+        parameters = [p for p in model.parameters() if p.requires_grad]
+        with torch.enable_grad():
+            losses, _ = losses_and_outputs(head, model, inputs, num_examples)
+            loss = weighted_mean(losses, head.count(inputs, num_examples))
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+        return torch.stack([g.float().square().sum() for g in gradients if g is not None]).sum().sqrt()[None]
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        return {**super().state_dict(scope), "edge": self.edge_} if scope == "global" else {}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        super().load_state_dict(scope, state)
+        if scope == "global":
+            self.edge_ = state["edge"]
+
+    def report(self) -> Mapping[str, Any]:
+        """The share of the examples that is kept, and the score at its edge."""
+        return {**super().report(), "edge": self.edge_}

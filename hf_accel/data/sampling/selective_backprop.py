@@ -1,0 +1,92 @@
+"""SelectiveBackprop: train on the examples of each step that the model is worst at.
+
+A backward pass costs about two forward passes.  A step is drawn as usual, judged by a forward pass, and only
+k = round(keep * B) of its B examples are trained on: drawn without replacement, with probability
+
+    p_i proportional to  u_i ^ (1/keep - 1)
+
+where u_i in (0, 1) is the rank of the loss of i within the step, 1/(2B) for the lowest and 1 - 1/(2B) for the highest.
+It acts between progress ``start`` and ``end``, but on every ``plain_every``-th step, which is trained on whole.
+
+Reference: Jiang et al. (2019), Accelerating Deep Learning by Focusing on the Biggest Losers,
+https://arxiv.org/abs/1910.00762; the defaults are those of Composer,
+https://docs.mosaicml.com/projects/composer/en/stable/method_cards/selective_backprop.html.  Departure: ranks are those
+within the step, as in Composer, not among the losses of the recent past.
+
+When to use: image classification with many redundant examples; Composer reports 6 to 8 % less time at equal accuracy.
+When not to use: language models (no gain on BERT and T5, https://arxiv.org/abs/2307.06440); noisy labels, whose losses
+stay high; a ``keep`` above 2/3, which costs more than it saves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import annotated_types as at
+import torch
+from torch import Tensor
+
+from hf_accel.technique import Fraction, State, Technique
+
+
+def draw_high_losses(losses_B: Tensor, keep: float, generator: torch.Generator) -> Tensor:
+    """Positions, ascending, of the share ``keep`` of a step, high losses more probably."""
+    size = len(losses_B)
+    ranks_B = losses_B.argsort(stable=True).argsort().double()
+    p_B = ((ranks_B + 0.5) / size) ** (1 / keep - 1)
+    # The largest of u^(1/p) are a draw without replacement (Efraimidis and Spirakis 2006); their logarithms are exact.
+    keys_B = torch.rand(size, generator=generator, dtype=torch.float64).log() / p_B.clamp(min=1e-300)
+    return keys_B.topk(max(round(keep * size), 1)).indices.sort().values
+
+
+@dataclass(eq=False)
+class SelectiveBackprop(Technique):
+    """Trains on a share of each step's examples, those of high loss more probably.
+
+    Args:
+        keep: Share of a step's examples that is trained on, in (0, 1].
+        start: Progress, in [0, 1], from which it acts.
+        end: Progress, in [0, 1], until which it acts.
+        plain_every: Every so many steps, one is trained on whole; 0: none.
+    """
+
+    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5
+    start: Fraction = 0.5
+    end: Fraction = 0.9
+    plain_every: Annotated[int, at.Ge(0)] = 2
+    fidelity: ClassVar = "lossy"
+    neutral: ClassVar = {"keep": 1.0}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.judged_, self.kept_ = 0, 0
+
+    def scores_step(self) -> bool:
+        host: Any = self.host_
+        plain = self.plain_every > 0 and (host.state.global_step + 1) % self.plain_every == 0
+        return self.keep < 1 and self.start <= host.clock.progress < self.end and not plain
+
+    def step_select(self, ids_B: Tensor, losses_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        """A share of the step, by the ranks of the losses."""
+        host: Any = self.host_
+        generator = torch.Generator().manual_seed((host.stream.seed * 1_000_003 + host.state.global_step) * 2)
+        positions = draw_high_losses(losses_B, self.keep, generator)
+        self.judged_, self.kept_ = self.judged_ + len(ids_B), self.kept_ + len(positions)
+        return positions, None
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        """Counts for the report."""
+        return {"judged": self.judged_, "kept": self.kept_} if scope == "global" else {}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        if scope == "global":
+            self.judged_, self.kept_ = state["judged"], state["kept"]
+
+    def report(self) -> Mapping[str, Any]:
+        """How many examples were judged, and the share of these that was trained on."""
+        return {"judged": self.judged_, "kept": self.kept_ / self.judged_ if self.judged_ else 1.0}
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["kept"] < 1

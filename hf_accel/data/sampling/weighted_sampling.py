@@ -1,0 +1,124 @@
+"""WeightedSampling: draw the examples of an epoch with replacement, some more often than others.
+
+An epoch of N examples is N independent draws, and example i is drawn with probability
+
+    p_i = 1 / (C * n_c)            weights="balanced": each of the C values of the column ``by`` equally often
+    p_i = share_c / n_c            weights={value: share}: values in proportion to their shares
+    p_i = w_i / sum_j w_j          weights="column": in proportion to the numbers in the column
+
+where n_c is the number of examples whose value is c.  So one technique balances classes, mixes sources (a column that
+says from which data set an example came, as ``datasets.concatenate_datasets`` of tables with such a column gives it)
+and follows weights that were computed before.  What is drawn is a plan over all ranks, the same for any number of them.
+
+Reference: He and Garcia (2009), Learning from Imbalanced Data, https://doi.org/10.1109/TKDE.2008.239 (random
+oversampling); ``torch.utils.data.WeightedRandomSampler`` draws likewise on one process.
+
+When to use: rare classes that matter as much as frequent ones; mixtures whose shares are known; sources of which some
+are repeated more than others.
+When not to use: classes with a handful of examples, which are then repeated until they are known by heart; where the
+test distribution is the training one, for the trained model believes in the drawn shares.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from hf_accel.data.columns import column
+from hf_accel.technique import State, Technique
+
+
+def draw_with_replacement(weights_N: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
+    """Ids, ascending, of independent draws in proportion to the weights; any number of examples."""
+    bounds_N = weights_N.double().cumsum(0)
+    points = torch.rand(num_draws, generator=generator, dtype=torch.float64) * bounds_N[-1]
+    last = int(weights_N.nonzero()[-1])  # where rounding carries a point to the very end
+    return torch.searchsorted(bounds_N, points, right=True).clamp(max=last).sort().values
+
+
+@dataclass(eq=False)
+class WeightedSampling(Technique):
+    """Draws each epoch with replacement: balanced over a column's values, by shares of these, or by weights.
+
+    Args:
+        by: The column of the training set that says an example's class, its source or its weight.
+        weights: ``"balanced"``: all values of the column equally often; a mapping from each value to its share of the
+            draws (shares need not add up to 1); ``"column"``: the column holds each example's weight.
+    """
+
+    by: str = "label"
+    weights: Literal["balanced", "column"] | Mapping[Any, float] = "balanced"
+    fidelity: ClassVar = "lossy"
+    variations: ClassVar = {"by": "score", "weights": {0: 0.8, 1: 0.1, 2: 0.1}}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if isinstance(self.weights, Mapping):
+            self._check(self.weights)
+        elif self.weights not in ("balanced", "column"):
+            raise ValueError(
+                f"WeightedSampling(weights={self.weights!r}): weights must be 'balanced', 'column' or a mapping from "
+                "each value of the column to its share."
+            )
+
+    def prepare_dataset(self, dataset: Any) -> Any:
+        """Read the column, and weigh each example."""
+        values = column(dataset, self.by, self)
+        if self.weights == "column":
+            weights = values
+            self._check(dict(enumerate(values)))
+        else:
+            try:
+                counts = Counter(values)
+            except TypeError:
+                raise ValueError(
+                    f"{self!r}: the column {self.by!r} holds {type(values[0]).__name__}s. Name one of single values."
+                ) from None
+            shares = self.weights if isinstance(self.weights, Mapping) else dict.fromkeys(counts, 1.0)
+            for value in counts.keys() - shares.keys():
+                raise ValueError(f"{self!r}: weights has no share of {value!r}, a value of the column. Give one, or 0.")
+            for value in shares.keys() - counts.keys():
+                raise ValueError(f"{self!r}: no example has {self.by!r} = {value!r}. Leave it out of weights.")
+            weights = [shares[value] / counts[value] for value in values]
+        self.weights_N_ = torch.tensor(weights, dtype=torch.float64)
+        self.drawn_, self.distinct_ = 0, 0
+        return dataset
+
+    def _check(self, weights: Mapping[Any, Any]) -> None:
+        for key, weight in weights.items():
+            if not isinstance(weight, int | float) or not math.isfinite(weight) or weight < 0:
+                raise ValueError(f"{self!r}: the weight of {key!r} is {weight!r}. Give numbers that are not negative.")
+        if not sum(weights.values()):
+            raise ValueError(f"{self!r}: the weights sum to zero. Give one above zero.")
+
+    def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """As many draws as there are examples."""
+        if len(self.weights_N_) != num_examples:
+            raise ValueError(
+                f"{self!r}: it has weighed {len(self.weights_N_)} examples, of which a later technique left "
+                f"{num_examples}. Put it last."
+            )
+        ids_N = draw_with_replacement(self.weights_N_, num_examples, generator)
+        self.drawn_, self.distinct_ = self.drawn_ + num_examples, self.distinct_ + len(ids_N.unique())
+        return ids_N, None
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        """Counts for the report."""
+        return {"drawn": self.drawn_, "distinct": self.distinct_} if scope == "global" else {}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        if scope == "global":
+            self.drawn_, self.distinct_ = state["drawn"], state["distinct"]
+
+    def report(self) -> Mapping[str, Any]:
+        """Of an epoch's draws, the share of distinct examples; the mean over epochs."""
+        return {"distinct": self.distinct_ / max(self.drawn_, 1)}
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return 0 < report["distinct"] < 1
