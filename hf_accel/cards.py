@@ -108,7 +108,9 @@ def fields(kind: type[Technique]) -> Iterator[tuple[str, str, str, str]]:
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name not in meaning:
             raise ValueError(f"{kind.__name__}.{field.name}: its meaning is not said. Add it to 'Args:' of the class.")
-        default = field.default_factory() if field.default is dataclasses.MISSING else field.default
+        default = field.default
+        if field.default_factory is not dataclasses.MISSING:
+            default = field.default_factory()
         yield field.name, f"`{default!r}`", bound(hints[field.name]), meaning[field.name]
 
 

@@ -59,3 +59,29 @@ def test_docstrings_explain_the_fields_that_there_are():
 )
 def test_docstrings_become_markdown(text, expected):
     assert markdown(text) == expected
+
+
+def test_the_results_have_every_candidate_the_fastest_first():
+    def candidate(name, *techniques, role="candidate", **found):
+        speed_ups = {"cpu_seconds": {"kind": "measured", "per_seed": [1.0] * 5, **found}}
+        entries = [{technique: {}} for technique in techniques]
+        return {"name": name, "role": role, "of": None, "techniques": entries, "speed_ups": speed_ups, "p_value": 0.001}
+
+    slower = candidate("InfoBatch(keep=0.5)", "InfoBatch", value=0.8, low=0.7, high=0.9, text="0.80x [0.70, 0.90]")
+    faster = candidate("pretrain", "Muon", "LinearToZero", value=2.0, low=1.8, high=2.2, text="2.00x [1.80, 2.20]")
+    missed = candidate("Muon", "Muon", kind="miss", value=0.0, low=0.0, high=None, text="miss (1 of 5)")
+    placebo = candidate("subset", role="placebo", value=1.0, low=0.9, high=1.1, text="1.00x [0.90, 1.10]")
+    about = {"cost": "cpu_seconds", "seeds": [1, 2, 3, 4, 5], "machine": "a processor"}
+    records = {
+        "a": about | {"workload": "digits", "tuned": "", "arms": [missed, slower, placebo]},
+        "b": about | {"workload": "code-lm", "tuned": "8 trials", "arms": [faster]},
+    }
+    rows, end = generate.results_table(records).split("\n\n")
+    assert rows.splitlines()[2:] == [
+        "| pretrain (Muon, LinearToZero) | [code-lm](docs/evidence/b.json) | 2.00x [1.80, 2.20] | faster | 5 |",
+        "| [InfoBatch(keep=0.5)](docs/techniques/info_batch.md) | [digits](docs/evidence/a.json) | 0.80x [0.70, 0.90] "
+        "| slower, baseline not tuned | 5 |",
+        "| [Muon](docs/techniques/muon.md) | [digits](docs/evidence/a.json) | miss (1 of 5) "
+        "| miss, baseline not tuned | 5 |",
+    ]
+    assert end == "Speed-ups are in CPU seconds. Machine: a processor."

@@ -52,7 +52,7 @@ class Axis:
             for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 5, 7)):
                 found = [step * 10.0**power for power in powers for step in steps]
                 found = [tick for tick in found if self.low <= tick <= self.high]
-                if len(found) >= 3:
+                if len(found) >= 4:
                     return found
         rough = (self.high - self.low) / 7
         power = 10.0 ** math.floor(math.log10(rough))

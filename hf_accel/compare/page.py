@@ -12,7 +12,7 @@ import numpy as np
 
 from hf_accel import evidence
 from hf_accel.compare.charts import SHAPES, Axis, Chart, swatch, whisker
-from hf_accel.compare.report import HEADINGS, apart, by_cost, cells, errors, first_line, notes, ordered
+from hf_accel.compare.report import APART, HEADINGS, apart, by_cost, cells, errors, first_line, notes, ordered
 from hf_accel.compare.statistics import mean_interval
 from hf_accel.evidence import said
 from hf_accel.receipt import PHASES
@@ -175,7 +175,7 @@ def time_bars(results: Results) -> str:
 
 def parts(phases: dict[str, float]) -> dict[str, float]:
     """Seconds by phase, with all techniques as one."""
-    found = dict.fromkeys(PARTS, 0.0)
+    found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
     for name, seconds in phases.items():
         part = name if name in PARTS else "other" if name in PHASES else "techniques"
         found[part] += seconds
@@ -199,7 +199,7 @@ def runs_of(row: Row, results: Results) -> list[dict[str, Any]]:
 def defaults(results: Results) -> str:
     """The rows that are nobody's baseline."""
     lines = [(row.role, cells(row, results)) for row in apart(results)]
-    return table(HEADINGS, lines, {0: "name", 4: "text", 5: "text"}) if lines else ""
+    return table(HEADINGS, lines, {0: "name", 4: "text", 5: "text"}) + paragraphs([APART]) if lines else ""
 
 
 # Tables ---------------------------------------------------------------------------------------------------------------
@@ -352,12 +352,12 @@ figure { margin: 0; overflow-x: auto; }
 .scroll { overflow-x: auto; margin: 0 0 .6rem; }
 table { border-collapse: collapse; width: 100%; font-size: .85rem; font-variant-numeric: tabular-nums; }
 th { color: var(--soft); font-weight: 500; border-bottom: 1px solid var(--rule); }
-th, td { padding: .32rem .5rem; text-align: left; white-space: nowrap; vertical-align: middle; }
+th, td { padding: .32rem .45rem; text-align: left; white-space: nowrap; vertical-align: middle; }
 td { border-bottom: 1px solid var(--faint); }
 .name { white-space: normal; min-width: 11rem; padding-left: 0; }
 .number { text-align: right; }
 .picture { padding: 0 .2rem; }
-tr.baseline { color: var(--soft); } tr.candidate { font-weight: 600; }
+tr.baseline { color: var(--soft); } tr.candidate .name, tr.candidate .text { font-weight: 600; }
 tr.placebo .name, tr.ablation .name { padding-left: .9rem; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .15rem 1.4rem; margin: 0; font-size: .88rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; }

@@ -57,17 +57,21 @@ def apart(results: Results) -> list[Row]:
     return [row for row in results.rows if row.role == "defaults"]
 
 
+APART = "Trainer's untouched defaults with the workload's budget: what many people run, and no fair baseline."
+
+
 def table(results: Results) -> Group:
     """For the terminal."""
     title = f"Speed-up at equal {results.metric} on {results.workload}"
     shown = Table(title=title, title_justify="left")
-    for heading in HEADINGS[:6]:
-        words = heading in ("arm", "speed-up", "verdict")
-        shown.add_column(heading, justify="left" if words else "right", no_wrap=heading != "arm")
+    shown.add_column("arm", overflow="fold")
+    for heading in HEADINGS[2:6]:
+        shown.add_column(heading, justify="right" if heading in ("quality", "seconds") else "left", no_wrap=True)
     for row in [*ordered(results), *apart(results)]:
         style = {"baseline": "dim", "candidate": "bold"}.get(row.role, "")
-        shown.add_row(*cells(row, results)[:6], style=style)
-    return Group(first_line(results), shown, *errors(results))
+        name, horizon, *rest = cells(row, results)
+        shown.add_row(f"{name} x {horizon}" if row.role == "baseline" else name, *rest[:4], style=style)
+    return Group(*sentences(results), first_line(results), shown, *errors(results))
 
 
 def errors(results: Results) -> list[str]:
@@ -108,7 +112,14 @@ def markdown(results: Results) -> str:
         *(line for note in notes(results) for line in (note, "")),
     ]
     if rows := apart(results):
-        lines += ["## Apart from the comparison", "", *_table(HEADINGS, [cells(row, results) for row in rows]), ""]
+        lines += [
+            "## Apart from the comparison",
+            "",
+            APART,
+            "",
+            *_table(HEADINGS, [cells(row, results) for row in rows]),
+            "",
+        ]
     headings, rows = by_cost(results)
     if rows:
         lines += ["## Counted in other costs", "", *_table(headings, [texts for _, texts in rows]), ""]
