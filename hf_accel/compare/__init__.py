@@ -9,6 +9,7 @@ from hf_accel.compare.comparison import Arm, Comparison, Progress, Run, compare
 from hf_accel.compare.results import Results, Row
 from hf_accel.compare.statistics import NonInferiority, SpeedUp, non_inferiority, speed_up
 from hf_accel.compare.workloads import WORKLOADS, Workload, build_workload
+from hf_accel.evidence import write_record
 
 __all__ = [
     "WORKLOADS",
@@ -25,4 +26,5 @@ __all__ = [
     "compare",
     "non_inferiority",
     "speed_up",
+    "write_record",
 ]

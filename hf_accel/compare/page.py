@@ -129,9 +129,9 @@ def loss_chart(results: Results) -> str:
     for row in shown(results):
         logs = [np.array(run["log"], float).T for run in runs_of(row, results) if len(run["log"]) > 1]
         if logs:
-            steps_B = [log[0] / log[0][-1] for log in logs]
-            losses = [np.interp(grid, x, log[1]) for x, log in zip(steps_B, logs, strict=True)]
-            first = max(x[0] for x in steps_B)
+            shares = [log[0] / log[0][-1] for log in logs]
+            losses = [np.interp(grid, x, log[1]) for x, log in zip(shares, logs, strict=True)]
+            first = max(x[0] for x in shares)
             curves[row.name] = np.where(grid >= first - 1e-9, np.mean(losses, axis=0), math.nan)
     every = [value for curve in curves.values() for value in curve if math.isfinite(value)]
     if not every:
