@@ -7,13 +7,31 @@ import importlib
 from typing import Any
 
 from hf_accel.compare.workloads.digits import Digits
+from hf_accel.compare.workloads.fine_tuning import Gsm8kLora, Gsm8kSft
 from hf_accel.compare.workloads.from_recipe import FromRecipe
+from hf_accel.compare.workloads.images import Cifar10ResNet, Cifar10Vit
 from hf_accel.compare.workloads.language_modeling import CodeLm, NovelsLm
 from hf_accel.compare.workloads.synthetic import Synthetic
+from hf_accel.compare.workloads.text_classification import Banking77, Sst2
 from hf_accel.compare.workloads.workload import DATA_ROOT, Workload
 from hf_accel.notation import nearest
 
-WORKLOADS: dict[str, type[Workload]] = {kind.name: kind for kind in (CodeLm, NovelsLm, Digits, Synthetic, FromRecipe)}
+WORKLOADS: dict[str, type[Workload]] = {
+    kind.name: kind
+    for kind in (
+        CodeLm,
+        NovelsLm,
+        Sst2,
+        Banking77,
+        Gsm8kSft,
+        Gsm8kLora,
+        Cifar10ResNet,
+        Cifar10Vit,
+        Digits,
+        Synthetic,
+        FromRecipe,
+    )
+}
 
 
 def build_workload(name: str, options: dict[str, Any] | None = None) -> Workload:

@@ -15,23 +15,40 @@ class CodeLm(Workload):
     """Python's own standard library, byte by byte: every machine has it."""
 
     name = "code-lm"
-    budget = "4800samples"
+    budget = "2400samples"
     args = {
         "per_device_train_batch_size": 8,
         "per_device_eval_batch_size": 32,
-        "learning_rate": 3e-3,
+        "learning_rate": 2e-3,
         "warmup_steps": 0.1,
         "lr_scheduler_type": "linear",
         "max_grad_norm": 1.0,
     }
-    size: ClassVar[dict[str, Any]] = {
-        "model_type": "llama",
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 128,
-        "tie_word_embeddings": True,
+    scales: ClassVar[dict[str, dict[str, Any]]] = {
+        "cpu": {
+            "context": 128,
+            "validation_limit": 256,
+            "model": {
+                "hidden_size": 128,
+                "intermediate_size": 384,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 4,
+                "max_position_embeddings": 128,
+            },
+        },
+        "gpu": {
+            "budget": "96000samples",
+            "args": {"per_device_train_batch_size": 32, "learning_rate": 1e-3, "bf16": True},
+            "context": 512,
+            "validation_limit": 1024,
+            "model": {
+                "hidden_size": 512,
+                "intermediate_size": 1408,
+                "num_hidden_layers": 8,
+                "num_attention_heads": 8,
+                "max_position_embeddings": 512,
+            },
+        },
     }
 
     def data(self) -> dict[str, Any]:
@@ -39,8 +56,9 @@ class CodeLm(Workload):
         return {"source": "stdlib"}
 
     def build(self) -> dict[str, Any]:
-        data = self.data() | {"context": 128, "validation_limit": 256}
-        return build_task(Recipe(task="causal-lm", model={"config": self.size}, data=data))
+        data = self.data() | {name: self.size[name] for name in ("context", "validation_limit")}
+        model = {"config": {"model_type": "llama", "tie_word_embeddings": True, **self.size["model"]}}
+        return build_task(Recipe(task="causal-lm", model=model, data=data))
 
 
 @dataclass
