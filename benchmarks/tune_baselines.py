@@ -29,7 +29,7 @@ def tune(name: str, trials: int, seeds: int, out: Path) -> dict:
         workload=name,
         tune=trials,
         seeds=range(FIRST_SEED, FIRST_SEED + seeds),
-        horizons=(0.25, 1.0),
+        horizons=(0.05, 1.0),
         placebos=False,
         out=out / name,
     )

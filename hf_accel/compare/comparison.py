@@ -101,6 +101,7 @@ class Comparison:
         ablate: Leave out each technique of a recipe in turn.
         placebos: Run placebos beside the candidates, and Trainer's untouched defaults.
         tune: Trials of learning rate and batch size for every arm, the baseline first (`hf_accel.compare.tuning`).
+        scale: Scale of a workload that is given by name, ``cpu`` or ``gpu``.
         cost: What speed-ups are of; None: CPU seconds, on an accelerator wall seconds.
         slots: Runs at a time; None: two on a CPU of several cores, else one.
     """
@@ -116,6 +117,7 @@ class Comparison:
     ablate: bool = False
     placebos: bool = True
     tune: int = 0
+    scale: str = "cpu"
     cost: str | None = None
     slots: int | None = None
 
@@ -162,7 +164,7 @@ class Comparison:
         if isinstance(self.workload, Workload):
             return self.workload
         if self.workload is not None:
-            return build_workload(self.workload)
+            return build_workload(self.workload, {"scale": self.scale})
         chosen = self.baseline if isinstance(self.baseline, Recipe) and self.baseline.task else recipes[0]
         if chosen.task is None or chosen.model is None:
             raise ValueError("workload: none is named, and the recipe has no task and model. Add --workload NAME.")
