@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import transformers
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
@@ -158,10 +159,13 @@ def refuse_stream_arguments(args: TrainingArguments) -> None:
 
 def refuse_stream_hosts(trainer: AccelTrainerMixin) -> None:
     """Trainers and data that a stream cannot serve."""
-    if trainer.train_dataset is not None and not hasattr(trainer.train_dataset, "__getitem__"):
+    dataset = trainer.train_dataset
+    if isinstance(dataset, IterableDataset):
+        _refuse_on_iterables(trainer, dataset)
+    elif dataset is not None and not hasattr(dataset, "__getitem__"):
         raise ValueError(
-            f"train_dataset ({type(trainer.train_dataset).__name__}): the techniques choose examples by their index. "
-            "Give a data set with __len__ and __getitem__."
+            f"train_dataset ({type(dataset).__name__}): it has neither an index nor is it an IterableDataset. "
+            "Give a data set with __len__ and __getitem__, or one of these."
         )
     for name in ("get_train_dataloader", "_get_train_sampler"):
         owner = next(cls for cls in _foreign_classes(trainer) if name in vars(cls))
@@ -171,6 +175,36 @@ def refuse_stream_hosts(trainer: AccelTrainerMixin) -> None:
                 f"{owner.__name__}.{name}: it makes batches of its own, which {replacing or 'micro_batch_size'} would "
                 "replace. Leave that out."
             )
+
+
+def _refuse_on_iterables(trainer: AccelTrainerMixin, dataset: Any) -> None:
+    """What cannot be had of data that is only iterated over."""
+    kind = type(dataset).__name__
+    for technique in trainer.techniques:
+        if technique.answers() & {"select", "order"}:
+            raise ValueError(
+                f"{technique!r}: it chooses examples by their index, which train_dataset ({kind}) lacks. "
+                "Give a data set with __len__ and __getitem__."
+            )
+    if trainer.args.world_size > 1 and getattr(dataset, "_distributed", None) is not None:
+        raise ValueError(
+            f"train_dataset ({kind}): it was split by node, and every rank takes its share of a step itself. "
+            "Give the whole."
+        )
+    if trainer.args.world_size > 1 and trainer.requested_micro_batch_size == "auto":
+        raise ValueError(
+            f"micro_batch_size='auto': which example of train_dataset ({kind}) is the longest is not known. "
+            "Give a number."
+        )
+
+
+def refuse_unknown_epochs(owner: Technique, dataset: Any) -> None:
+    """A budget in epochs of unknown length has no progress within them."""
+    if "epochs" in owner.budget():
+        raise ValueError(
+            f"{owner!r}: how long an epoch of train_dataset ({type(dataset).__name__}) is, is not known. "
+            "Give a budget in steps, samples, tokens or time."
+        )
 
 
 def refuse_own_losses(trainer: AccelTrainerMixin) -> None:

@@ -39,6 +39,7 @@ class Stepping(Hosting):
                 return batches, items
             batch = next(epoch_iterator, None)
             if batch is None:
+                self.control.should_epoch_stop = True  # a stream that gave nothing in a later epoch
                 return [], None
             if self.requested_micro_batch_size == "auto":
                 self.step_states = memory.technique_states(self)

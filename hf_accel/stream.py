@@ -28,6 +28,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from hf_accel.technique import Technique
 
+ORDER = "order_B"
+"""Key under which the owner of ``collate`` says in which order it laid the examples, where not in the given one."""
+
 
 class MicroBatch(NamedTuple):
     """What one forward and backward pass sees."""
@@ -130,7 +133,10 @@ class StepReader(Dataset):
                 seed_all(plan.seed, plan.epoch, i)
                 features.append(self.dataset[i])
         seed_all(plan.seed, plan.epoch, ids[0])
-        return MicroBatch(dict(self.collate(features)), ids_B, weights_B)
+        inputs = dict(self.collate(features))
+        if (order_B := inputs.pop(ORDER, None)) is not None:
+            ids_B, weights_B = ids_B[order_B], None if weights_B is None else weights_B[order_B]
+        return MicroBatch(inputs, ids_B, weights_B)
 
 
 def _has_transform(dataset: Any) -> bool:
@@ -213,19 +219,24 @@ class StepStream:
         self.dataset, self.batch_size, self.micro_batch_size, self.seed = dataset, batch_size, micro_batch_size, seed
         self.rank, self.world, self.sequential, self.drop_last = rank, world, sequential, drop_last
         self.slots = slots or Slots()
-        if len(dataset) == 0:
-            raise ValueError("train_dataset: it has no examples. Give at least one.")
         owner = self.slots.collate
-        self.reader = StepReader(dataset, collate if owner is None else _Collate(owner, collate))
-        plans: Any = _Plans(self)
-        as_it_is: Any = _as_it_is
-        self.loader = DataLoader(self.reader, sampler=plans, batch_size=None, collate_fn=as_it_is, **dict(loader or {}))
+        collate = collate if owner is None else _Collate(owner, collate)
+        self.reader, self.loader = self._reading(collate, dict(loader or {}))
         self.epoch = 0
         self.consumed = 0
         self.ids_N: Tensor | None = None
         self.weights_N: Tensor | None = None
         self._drawn: deque[int] = deque()
         self._replay: deque[int] = deque()
+
+    def _reading(self, collate: Callable, loader: dict[str, Any]) -> tuple[StepReader, DataLoader]:
+        """What reads a step, and what runs ahead with reading."""
+        if len(self.dataset) == 0:
+            raise ValueError("train_dataset: it has no examples. Give at least one.")
+        reader = StepReader(self.dataset, collate)
+        plans: Any = _Plans(self)
+        as_it_is: Any = _as_it_is
+        return reader, DataLoader(reader, sampler=plans, batch_size=None, collate_fn=as_it_is, **loader)
 
     # The plan of an epoch -------------------------------------------------------------------------------------------
 

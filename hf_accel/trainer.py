@@ -22,6 +22,7 @@ from typing import Any, Literal
 import datasets
 import torch
 from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
@@ -32,6 +33,7 @@ from hf_accel.receipt import Receipt, peak_memory_bytes
 from hf_accel.recipe import Recipe
 from hf_accel.resuming import Resuming
 from hf_accel.stream import Slots, StepStream
+from hf_accel.streaming import IterableStepStream
 from hf_accel.technique import Technique
 from hf_accel.updating import Updating
 
@@ -92,6 +94,7 @@ class AccelTrainerMixin(Updating, Resuming):
         if self._owners["budget"] is not None:
             host.refuse_two_budgets(args, self._owners["budget"])
             if dataset is not None and not has_length(dataset):
+                host.refuse_unknown_epochs(self._owners["budget"], dataset)
                 args.max_steps = sys.maxsize  # Trainer asks for a number where the data has no length
         if self.paced:
             host.refuse_schedules(args, self._owners["schedule"])
@@ -199,7 +202,11 @@ class AccelTrainerMixin(Updating, Resuming):
             dataset = self._remove_unused_columns(dataset, description="training")
         else:
             collator = self._get_collator_with_removed_columns(collator, description="training")
-        return StepStream(
+        kind: Any = StepStream
+        if isinstance(dataset, IterableDataset):
+            nominal_examples = args.max_steps * self.nominal_batch_size if args.max_steps > 0 else math.inf
+            kind = functools.partial(IterableStepStream, nominal_examples=nominal_examples)
+        return kind(
             dataset,
             collator,
             batch_size=self.nominal_batch_size,

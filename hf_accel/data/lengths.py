@@ -9,17 +9,28 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from hf_accel.technique import Technique
 
 
-def example_lengths(dataset: Any, *columns: str) -> Tensor:
-    """Length of each example, from the first of ``columns`` that exists: of sequences, or of their lengths; (N,)."""
+def example_lengths(dataset: Any, *columns: str, asking: Technique, remedy: str) -> Tensor:
+    """Length of each example, from the first of ``columns`` that exists: of sequences, or of their lengths; (N,).
+
+    ``remedy`` says what to do where there is none.
+    """
+    if isinstance(dataset, IterableDataset):
+        raise ValueError(
+            f"{asking!r}: how long the examples of train_dataset ({type(dataset).__name__}) are is not known before "
+            f"they are read. {remedy}"
+        )
     in_arrow = isinstance(dataset, datasets.Dataset)
     found = dataset.column_names if in_arrow else list(dataset[0])
     column = next((column for column in columns if column in found), None)
     if column is None:
         raise ValueError(
-            f"train_dataset: it has no column {' or '.join(map(repr, columns))}, only {', '.join(map(repr, found))}. "
-            "Tokenise it before training."
+            f"{asking!r}: train_dataset has no column {' or '.join(map(repr, columns))}, only "
+            f"{', '.join(map(repr, found))}. {remedy}"
         )
     if in_arrow:
         chunks: Any = dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000)

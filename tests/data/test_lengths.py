@@ -2,10 +2,16 @@ import datasets
 import pytest
 import torch
 
-from hf_accel.data.lengths import example_lengths, padding_share
+from hf_accel import LengthGrouped
+from hf_accel.data import lengths
+from hf_accel.data.lengths import padding_share
 
 ROWS = [[1] * n for n in (3, 1, 4, 1, 5, 9, 2, 6)]
 LENGTHS = [3, 1, 4, 1, 5, 9, 2, 6]
+
+
+def example_lengths(dataset, *columns):
+    return lengths.example_lengths(dataset, *columns, asking=LengthGrouped(), remedy="Do this.")
 
 
 def test_lengths_are_those_of_the_rows():
@@ -25,8 +31,15 @@ def test_lengths_are_those_of_the_rows():
 
 
 def test_a_missing_column_names_the_others():
-    with pytest.raises(ValueError, match=r"no column 'length' or 'input_ids', only 'text', 'label'\. Tokenise"):
+    message = r"LengthGrouped\(.*\): .*no column 'length' or 'input_ids', only 'text', 'label'\. Do this"
+    with pytest.raises(ValueError, match=message):
         example_lengths(datasets.Dataset.from_dict({"text": ["a"], "label": [0]}), "length", "input_ids")
+
+
+def test_a_stream_has_none_beforehand():
+    stream = datasets.Dataset.from_dict({"input_ids": ROWS}).to_iterable_dataset()
+    with pytest.raises(ValueError, match=r"LengthGrouped\(.*\): .*train_dataset \(IterableDataset\).* Do this"):
+        example_lengths(stream, "input_ids")
 
 
 def test_padding_share():

@@ -5,7 +5,9 @@ A micro-batch costs its number of rows times its longest row.  An epoch is order
     shuffle the examples; cut them into groups of ``mega_batch`` * batch_size; sort each group by length;
     cut the groups into batches; shuffle the batches; the batch with the longest example goes first
 
-The longest batch first shows at once whether memory suffices.
+The longest batch first shows at once whether memory suffices.  For few shapes under ``torch.compile``, let the collator
+pad to a multiple (``DataCollatorWithPadding(..., pad_to_multiple_of=64)``): with batches of similar length that adds
+little padding, and the widths that occur are then the multiples up to the longest example.
 
 Reference: Khomenko et al. (2016), https://arxiv.org/abs/1708.05604; Trainer's own ``group_by_length`` sorts likewise.
 Departures: the batches of a group are shuffled over the whole epoch, so that lengths do not fall within each group; and
@@ -63,7 +65,9 @@ class LengthGrouped(Technique):
     def prepare_dataset(self, dataset: Any) -> Any:
         """Read the lengths, from ``args.length_column_name`` if the data set has that column, else of ``input_ids``."""
         host: Any = self.host_
-        self.lengths_N_ = example_lengths(dataset, host.args.length_column_name, "input_ids")
+        column = host.args.length_column_name
+        remedy = f"Tokenise it before training, or add a column {column!r} with the lengths."
+        self.lengths_N_ = example_lengths(dataset, column, "input_ids", asking=self, remedy=remedy)
         self.padding_ = {"padding": 0.0, "padding_shuffled": 0.0}
         return dataset
 

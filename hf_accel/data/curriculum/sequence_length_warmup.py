@@ -5,7 +5,8 @@ with the square of the length, and they keep early steps stable under a large le
 
     length(p) = L * (start + (1 - start) * p / end)    for p < end, rounded up to ``multiple``;    L from then on
 
-L is the length of the longest example of the training set, so that no row depends on the micro-batch that it is in.
+L is `max_length` or the length of the longest example of the training set, so that no row depends on the micro-batch
+that it is in.
 
 Reference: Li et al. (2022), The stability-efficiency dilemma, https://arxiv.org/abs/2108.06084.  Departures: progress
 in place of steps, so that under a budget of time the saved time is spent on more steps; the first length is a share of
@@ -47,27 +48,49 @@ def warmed_up_length(progress: float, full_length: int, *, start: float, end: fl
 def truncate(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
     """The first ``length`` tokens of each example, in every tensor that begins with the shape of ``input_ids``.
 
-    Padding on the left stays there; flattened examples (one row with ``position_ids`` and no ``attention_mask``) are
-    truncated one by one.  Where no label to predict would be left, the inputs stay whole.
+    Padding on the left stays there; examples that are packed (with ``position_ids`` that begin anew within a row) are
+    truncated one by one, and what is left of a row is moved to its left.  Where no label to predict would be left, the
+    inputs stay whole.
     """
-    num_rows, width = inputs["input_ids"].shape
-    if num_rows == 1 and "position_ids" in inputs and "attention_mask" not in inputs:
-        columns_RL = (inputs["position_ids"][0] < length).nonzero().T
-    else:
-        length = min(length, width)
-        first_R = torch.zeros(num_rows, dtype=torch.int64)
-        if "attention_mask" in inputs:
-            first_R = inputs["attention_mask"].long().argmax(1).clamp(max=width - length)
+    ids_RL = inputs["input_ids"]
+    mask_RL = inputs.get("attention_mask", torch.ones_like(ids_RL)).bool()
+    if (kept_RL := _kept_of_packed(inputs, mask_RL, length)) is None:
+        length = min(length, ids_RL.shape[1])
+        first_R = mask_RL.long().argmax(1).clamp(max=ids_RL.shape[1] - length)
         columns_RL = first_R[:, None] + torch.arange(length)
-    rows_R1 = torch.arange(num_rows)[:, None]
+    else:
+        columns_RL = (~kept_RL).long().argsort(dim=1, stable=True)[:, : int(kept_RL.sum(1).max())]
     shorter = {
-        name: value[rows_R1, columns_RL] if value.shape[:2] == (num_rows, width) else value
+        name: value[torch.arange(len(ids_RL))[:, None], columns_RL] if value.shape[:2] == ids_RL.shape else value
         for name, value in inputs.items()
     }
+    if kept_RL is not None:
+        _refill(shorter, kept_RL.gather(1, columns_RL))
     labels = shorter.get("labels")
     if labels is not None and labels.dim() > 1 and labels[:, 1:].eq(-100).all():
         return dict(inputs)
     return shorter
+
+
+def _kept_of_packed(inputs: Mapping[str, Tensor], mask_RL: Tensor, length: int) -> Tensor | None:
+    """What packed rows keep; None where no row holds several examples."""
+    positions_RL = inputs.get("position_ids")
+    if positions_RL is None or positions_RL.shape != mask_RL.shape:
+        return None
+    anew_RL = (positions_RL[:, 1:] <= positions_RL[:, :-1]) & mask_RL[:, 1:] & mask_RL[:, :-1]
+    return (positions_RL < length) & mask_RL if anew_RL.any() else None
+
+
+def _refill(rows: dict[str, Tensor], kept_RL: Tensor) -> None:
+    """Make padding, which goes on counting the positions, of what packed rows do not keep."""
+    last_R1 = kept_RL.sum(1, keepdim=True) - 1
+    positions_RL = rows["position_ids"]
+    counted_RL = positions_RL.gather(1, last_R1) + torch.arange(kept_RL.shape[1]) - last_R1
+    rows["position_ids"] = torch.where(kept_RL, positions_RL, counted_RL)
+    if "attention_mask" in rows:
+        rows["attention_mask"] = rows["attention_mask"] * kept_RL
+    if "labels" in rows:
+        rows["labels"] = rows["labels"].masked_fill(~kept_RL, -100)
 
 
 @dataclass(eq=False)
@@ -78,17 +101,22 @@ class SequenceLengthWarmup(Technique):
         start: First length as a share of the longest example, in (0, 1].
         end: Progress, in (0, 1], from which examples are whole.
         multiple: Lengths are multiples of this number of tokens, at least 1.
+        max_length: The full length in tokens, at least 1; None: that of the longest example.  Needed for a stream.
     """
 
     start: Annotated[float, at.Interval(gt=0, le=1)] = 0.25  # evidence: not below a quarter, else it overfits
     end: Annotated[float, at.Interval(gt=0, le=1)] = 0.3  # Composer's share of training
     multiple: Annotated[int, at.Ge(1)] = 8  # tensor cores; the paper's step
+    max_length: Annotated[int, at.Ge(1)] | None = None
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"start": 1.0}
+    variations: ClassVar = {"max_length": 16}
 
     def prepare_dataset(self, dataset: Any) -> Any:
         """Find the longest example."""
-        self.full_length_ = int(example_lengths(dataset, "input_ids").max())
+        self.full_length_ = self.max_length or int(
+            example_lengths(dataset, "input_ids", asking=self, remedy="Give max_length=.").max()
+        )
         return dataset
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
