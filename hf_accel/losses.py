@@ -189,6 +189,8 @@ class ClassHead(Head):
     def count(self, inputs: Mapping[str, Any], num_examples: int | None = None) -> Tensor:
         labels = _labels(inputs)
         if self._problem(labels) == "single_label_classification":
+            if labels.is_floating_point():  # shares of classes
+                return torch.tensor([len(labels)])
             return labels.ne(IGNORED).sum().reshape(1)
         return torch.tensor([labels.numel()])
 
@@ -198,12 +200,18 @@ class ClassHead(Head):
     def losses(
         self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
     ) -> ExampleLosses:
-        """Smoothing leaves several labels alone, as ``Trainer`` does, and is refused for numbers."""
+        """The label of one class may also be shares of all classes, (B, V), as mixed examples have them.  Smoothing
+        leaves several labels alone, as ``Trainer`` does, and is refused for numbers."""
         logits_BV = _logits(outputs, "logits")
         labels = _labels(inputs).to(logits_BV.device)
         problem = self._problem(labels)
         _check_rows(logits_BV, num_examples)
-        if problem == "single_label_classification":
+        if problem == "single_label_classification" and labels.is_floating_point():
+            losses_BL = F.cross_entropy(
+                logits_BV, labels.to(logits_BV.dtype), reduction="none", label_smoothing=label_smoothing
+            ).unsqueeze(1)
+            mask_BL = torch.ones_like(losses_BL, dtype=torch.bool)
+        elif problem == "single_label_classification":
             mask_BL = labels.reshape(-1, 1).ne(IGNORED)
             losses_BL = F.cross_entropy(
                 logits_BV, labels.reshape(-1), reduction="none", label_smoothing=label_smoothing

@@ -12,7 +12,7 @@ import transformers as hf
 from torch import nn
 from transformers.trainer_pt_utils import LabelSmoother
 
-from hf_accel.losses import ExampleLosses, head_from, head_of, honours_num_items, weighted_mean
+from hf_accel.losses import ClassHead, ExampleLosses, head_from, head_of, honours_num_items, weighted_mean
 
 B, L, V, C = 4, 7, 33, 3
 TEXT = dict(
@@ -279,6 +279,27 @@ def test_every_problem_type(name, problem):
             model.config.problem_type = given
             assert close_to_own(loss, model(**inputs).loss)
             assert model.config.problem_type == (given or (None if deberta else inferred))
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_shares_of_classes_are_the_shares_of_two_losses(epsilon):
+    logits = torch.randn(6, 5, dtype=torch.float64)
+    a, b, share = torch.randint(5, (6,)), torch.randint(5, (6,)), torch.rand(6, dtype=torch.float64)
+    labels = torch.zeros(6, 5, dtype=torch.float64)
+    for i in range(6):
+        labels[i, a[i]] += share[i]
+        labels[i, b[i]] += 1 - share[i]
+    head = ClassHead("classification", hf.BertConfig(num_labels=5, problem_type="single_label_classification"))
+    found = head.losses(SimpleNamespace(logits=logits), {"labels": labels}, 6, label_smoothing=epsilon)
+
+    def loss_of(i, label):
+        log_shares = [float(x - logits[i].logsumexp(0)) for x in logits[i]]
+        return -(1 - epsilon) * log_shares[label] - epsilon * sum(log_shares) / 5
+
+    for i in range(6):
+        expected = float(share[i]) * loss_of(i, a[i]) + float(1 - share[i]) * loss_of(i, b[i])
+        assert found.losses_BL[i, 0].item() == pytest.approx(expected, rel=1e-12)
+    assert head.count({"labels": labels}).tolist() == [6] and found.mask_BL.all()
 
 
 def test_deberta_with_float_labels_must_say_its_problem():

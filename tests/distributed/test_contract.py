@@ -8,6 +8,7 @@ from hf_accel.recipe import known_techniques
 from hf_accel.testing import losses_of, tiny_trainer
 from hf_accel.weights import gather, local_parameters
 
+LAYERS = {"image": ["ConvNextLayer"], "speech": ["WhisperEncoderLayer"]}
 EXACT = {"dropout": 0.0, "dtype": torch.float64}
 
 
@@ -17,7 +18,7 @@ def train(technique, directory, backend=None, resume=None, **settings):
     if backend is not None:
         args["per_device_train_batch_size"] = 4
     if "fsdp_config" in args and technique.modality != "text":
-        args["fsdp_config"].pop("transformer_layer_cls_to_wrap")  # the model says itself what is not to be split
+        args["fsdp_config"]["transformer_layer_cls_to_wrap"] = LAYERS[technique.modality]
     trainer = tiny_trainer([technique], directory, **(settings | args))
     trainer.train(resume_from_checkpoint=resume)
     if backend is not None:

@@ -1,0 +1,111 @@
+"""CutMix: a rectangle of one image is pasted into another, and their classes are mixed by area.
+
+Erasing a part of an image throws pixels away; here they teach another class, and every part of an object counts:
+
+    x' = x_j inside a box, x_i outside,    y' = s * y_i + (1 - s) * y_j,    s = the share of the pixels outside
+
+The box has sqrt(1 - lam) of the height and of the width, lam ~ Beta(a, a), and a random centre; what lies beyond the
+image is cut off.  a = ``alpha`` * min(p / ``ramp``, 1) at progress p.  j is i's neighbour in the step, which is random
+where the order is; the box is drawn for each example by seed, epoch and example, so neither ranks nor micro-batches
+change anything.
+
+Reference: Yun et al. (2019), CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features,
+https://arxiv.org/abs/1905.04899.  Departures: a box for each example, not for each batch; partners are neighbours; the
+strength may rise.
+
+When to use: image classification over many epochs, with a model that overfits; the authors report 2.3 points on
+ImageNet with a ResNet-50, after 300 epochs.
+When not to use: few epochs, where it slows down learning; images whose class shows in a small place that the box may
+hide; where the loss of an example decides what is trained on, as a mixed one is the loss of two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import annotated_types as at
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_accel.data.augmentation import generators, images_of, strength
+from hf_accel.data.mixing import partners, prepare_soft_labels, with_soft_labels
+from hf_accel.technique import Fraction, State, Technique
+
+if TYPE_CHECKING:
+    from hf_accel.stream import StepBatch
+
+Box = tuple[int, int, int, int]
+"""Top, bottom, left and right in pixels; bottom and right are outside."""
+
+
+def draw_box(generator: np.random.Generator, alpha: float, height: int, width: int) -> Box:
+    """The rectangle that is pasted into one image."""
+    side = (1 - generator.beta(alpha, alpha)) ** 0.5
+    box_height, box_width = int(side * height), int(side * width)
+    top, left = generator.integers(height) - box_height // 2, generator.integers(width) - box_width // 2
+    bottom, right = min(top + box_height, height), min(left + box_width, width)
+    return max(top, 0), bottom, max(left, 0), right
+
+
+def paste(images_B: Tensor, partners_B: Tensor, boxes: list[Box]) -> tuple[Tensor, Tensor]:
+    """Images with their partners' pixels inside the boxes, and the share of its own pixels in each, (B,)."""
+    top_B, bottom_B, left_B, right_B = torch.tensor(boxes).T[:, :, None, None]
+    height, width = images_B.shape[-2:]
+    rows_H1, columns_W = torch.arange(height)[:, None], torch.arange(width)
+    inside_BHW = (top_B <= rows_H1) & (rows_H1 < bottom_B) & (left_B <= columns_W) & (columns_W < right_B)
+    mask = inside_BHW.to(images_B.device)[:, None]
+    return torch.where(mask, partners_B, images_B), 1 - inside_BHW.float().mean((1, 2))
+
+
+@dataclass(eq=False)
+class CutMix(Technique):
+    """Trains on images with a rectangle of another one, and on labels mixed by area.
+
+    Args:
+        alpha: Both parameters of the Beta distribution of the areas; 0 mixes nothing, 1 makes all areas alike likely.
+        ramp: Progress, in [0, 1], until which alpha rises from 0 in proportion; 0: full from the start.
+    """
+
+    alpha: Annotated[float, at.Ge(0)] = 1.0  # the paper's
+    ramp: Fraction = 0.0
+    modality: ClassVar = "image"
+    neutral: ClassVar = {"alpha": 0.0}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        prepare_soft_labels(self, model)
+        self.pasted_, self.seen_ = 0.0, 0
+
+    def transform_batch(self, batch: StepBatch) -> StepBatch:
+        """Every image with a rectangle of its neighbour."""
+        alpha = self.alpha * strength(self)
+        self.seen_ += sum(len(micro.ids_B) for micro in batch.micro_batches)
+        if alpha == 0:
+            return batch
+        micros = []
+        for micro, (partners_B, labels_B) in zip(batch.micro_batches, partners(self, batch), strict=True):
+            images_B = images_of(self, micro)
+            size = images_B.shape[-2:]
+            boxes = [draw_box(generator, alpha, *size) for generator in generators(self, batch.plan, micro.ids_B)]
+            images_B, shares_B = paste(images_B, partners_B, boxes)
+            micros.append(with_soft_labels(self, micro, images_B, labels_B, shares_B))
+            self.pasted_ += float((1 - shares_B).sum())
+        return dataclasses.replace(batch, micro_batches=micros)
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        return {"pasted": self.pasted_, "seen": self.seen_} if scope == "rank" else {}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        if scope == "rank":
+            self.pasted_, self.seen_ = state["pasted"], state["seen"]
+
+    def report(self) -> Mapping[str, Any]:
+        """The mean share of the pixels that are another image's, on this rank."""
+        return {"pasted": self.pasted_ / max(self.seen_, 1)}
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["pasted"] > 0
