@@ -42,6 +42,7 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     ablate: Annotated[bool, typer.Option("--ablate", help="Leave out each technique of a recipe in turn.")] = False,
     placebos: Annotated[bool, typer.Option(help="Run placebos beside the candidates.")] = True,
+    share: Annotated[float, typer.Option(help="Share of the budget that candidates are trained for.")] = 1.0,
     scale: Annotated[str, typer.Option(help="Scale of the workload: cpu or gpu.")] = "cpu",
     tune: Annotated[int, typer.Option(min=0, help="Trials of learning rate and batch size for every arm.")] = 0,
 ) -> None:
@@ -66,6 +67,7 @@ def compare(
         placebos=placebos,
         tune=tune,
         scale=scale,
+        share=share,
     )
     with progress_bar(Console(stderr=True)) as follow:
         results = comparison.run(follow)

@@ -102,6 +102,8 @@ class Comparison:
         placebos: Run placebos beside the candidates, and Trainer's untouched defaults.
         tune: Trials of learning rate and batch size for every arm, the baseline first (`hf_accel.compare.tuning`).
         scale: Scale of a workload that is given by name, ``cpu`` or ``gpu``.
+        share: Of the nominal budget, what candidates are trained for; half of it where they may be twice as fast, so
+            that they end within the baseline's range.
         cost: What speed-ups are of; None: CPU seconds, on an accelerator wall seconds.
         slots: Runs at a time; None: two on a CPU of several cores, else one.
     """
@@ -118,6 +120,7 @@ class Comparison:
     placebos: bool = True
     tune: int = 0
     scale: str = "cpu"
+    share: float = 1.0
     cost: str | None = None
     slots: int | None = None
 
@@ -136,9 +139,13 @@ class Comparison:
         if len(self.horizons) < 2 or self.horizons[0] <= 0:
             raise ValueError(f"horizons({self.horizons}): must be two or more above 0. Give, say, 0.25,0.5,0.75,1,1.5.")
         if not self.candidates and not (self.tune and self.workload):
-            raise ValueError("candidates: there are none. Give a recipe, or a workload and trials to tune its baseline.")
+            raise ValueError(
+                "candidates: there are none. Give a recipe, or a workload to tune the baseline of."
+            )
         self.seconds = None if self.budget is None else _seconds(self.budget)
-        arms = [_arm(candidate) for candidate in self.candidates]
+        if not 0 < self.share <= self.horizons[-1]:
+            raise ValueError(f"share({self.share}): must be above 0 and at most the longest horizon. Give, say, 0.5.")
+        arms = [_arm(candidate, self.share) for candidate in self.candidates]
         if isinstance(self.baseline, str | Path):
             self.baseline = Recipe.load(self.baseline)
         self.workload = self._find_workload([arm.recipe for arm in arms])
@@ -239,7 +246,7 @@ class Comparison:
         if not self.placebos:
             return []
         args = {name: value for name, value in self.reference.recipe.args.items() if name in TECHNICAL}
-        return [Arm("Trainer's defaults", Recipe(args=args), "defaults")]
+        return [Arm("Trainer's defaults", Recipe(args=args), "defaults", horizon=self.share)]
 
     def _early_placebos(self) -> list[Arm]:
         found = [
@@ -307,8 +314,9 @@ class Comparison:
                     args = arm.recipe.args | searches[arm.name].args(point)
                     recipe = Recipe(args=args, techniques=arm.recipe.techniques)
                     name = f"{arm.name}, learning rate {args['learning_rate']:g}, batch "
-                    trial = Arm(f"{name}{args['per_device_train_batch_size']}", recipe, "candidate")
-                    run = Run(trial.name, 1.0, tuning.SEED, self._configuration(trial, 1.0, tuning.SEED))
+                    trial = Arm(f"{name}{args['per_device_train_batch_size']}", recipe, horizon=arm.horizon)
+                    configuration = self._configuration(trial, trial.horizon, tuning.SEED)
+                    run = Run(trial.name, trial.horizon, tuning.SEED, configuration)
                     trials[run] = arm.name, point
             if not trials:
                 break
@@ -404,17 +412,17 @@ def compare(*candidates: Arm | Recipe | str | Path, **options: Any) -> Results:
     return Comparison(list(candidates), **options).run()
 
 
-def _arm(candidate: Arm | Recipe | str | Path) -> Arm:
+def _arm(candidate: Arm | Recipe | str | Path, share: float) -> Arm:
     """An arm from what a user may give."""
     if isinstance(candidate, Arm):
         return candidate
     if isinstance(candidate, Recipe):
         names = [name.rpartition(":")[2] for entry in candidate.techniques for name in entry]
-        return Arm(" + ".join(names) or "candidate", candidate)
+        return Arm(" + ".join(names) or "candidate", candidate, horizon=share)
     text = str(candidate)
     if text.endswith((".yaml", ".yml")) or Path(text).is_file():
-        return Arm(Path(text).stem, Recipe.load(text))
-    return Arm(text.rpartition(":")[2], Recipe(techniques=[read_technique(text)]))
+        return Arm(Path(text).stem, Recipe.load(text), horizon=share)
+    return Arm(text.rpartition(":")[2], Recipe(techniques=[read_technique(text)]), horizon=share)
 
 
 def _inherit(arm: Arm, args: dict[str, Any]) -> Arm:

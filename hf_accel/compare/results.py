@@ -42,7 +42,7 @@ class Row:
         quality_sd: Standard deviation between seeds.
         costs: Mean of each cost.
         speed_ups: By cost; empty for the baseline.
-        non_inferiority: Against the baseline of the nominal horizon.
+        non_inferiority: Against the baseline of the same horizon.
         p_value: Of "not faster than the baseline", one-sided, adjusted for the number of candidates; only theirs.
         set_up_seconds: Part of the seconds that passed before the first step.
         step_seconds: Seconds of a step after that.
@@ -165,7 +165,6 @@ def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Re
             errors=sorted({record["error"] for record in found if "error" in record}),
         )
 
-    nominal = min(horizons, key=lambda h: abs(h - 1))
     margin = workload.margin if metric == workload.metric else 0.003 if lower else 0.002
     count_tokens(records)
     rows = []
@@ -188,7 +187,8 @@ def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Re
             costs = np.stack([values("baseline", h, seeds, spent) for h in horizons], axis=1)
             if (costs > 0).all() and not (paid == 0).any():
                 rows[-1].speed_ups[cost] = speed_up(costs, curves, paid, losses)
-        final = sign * values("baseline", nominal, seeds, quality)
+        alike = min(horizons, key=lambda horizon, own=arm.horizon: abs(horizon - own))
+        final = sign * values("baseline", alike, seeds, quality)
         rows[-1].non_inferiority = non_inferiority(losses, final, margin)
     candidates = [row for row in rows if row.role == "candidate" and comparison.cost in row.speed_ups]
     p_values = holm([p_value(row.speed_ups[str(comparison.cost)]) for row in candidates])

@@ -6,8 +6,8 @@ that has untried ones,
 
     the learning rate by a factor of 2;  the batch size by a factor of 2;  the learning rate by a factor of sqrt(2)
 
-until the trials are spent or no move is left.  A trial trains for the nominal horizon with a seed of its own, which no
-reported run has.
+until the trials are spent or no move is left.  A trial trains for the horizon of its arm, with a seed that no reported
+run has.
 
 Reference: Dahl et al. (2023), Benchmarking neural network training algorithms, https://arxiv.org/abs/2306.07179: equal
 numbers of trials from a published space.

@@ -202,6 +202,14 @@ def test_candidates_inherit_what_they_do_not_say():
     assert {run.arm for run in without.plan()} == {"baseline", "baseline, hosted", "fast"}
 
 
+def test_candidates_may_have_a_share_of_the_budget():
+    plan = Comparison(["LinearToZero"], workload="code-lm", seeds=1, horizons=(0.5, 1.0), share=0.5).plan()
+    budgets = {(run.arm, run.horizon): run.configuration["budget"] for run in plan}
+    assert budgets["LinearToZero", 0.5] == budgets["baseline", 0.5] == budgets["Trainer's defaults", 0.5]
+    with pytest.raises(ValueError, match="share\\(2.0\\): must be above 0 and at most the longest horizon"):
+        Comparison(["LinearToZero"], workload="code-lm", horizons=(0.5, 1.0), share=2.0)
+
+
 def test_ablations_leave_out_one_technique_each():
     recipe = Recipe(techniques=["LayerFreezing", "ExponentialMovingAverage"])
     plan = Comparison([Arm("both", recipe)], workload="code-lm", ablate=True, seeds=1).plan()
