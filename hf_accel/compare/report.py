@@ -93,8 +93,8 @@ def notes(results: Results) -> list[str]:
         "In brackets, 95 % intervals (Student's t on logarithms over seeds, widened by the doubt of the "
         "interpolation). Outside of the baseline's range there are bounds and misses, never numbers.",
         f"Verdict: non-inferior where the one-sided 95 % bound of the difference to the baseline of the same "
-        f"horizon is below {results.margin:g}, a margin that was fixed before. p is that of no speed-up, one-sided and adjusted "
-        "for the number of candidates (Holm).",
+        f"horizon is below {results.margin:g}, a margin that was fixed before. p is that of no speed-up, one-sided and "
+        "adjusted for the number of candidates (Holm).",
     ]
 
 

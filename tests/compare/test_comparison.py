@@ -181,11 +181,11 @@ def test_seeds_are_whole_and_arms_are_mixed():
     assert len(orders[1]) == 5 + 2 + 1, "the baseline's horizons, two candidates and Trainer's defaults"
     budgets = {run.horizon: run.configuration["budget"] for run in plan if run.arm == "baseline"}
     assert budgets == {
-        0.25: "1200samples",
-        0.5: "2400samples",
-        0.75: "3600samples",
-        1.0: "4800samples",
-        1.5: "7200samples",
+        0.25: "600samples",
+        0.5: "1200samples",
+        0.75: "1800samples",
+        1.0: "2400samples",
+        1.5: "3600samples",
     }
 
 
