@@ -47,6 +47,7 @@ SLOTS = (
 HOOKS = (
     "prepare_args",
     "prepare_dataset",
+    "inspect_dataset",
     "prepare_model",
     "parameter_rules",
     "transform_batch",
@@ -76,7 +77,7 @@ class Technique(TrainerCallback):
 
     Subclasses are dataclasses whose fields are their hyperparameters, each with a default.  The constructor stores
     these and nothing else; what a technique learns while training is kept in attributes that end with ``_``, made in
-    ``on_train_begin`` (or ``prepare_dataset``), so that one instance may train twice.
+    ``on_train_begin`` (or when the data set is prepared), so that one instance may train twice.
     """
 
     fidelity: ClassVar[Literal["exact", "unbiased", "lossy"]] = "lossy"
@@ -112,6 +113,9 @@ class Technique(TrainerCallback):
     def prepare_dataset(self, dataset: Any) -> Any:
         """The training set, deduplicated, pruned or scored; asked in order, when training starts."""
         return dataset
+
+    def inspect_dataset(self, dataset: Any) -> None:
+        """Read what is needed of the training set, as all techniques have prepared it and with all its columns."""
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """What replaces the model before the optimizer exists; asked in order."""

@@ -187,6 +187,9 @@ class AccelTrainerMixin(Updating, Resuming):
             for technique in self._asked("prepare_dataset"):
                 with self.charge(technique):
                     self.train_dataset = technique.prepare_dataset(self.train_dataset)
+            for technique in self._asked("inspect_dataset"):
+                with self.charge(technique):
+                    technique.inspect_dataset(self.train_dataset)
             if not self.streamed or given is None:
                 return super().get_train_dataloader()
             self.stream = self._make_stream(self.train_dataset)

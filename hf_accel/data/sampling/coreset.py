@@ -18,6 +18,7 @@ forward pass of the whole set and keep * N^2 distances, a minute or two for 100,
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
@@ -30,7 +31,7 @@ from tqdm.auto import trange
 from hf_accel.data.columns import column
 from hf_accel.data.scores import WHOLE_WEIGHTS, head_for, score_examples
 from hf_accel.data.static_subset import StaticSubset
-from hf_accel.losses import unwrapped
+from hf_accel.losses import Head, unwrapped
 
 
 def k_center(points_ND: Tensor, num_centers: int, quiet: bool = True) -> Tensor:
@@ -69,7 +70,7 @@ class Coreset(StaticSubset):
         if self.keep == 1:
             return torch.arange(len(dataset))
         if self.column is None:
-            points_ND = score_examples(self, dataset, self._embed)
+            points_ND = score_examples(self, dataset, functools.partial(self._embed, head_for(self)))
         else:
             points_ND = torch.tensor(column(dataset, self.column, self), dtype=torch.float32).reshape(len(dataset), -1)
         if not_finite := int((~points_ND.isfinite()).any(1).sum()):
@@ -78,10 +79,10 @@ class Coreset(StaticSubset):
         quiet = host.args.disable_tqdm or not host.is_world_process_zero()
         return k_center(points_ND.to(host.args.device), num_centers, quiet).sort().values
 
-    def _embed(self, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
+    def _embed(self, head: Head, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
         """The mean of the last hidden states over an example's positions, (B, D)."""
         model: Any = unwrapped(self.host_.model)
-        outputs = model.base_model(**head_for(self).without_labels(model, inputs))
+        outputs = model.base_model(**head.without_labels(model, inputs))
         states = outputs.get("encoder_last_hidden_state", outputs.get("last_hidden_state"))
         if states is None:
             raise ValueError(f"{self!r}: {type(model).__name__} gives no last hidden state. Give a column of points.")

@@ -56,14 +56,13 @@ class EarlyScorePruning(Technique):
     neutral: ClassVar = {"keep": 1.0}
     variations: ClassVar = {"score": "forgetting", "after": 0.5, "balance": "label"}
 
-    def prepare_dataset(self, dataset: Any) -> Any:
+    def inspect_dataset(self, dataset: Any) -> None:
         """Read the classes."""
         check_indexable(dataset, self)
         self.classes_ = None if self.balance is None else column(dataset, self.balance, self)
         for name, number in Counter(self.classes_ or ()).items():
             if round(self.keep * number) == 0:
                 raise ValueError(f"{self!r}: it would keep no example of class {name!r} of {number}. Keep more.")
-        return dataset
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -79,8 +78,6 @@ class EarlyScorePruning(Technique):
             self.learnt_N_, self.forgotten_N_ = torch.zeros(num_examples).bool(), torch.zeros(num_examples)
         scored = self.counts_N_.sum() > 0
         if self.keep < 1 and scored and not len(self.ids_N_) and self.host_.clock.progress >= self.after:
-            if self.classes_ is not None and len(self.classes_) != num_examples:
-                raise ValueError(f"{self!r}: a later technique left other examples than it knows. Put it last.")
             self.ids_N_ = keep_by_score(self.scores(), self.keep, "hard", generator, self.classes_, self)
         return self.ids_N_ if len(self.ids_N_) else torch.arange(num_examples), None
 

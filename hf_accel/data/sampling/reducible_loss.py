@@ -57,6 +57,8 @@ def highest(values_B: Tensor, keep: float) -> Tensor:
 def shallower(model: Any, depth: float) -> Any:
     """A copy with the first of the model's blocks; with all where it has no equal blocks."""
     small = copy.deepcopy(model)
+    small._forward_pre_hooks.clear()  # who watches the model's passes is not to see those of the copy
+    small._forward_hooks.clear()
     number = getattr(small.config, "num_hidden_layers", 0)
     kept = max(round(depth * number), 1)
     for blocks in [m for m in small.modules() if isinstance(m, nn.ModuleList) and len(m) == number]:
@@ -92,32 +94,37 @@ class ReducibleLoss(Technique):
     variations: ClassVar = {"keep": 0.5, "column": "score"}
 
     def prepare_dataset(self, dataset: Any) -> Any:
-        """Find the irreducible losses; hold out what the smaller copy is trained on."""
+        """Hold out what the smaller copy is trained on."""
         host: Any = self.host_
         check_indexable(dataset, self)
-        self.judged_, self.kept_ = 0, 0
-        self.irreducible_N_ = torch.empty(0)
-        if self.keep == 1:
-            return dataset
-        if self.column is not None:
-            self.irreducible_N_ = numbers(dataset, self.column, self).float()
-            check_scores(self.irreducible_N_, len(dataset), self)
+        if self.keep == 1 or self.column is not None:
             return dataset
         shuffled_N = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(host.args.seed))
         held = max(round(self.holdout * len(dataset)), 1)
         if held == len(dataset):
             raise ValueError(f"{self!r}: nothing is left of {len(dataset)} examples. Hold out fewer.")
-        rest = rows_of(dataset, shuffled_N[held:].sort().values)
-        if (state := saved_state(self)) is None:
-            small = self._train_small(rows_of(dataset, shuffled_N[:held].sort().values))
-            head = head_for(self)
-            self.irreducible_N_ = score_examples(
-                self, rest, lambda inputs, n: losses_and_outputs(head, small, inputs, n)[0].per_example(n), model=small
-            )
-            check_scores(self.irreducible_N_, len(rest), self)
-        else:
+        self.held_ = rows_of(dataset, shuffled_N[:held].sort().values)
+        return rows_of(dataset, shuffled_N[held:].sort().values)
+
+    def inspect_dataset(self, dataset: Any) -> None:
+        """Find the irreducible losses; in a run that goes on, those of its first part."""
+        self.judged_, self.kept_ = 0, 0
+        self.irreducible_N_ = torch.empty(0)
+        if self.keep == 1:
+            return
+        if self.column is not None:
+            self.irreducible_N_ = numbers(dataset, self.column, self).float()
+        elif (state := saved_state(self)) is not None:
             self.load_state_dict("global", state)
-        return rest
+        else:
+            head, small = head_for(self), self._train_small(self.held_)
+            self.irreducible_N_ = score_examples(
+                self,
+                dataset,
+                lambda inputs, n: losses_and_outputs(head, small, inputs, n)[0].per_example(n),
+                model=small,
+            )
+        check_scores(self.irreducible_N_, len(dataset), self)
 
     def _train_small(self, held: Any) -> nn.Module:
         """The smaller copy, trained on what is held out; every rank trains the same one."""
@@ -148,15 +155,6 @@ class ReducibleLoss(Technique):
                     decay.step()
                     optimizer.zero_grad()
         return small
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        host: Any = self.host_
-        if self.keep < 1 and len(self.irreducible_N_) != len(host.stream.dataset):
-            raise ValueError(
-                f"{self!r}: it has judged {len(self.irreducible_N_)} examples, of which a later technique left "
-                f"{len(host.stream.dataset)}. Put it last."
-            )
 
     def scores_step(self) -> bool:
         return self.keep < 1

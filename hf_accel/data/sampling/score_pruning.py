@@ -25,6 +25,7 @@ saves, and a random subset an epoch is reported to be better at equal time (http
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,7 +47,7 @@ from hf_accel.data.scores import (
     score_examples,
 )
 from hf_accel.data.static_subset import StaticSubset
-from hf_accel.losses import ClassHead, ExampleLosses, TokenHead, weighted_mean
+from hf_accel.losses import ClassHead, ExampleLosses, Head, TokenHead, weighted_mean
 from hf_accel.technique import State
 
 PASSES = ("el2n", "grand", "loss", "perplexity")
@@ -111,17 +112,17 @@ class ScorePruning(StaticSubset):
             if not path.is_file():
                 raise ValueError(f"{self!r}: there is no file {source!r}. Name one.")
             return torch.from_numpy(np.atleast_1d(np.load(path) if path.suffix == ".npy" else np.loadtxt(path)))
-        return score_examples(self, dataset, getattr(self, f"_{kind}"), batch_size=1 if kind == "grand" else None)
+        score = functools.partial(getattr(self, f"_{kind}"), head_for(self))
+        return score_examples(self, dataset, score, batch_size=1 if kind == "grand" else None)
 
-    def _loss(self, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
-        losses, _ = losses_and_outputs(head_for(self), self.host_.model, inputs, num_examples)
+    def _loss(self, head: Head, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
+        losses, _ = losses_and_outputs(head, self.host_.model, inputs, num_examples)
         return losses.per_example(num_examples)
 
-    def _perplexity(self, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
-        return self._loss(inputs, num_examples).exp()
+    def _perplexity(self, head: Head, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
+        return self._loss(head, inputs, num_examples).exp()
 
-    def _el2n(self, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
-        head = head_for(self)
+    def _el2n(self, head: Head, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
         losses, outputs = losses_and_outputs(head, self.host_.model, inputs, num_examples)
         one_label = (
             isinstance(head, ClassHead) and (head.problem or head.config.problem_type) == "single_label_classification"
@@ -130,8 +131,8 @@ class ScorePruning(StaticSubset):
             raise ValueError(f"{self!r}: el2n needs one class for each item, which {head.kind} has not. Use 'loss'.")
         return error_norms(outputs["logits"], losses).per_example(num_examples)
 
-    def _grand(self, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
-        head, model = head_for(self), self.host_.model
+    def _grand(self, head: Head, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
+        model = self.host_.model
         parameters = [p for p in model.parameters() if p.requires_grad]
         with torch.enable_grad():
             losses, _ = losses_and_outputs(head, model, inputs, num_examples)

@@ -67,7 +67,7 @@ class WeightedSampling(Technique):
                 "each value of the column to its share."
             )
 
-    def prepare_dataset(self, dataset: Any) -> Any:
+    def inspect_dataset(self, dataset: Any) -> None:
         """Read the column, and weigh each example."""
         values = column(dataset, self.by, self)
         if self.weights == "column":
@@ -88,7 +88,6 @@ class WeightedSampling(Technique):
             weights = [shares[value] / counts[value] for value in values]
         self.weights_N_ = torch.tensor(weights, dtype=torch.float64)
         self.drawn_, self.distinct_ = 0, 0
-        return dataset
 
     def _check(self, weights: Mapping[Any, Any]) -> None:
         for key, weight in weights.items():
@@ -99,11 +98,6 @@ class WeightedSampling(Technique):
 
     def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """As many draws as there are examples."""
-        if len(self.weights_N_) != num_examples:
-            raise ValueError(
-                f"{self!r}: it has weighed {len(self.weights_N_)} examples, of which a later technique left "
-                f"{num_examples}. Put it last."
-            )
         ids_N = draw_with_replacement(self.weights_N_, num_examples, generator)
         self.drawn_, self.distinct_ = self.drawn_ + num_examples, self.distinct_ + len(ids_N.unique())
         return ids_N, None

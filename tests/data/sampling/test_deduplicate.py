@@ -85,6 +85,16 @@ def test_all_ways_to_hold_tokens_are_alike():
     assert np.array_equal(sliced[0], tokens) and sliced[1].tolist() == borders.tolist()
 
 
+def test_where_nothing_is_alike_all_is_kept_and_a_bar_shows_the_search(tmp_path, capfd):
+    rows = [[5 * i + k for k in range(5)] for i in range(20)]
+    technique = Deduplicate()
+    tiny_trainer([technique], tmp_path, disable_tqdm=False)
+    table = datasets.Dataset.from_dict({"input_ids": rows})
+    assert technique.prepare_dataset(table) is table
+    assert technique.report() == {"kept": 1.0, "examples": 20, "equal": 0, "alike": 0}
+    assert "Deduplicate: hash: 100%" in capfd.readouterr().err
+
+
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.95])
 def test_a_pair_at_the_threshold_is_found_with_the_promised_probability(threshold):
     rows = rows_per_band(threshold)

@@ -11,7 +11,7 @@ from hf_accel.testing import tiny_trainer
 def started(progress=0.0, classes=None, **fields):
     technique = EarlyScorePruning(**fields)
     technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=progress))
-    technique.prepare_dataset([{"label": c} for c in classes] if classes else [{}])
+    technique.inspect_dataset([{"label": c} for c in classes] if classes else [{}])
     technique.on_train_begin(None, None, None)
     return technique
 

@@ -44,6 +44,7 @@ def test_a_smaller_copy_is_trained_on_what_is_held_out(tmp_path):
     before = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     random = torch.random.get_rng_state()
     rest = technique.prepare_dataset(trainer.train_dataset)
+    technique.inspect_dataset(rest)
     assert torch.equal(torch.random.get_rng_state(), random)
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     assert len(rest) == len(technique.irreducible_N_) == 32
@@ -82,7 +83,7 @@ def test_bad_columns_are_refused(values, sentence, tmp_path):
     tiny_trainer([technique], tmp_path)
     table = datasets.Dataset.from_dict({"il": values})
     with pytest.raises(ValueError, match=f"ReducibleLoss.*{sentence}"):
-        technique.prepare_dataset(table)
+        technique.inspect_dataset(table)
 
 
 @pytest.mark.parametrize("fields", [{"keep": 0.0}, {"holdout": 1.0}, {"epochs": 0}, {"depth": 0.0}])

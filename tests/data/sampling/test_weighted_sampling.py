@@ -5,8 +5,9 @@ import datasets
 import pytest
 import torch
 
+from hf_accel.data.sampling.score_pruning import ScorePruning
 from hf_accel.data.sampling.weighted_sampling import WeightedSampling, draw_with_replacement
-from hf_accel.testing import tiny_trainer
+from hf_accel.testing import CountingText, tiny_trainer
 
 ROWS = datasets.Dataset.from_dict(
     {
@@ -20,7 +21,7 @@ ROWS = datasets.Dataset.from_dict(
 
 def drawn(technique, dataset=ROWS, epochs=300):
     """How often each example was drawn in some epochs."""
-    assert technique.prepare_dataset(dataset) is dataset
+    technique.inspect_dataset(dataset)
     counts = torch.zeros(len(dataset))
     for epoch in range(epochs):
         ids, weights = technique.select(epoch, len(dataset), torch.Generator().manual_seed(epoch))
@@ -81,6 +82,16 @@ def test_copies_of_an_example_do_not_lie_side_by_side(tmp_path):
     assert sum(count > 0 for count in steps) > 40
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_what_another_technique_leaves_out_is_not_weighed(swapped, tmp_path):
+    techniques = [WeightedSampling(), ScorePruning("column:score", keep=0.5)]
+    trainer = tiny_trainer(techniques[::-1] if swapped else techniques, tmp_path)
+    trainer.train()
+    left = [CountingText().labels[i] for i in techniques[1].ids_N_.tolist()]
+    weights = [1 / left.count(label) for label in left]
+    assert techniques[0].weights_N_.tolist() == weights and trainer.receipt.samples == 3 * 32
+
+
 @pytest.mark.parametrize(
     ("fields", "sentence"),
     [
@@ -93,7 +104,7 @@ def test_copies_of_an_example_do_not_lie_side_by_side(tmp_path):
 )
 def test_what_does_not_fit_the_data_is_refused(fields, sentence):
     with pytest.raises(ValueError, match=f"WeightedSampling.*{sentence}"):
-        WeightedSampling(**fields).prepare_dataset(ROWS)
+        WeightedSampling(**fields).inspect_dataset(ROWS)
 
 
 @pytest.mark.parametrize(
@@ -114,4 +125,4 @@ def test_bad_weights_are_refused(weights, sentence):
 def test_bad_weights_in_a_column_are_refused(values, sentence):
     table = datasets.Dataset.from_dict({"w": values})
     with pytest.raises(ValueError, match=f"WeightedSampling.*{sentence}"):
-        WeightedSampling(by="w", weights="column").prepare_dataset(table)
+        WeightedSampling(by="w", weights="column").inspect_dataset(table)
