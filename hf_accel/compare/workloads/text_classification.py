@@ -89,12 +89,13 @@ class Sst2(TextClassification):
     """Sentiment of film reviews: trained on phrases, evaluated on the 2,693 sentences of validation and test."""
 
     name = "sst2"
-    budget = "40000samples"
+    budget = "24000samples"
+    args = TextClassification.args | {"learning_rate": 1e-3}
     folder = ("text_cls", "sst2")
     validation = ("validation.parquet", "test.parquet")
     scales = {
         "cpu": {
-            "train": 16000,
+            "train": 30000,
             "model": {
                 "hidden_size": 32,
                 "intermediate_size": 128,
