@@ -91,7 +91,7 @@ class Stepping(Hosting):
         model.train()
         with torch.no_grad(), memory.random_state_kept(self.args.device):
             for micro in batch.micro_batches:
-                inputs = self._prepare_inputs(micro.inputs)
+                inputs = self._prepare_inputs(_model_inputs(micro))
                 outputs = model(**self.head.without_labels(self.model, inputs))
                 per_example.append(self.head.losses(outputs, inputs, len(micro.ids_B)).per_example(len(micro.ids_B)))
         ids, values = self._gathered(torch.cat([m.ids_B for m in batch.micro_batches]), torch.cat(per_example))
@@ -190,7 +190,7 @@ class Stepping(Hosting):
             try:
                 with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
                     with self.stopwatch.charge("backward"):
-                        total = total + super().training_step(model, micro.inputs, num_items)
+                        total = total + super().training_step(model, _model_inputs(micro), num_items)
             finally:
                 self._micro = None
             if not last:
@@ -311,6 +311,14 @@ def _product(weight: Tensor | None, factor: Tensor | None) -> Tensor | None:
     if weight is None or factor is None:
         return weight if factor is None else factor
     return weight * factor
+
+
+def _model_inputs(micro: MicroBatch) -> dict[str, Tensor]:
+    """Packed rows go without ``attention_mask``: given one, models do not look where ``position_ids`` begin anew."""
+    mask = micro.inputs.get("attention_mask")
+    if mask is None or len(mask) >= len(micro.ids_B):
+        return micro.inputs
+    return {name: value for name, value in micro.inputs.items() if name != "attention_mask"}
 
 
 def _num_rows(inputs) -> int:

@@ -46,10 +46,10 @@ def train(names, directory, resume=None, **args):
     def count(module, positional, inputs):
         if module.training and torch.is_grad_enabled():
             main = inputs[module.main_input_name]
-            flat = len(main) == 1 and "position_ids" in inputs
-            seen["samples"] += int((inputs["position_ids"] == 0).sum()) if flat else len(main)
+            seen["samples"] += int((inputs["position_ids"] == 0).sum()) if "position_ids" in inputs else len(main)
             if not main.is_floating_point():
-                seen["tokens"] += int(inputs.get("attention_mask", torch.ones_like(main)).sum())
+                real = main != 0 if "Packing" in names else torch.ones_like(main)
+                seen["tokens"] += int(inputs.get("attention_mask", real).sum())
 
     handle = trainer.model.register_forward_pre_hook(count, with_kwargs=True)
     trainer.train(resume_from_checkpoint=resume)

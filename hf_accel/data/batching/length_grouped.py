@@ -62,14 +62,13 @@ class LengthGrouped(Technique):
     neutral: ClassVar = {"mega_batch": 1}
     variations: ClassVar = {"mega_batch": 2}
 
-    def prepare_dataset(self, dataset: Any) -> Any:
+    def inspect_dataset(self, dataset: Any) -> None:
         """Read the lengths, from ``args.length_column_name`` if the data set has that column, else of ``input_ids``."""
         host: Any = self.host_
         column = host.args.length_column_name
         remedy = f"Tokenise it before training, or add a column {column!r} with the lengths."
         self.lengths_N_ = example_lengths(dataset, column, "input_ids", asking=self, remedy=remedy)
         self.padding_ = {"padding": 0.0, "padding_shuffled": 0.0}
-        return dataset
 
     def order(self, ids_N: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
         """Batches of similar length, in random order."""

@@ -25,110 +25,22 @@ recurrent state, classification of sequences or tokens, and decoders that make t
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 
+from hf_accel.data.flattening import check_kept_apart, end_to_end, unpadded
 from hf_accel.technique import State, Technique
 
 if TYPE_CHECKING:
     from hf_accel.stream import StepBatch
 
-BORDER = 6
-"""Length of the first of the two examples that are tried; the second is longer by one."""
 
-
-def flatten(examples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+def flatten(examples: Sequence[Mapping[str, Tensor]], asking: Technique) -> dict[str, Tensor]:
     """One row, (1, T), of examples that are rows (1, L) each; what an ``attention_mask`` hides is left out."""
-    rows = []
-    for example in examples:
-        ids_1L = example["input_ids"]
-        if len(ids_1L) != 1:
-            raise ValueError(
-                f"PaddingFree(): the collator makes {len(ids_1L)} rows of one example, which belong together. "
-                "Leave it out."
-            )
-        seen_1L = example.get("attention_mask", torch.ones_like(ids_1L)).bool()
-        row = {"position_ids": torch.arange(int(seen_1L.sum()))[None]}
-        for name, value in example.items():
-            if name == "attention_mask":
-                continue
-            if value.shape != ids_1L.shape:
-                raise ValueError(
-                    f"PaddingFree(): {name!r} has the shape {tuple(value.shape)} where input_ids have "
-                    f"{tuple(ids_1L.shape)}, so it cannot be flattened. Drop it from the data, or pad."
-                )
-            row[name] = value[seen_1L][None]
-        if "labels" in row:
-            row["labels"][:, :1] = -100
-        rows.append(row)
-    return {name: torch.cat([row[name] for row in rows], 1) for name in rows[0]}
-
-
-@torch.no_grad()
-def flattening_fault(model: nn.Module) -> str | None:
-    """Why a flattened row would not train as its examples do apart; None where it would.  Leaves the model as found."""
-    modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            model.eval()
-            return _fault(model, model) or None
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _fault(model: Any, forward: Callable) -> str:
-    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
-        return "it is not a decoder of token ids"
-    accepted = inspect.signature(model.forward).parameters.values()
-    if not any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in accepted):
-        return "its forward takes no position_ids"
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    ids_1L = torch.randint(vocab_size, (1, 2 * BORDER + 1), generator=generator).to(device)
-    others_1L = ids_1L.clone()
-    others_1L[:, :BORDER] = (others_1L[:, :BORDER] + 1) % vocab_size
-    positions_1L = torch.cat([torch.arange(BORDER), torch.arange(BORDER + 1)])[None].to(device)
-
-    def logits(ids: Tensor, **kwargs: Tensor) -> Tensor:
-        outputs = forward(input_ids=ids, **kwargs)
-        return outputs["logits"].double() if "logits" in outputs else torch.empty(0)
-
-    def joined(ids: Tensor) -> Tensor:
-        return logits(ids, attention_mask=torch.ones_like(ids))
-
-    flat = logits(ids_1L, position_ids=positions_1L)
-    if flat.shape[:2] != ids_1L.shape:
-        return "it has no output for each token"
-    # What a crossing would change is known from one sequence of both, where everything crosses.
-    one = joined(ids_1L)
-    would_change = (one - joined(others_1L))[:, BORDER:].norm()
-    if would_change == 0 and forward is model:
-        # Freshly initialised projections may be zero and hide all: look at weights that are not.
-        noisy = {name: _noisy(p, generator) for name, p in model.named_parameters() if p.is_floating_point()}
-        return _fault(model, lambda **kwargs: torch.func.functional_call(model, noisy, (), kwargs))
-    if (flat - logits(others_1L, position_ids=positions_1L))[:, BORDER:].norm() > 0.1 * would_change:
-        return "what it computes of one example depends on the one before"
-    apart = torch.cat([joined(ids_1L[:, :BORDER]), joined(ids_1L[:, BORDER:])], 1)
-    if (flat - apart).norm() > 0.1 * (one - apart).norm():
-        return "it does not count positions from 0"
-    labels_1L = torch.full_like(ids_1L, -100)
-    labels_1L[:, 0] = 0
-    loss = forward(input_ids=ids_1L, labels=labels_1L).get("loss")
-    if loss is not None and loss > 0:  # nan where tokens predict the next one: nobody predicts the first
-        return "its loss predicts each token itself and not the next one"
-    return ""
-
-
-def _noisy(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    return parameter + 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
+    return end_to_end(unpadded(examples, asking))
 
 
 @dataclass(eq=False)
@@ -139,11 +51,7 @@ class PaddingFree(Technique):
 
     def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps flattened examples apart."""
-        if (fault := flattening_fault(model)) is not None:
-            raise ValueError(
-                f"PaddingFree(): {type(model).__name__} with {model.config._attn_implementation!r} attention: {fault}, "
-                "so flattened examples would not train as padded ones. Pad, and group examples by length."
-            )
+        check_kept_apart(model, self)
         return model
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -152,7 +60,7 @@ class PaddingFree(Technique):
 
     def collate(self, features: Sequence[Mapping[str, Any]], collator: Callable) -> dict[str, Any]:
         """Each example as the collator makes it alone, end to end."""
-        return flatten([collator([feature]) for feature in features])
+        return flatten([collator([feature]) for feature in features], self)
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
         """Counts the positions that padding would have added."""

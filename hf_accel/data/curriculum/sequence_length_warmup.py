@@ -77,8 +77,10 @@ def _kept_of_packed(inputs: Mapping[str, Tensor], mask_RL: Tensor, length: int) 
     positions_RL = inputs.get("position_ids")
     if positions_RL is None or positions_RL.shape != mask_RL.shape:
         return None
-    anew_RL = (positions_RL[:, 1:] <= positions_RL[:, :-1]) & mask_RL[:, 1:] & mask_RL[:, :-1]
-    return (positions_RL < length) & mask_RL if anew_RL.any() else None
+    # Between the first and the last token, with those that are hidden within an example.
+    used_RL = mask_RL.cummax(1).values & mask_RL.flip(1).cummax(1).values.flip(1)
+    anew_RL = (positions_RL[:, 1:] <= positions_RL[:, :-1]) & used_RL[:, 1:] & used_RL[:, :-1]
+    return (positions_RL < length) & used_RL if anew_RL.any() else None
 
 
 def _refill(rows: dict[str, Tensor], kept_RL: Tensor) -> None:
@@ -112,12 +114,11 @@ class SequenceLengthWarmup(Technique):
     neutral: ClassVar = {"start": 1.0}
     variations: ClassVar = {"max_length": 16}
 
-    def prepare_dataset(self, dataset: Any) -> Any:
+    def inspect_dataset(self, dataset: Any) -> None:
         """Find the longest example."""
         self.full_length_ = self.max_length or int(
             example_lengths(dataset, "input_ids", asking=self, remedy="Give max_length=.").max()
         )
-        return dataset
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

@@ -36,7 +36,7 @@ def test_it_orders_what_was_selected_and_reports_the_padding_it_saved():
     rows = [{"input_ids": [0] * int(n)} for n in torch.randint(1, 60, (200,), generator=generator(2))]
     technique, other = LengthGrouped(mega_batch=10), LengthGrouped()
     technique.host_ = other.host_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length"))
-    assert technique.prepare_dataset(rows) is rows
+    technique.inspect_dataset(rows)
     ids = torch.arange(0, 200, 3)
     order = technique.order(ids, 4, generator())
     assert sorted(order.tolist()) == ids.tolist()
@@ -49,6 +49,6 @@ def test_it_orders_what_was_selected_and_reports_the_padding_it_saved():
 
     assert report["padding"] == pytest.approx(padding(order.tolist()))
     assert report["padding_shuffled"] == pytest.approx(padding(ids[torch.randperm(len(ids), generator=generator())]))
-    other.prepare_dataset(rows)
+    other.inspect_dataset(rows)
     other.load_state_dict("global", technique.state_dict("global"))
     assert other.report() == report

@@ -13,7 +13,8 @@ from transformers import (
     GPT2LMHeadModel,
 )
 
-from hf_accel.data.batching.padding_free import PaddingFree, flatten, flattening_fault
+from hf_accel.data.batching.padding_free import PaddingFree, flatten
+from hf_accel.data.flattening import flattening_fault
 from hf_accel.stream import MicroBatch
 
 SMALL = {
@@ -85,7 +86,7 @@ def test_the_row_is_that_of_the_definition():
     rows = [{"input_ids": torch.tensor([[7, 8, 9]])}, {"input_ids": torch.tensor([[5, 6]])}]
     for row in rows:
         row["labels"] = row["input_ids"].clone()
-    flat = flatten(rows)
+    flat = flatten(rows, PaddingFree())
     assert {name: value.tolist() for name, value in flat.items()} == {
         "input_ids": [[7, 8, 9, 5, 6]],
         "position_ids": [[0, 1, 2, 0, 1]],
@@ -93,7 +94,7 @@ def test_the_row_is_that_of_the_definition():
     }
     assert rows[0]["labels"].tolist() == [[7, 8, 9]]
     with pytest.raises(ValueError, match=r"'pixels' has the shape \(1, 2\) where input_ids have \(1, 3\)"):
-        flatten([rows[0] | {"pixels": torch.zeros(1, 2)}])
+        flatten([rows[0] | {"pixels": torch.zeros(1, 2)}], PaddingFree())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -68,6 +68,26 @@ def test_flattened_examples_are_cut_one_by_one():
     assert shorter["labels"].shape == shorter["input_ids"].shape
 
 
+def test_packed_examples_are_cut_one_by_one_and_stay_in_one_piece():
+    packed = {
+        "input_ids": torch.tensor([[11, 12, 13, 21, 22, 23, 24], [31, 32, 33, 34, 35, 0, 0]]),
+        "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6]]),
+        "attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 0, 0]]),  # 12 is hidden
+        "labels": torch.tensor([[-100, 12, 13, -100, 22, 23, 24], [-100, 32, 33, 34, 35, -100, -100]]),
+    }
+    assert {name: value.tolist() for name, value in truncate(packed, 2).items()} == {
+        "input_ids": [[11, 12, 21, 22], [31, 32, 33, 34]],
+        "position_ids": [[0, 1, 0, 1], [0, 1, 2, 3]],
+        "attention_mask": [[1, 0, 1, 1], [1, 1, 0, 0]],
+        "labels": [[-100, 12, -100, 22], [-100, 32, -100, -100]],
+    }
+
+
+def test_left_padding_with_positions_is_not_packed():
+    inputs = padded("left") | {"position_ids": padded("left")["attention_mask"].cumsum(1).sub(1).clamp(min=1)}
+    assert tokens(truncate(inputs, 3)) == [row[:3] for row in ROWS]
+
+
 def test_labels_at_the_end_are_not_lost():
     inputs = padded()
     inputs["labels"][:, :6] = -100
@@ -77,7 +97,7 @@ def test_labels_at_the_end_are_not_lost():
 def test_the_technique_asks_the_clock_and_counts():
     technique = SequenceLengthWarmup(start=0.25, end=0.5, multiple=2)
     technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=0.0))
-    technique.prepare_dataset([{"input_ids": row} for row in ROWS])
+    technique.inspect_dataset([{"input_ids": row} for row in ROWS])
     technique.on_train_begin(None, None, None, model=SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=False)))
     plan = StepPlan(0, torch.arange(4), None, 4)
     batch = StepBatch(plan, [MicroBatch(padded(), torch.arange(4), None)])

@@ -1,0 +1,154 @@
+"""Packing: the examples of a micro-batch in few rows of one length, instead of one padded row for each.
+
+Each example goes, the longest first, into the fullest row that has room for it (best fit, decreasing).  Rows have
+L = `max_length` positions; R of them hold the B examples, where padding would take B rows:
+
+    input_ids     a0 a1 a2 b0 b1  .                    (R, L)
+    position_ids   0  1  2  0  1  2                    padding goes on counting: it comes last and is seen by nobody
+    labels      -100 a1 a2 -100 b1 -100                no example predicts the first token of the next
+
+The examples of a step stay the same, and so do loss and gradient, if nothing crosses from one example to the next.
+``position_ids`` that begin anew tell the model where one ends; whether it heeds them is tried before training, as for
+flattened batches.  Attention is computed over R * L^2 scores, where flattening the micro-batch needs (R * L)^2, and the
+width of a batch is fixed, so that only R tells shapes apart: at most B shapes to compile.  With flash attention, which
+looks for borders in a single row only, the rows are laid end to end.
+
+Reference: Krell et al. (2021), https://arxiv.org/abs/2107.02027; best fit of Ding et al. (2024),
+https://arxiv.org/abs/2404.10830.  Departure: examples are packed within a micro-batch, so that a step has the examples
+that it would have without packing, and no example is cut.
+
+When to use: decoder language models on examples of very different length with ``sdpa`` or ``eager`` attention, on CPUs,
+or with ``torch.compile``; with large micro-batches, as few examples fill rows badly.
+When not to use: with flash attention, where flattening alone has no padding at all; examples nearly as long as the
+longest, or one very long example, as every row is as long as it: give the others to padding, or truncate.  Refused are
+encoders, models with recurrent state, classification, and decoders that make their mask without position_ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import annotated_types as at
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import IterableDataset
+
+from hf_accel.data.flattening import check_kept_apart, end_to_end, unpadded
+from hf_accel.data.lengths import example_lengths
+from hf_accel.stream import ORDER
+from hf_accel.technique import State, Technique
+
+if TYPE_CHECKING:
+    from hf_accel.stream import StepBatch
+
+
+def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Rows of indices whose lengths add up to at most ``capacity``; no length may be larger."""
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        fitting = [r for r, free in enumerate(room) if free >= lengths[i]]
+        if not fitting:
+            fitting = [len(rows)]
+            rows.append([])
+            room.append(capacity)
+        fullest = min(fitting, key=room.__getitem__)
+        rows[fullest].append(i)
+        room[fullest] -= lengths[i]
+    return rows
+
+
+def filled_up(row: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
+    """A row (1, T) padded on the right to (1, ``width``), with an ``attention_mask`` that hides the padding."""
+    used = row["input_ids"].shape[1]
+    fill = {"labels": -100}
+    padded = {name: F.pad(value, (0, width - used), value=fill.get(name, 0)) for name, value in row.items()}
+    positions_1L = padded["position_ids"]
+    positions_1L[:, used:] = positions_1L[:, used - 1 : used] + torch.arange(1, width - used + 1)
+    padded["attention_mask"] = (torch.arange(width) < used).long()[None]
+    return padded
+
+
+@dataclass(eq=False)
+class Packing(Technique):
+    """Trains on packed micro-batches of a causal language model.
+
+    Args:
+        max_length: Positions of a row, at least 2, and at least those of the longest example; None: as many as these.
+            Needed for a stream.
+    """
+
+    max_length: Annotated[int, at.Ge(2)] | None = None
+    fidelity: ClassVar = "exact"
+    variations: ClassVar = {"max_length": 48}
+
+    def prepare_model(self, model: Any) -> nn.Module:
+        """Try whether the model keeps packed examples apart."""
+        check_kept_apart(model, self, num_rows=1 if "flash" in model.config._attn_implementation else 2)
+        return model
+
+    def inspect_dataset(self, dataset: Any) -> None:
+        """Find the longest example."""
+        self.width_ = self.max_length or 0
+        if isinstance(dataset, IterableDataset) and self.max_length is not None:
+            return  # the longest one comes to light when it is read
+        lengths_N = example_lengths(dataset, "input_ids", asking=self, remedy="Give max_length=.")
+        self._check_fits(longest := int(lengths_N.max()))
+        self.width_ = self.max_length or longest
+
+    def _check_fits(self, length: int) -> None:
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(f"{self!r}: an example has {length} tokens. Give at least that, or truncate it.")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        limit = getattr(model.config, "max_position_embeddings", None)
+        if limit is not None and self.width_ > limit:
+            raise ValueError(f"{self!r}: rows of {self.width_} tokens, the model has {limit} positions. Give fewer.")
+        self.in_one_row_ = "flash" in model.config._attn_implementation
+        self.counts_ = {"rows": 0, "examples": 0, "tokens": 0, "positions": 0}
+
+    def collate(self, features: Sequence[Mapping[str, Any]], collator: Callable) -> dict[str, Any]:
+        """Each example as the collator makes it alone, in rows."""
+        examples = unpadded([collator([feature]) for feature in features], self)
+        lengths = [example["input_ids"].shape[1] for example in examples]
+        self._check_fits(max(lengths))
+        width = max(self.width_, *lengths)
+        placed = best_fit_decreasing(lengths, width)
+        rows = [filled_up(end_to_end([examples[i] for i in row]), width) for row in placed]
+        packed: dict[str, Any] = {
+            name: torch.cat([row[name] for row in rows], int(self.in_one_row_)) for name in rows[0]
+        }
+        packed[ORDER] = torch.tensor([i for row in placed for i in row])
+        return packed
+
+    def transform_batch(self, batch: StepBatch) -> StepBatch:
+        """Counts rows, examples and tokens."""
+        for micro in batch.micro_batches:
+            mask_RL = micro.inputs["attention_mask"]
+            self.counts_["rows"] += len(mask_RL)
+            self.counts_["examples"] += len(micro.ids_B)
+            self.counts_["tokens"] += int(mask_RL.sum())
+            self.counts_["positions"] += mask_RL.numel()
+        return batch
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        return dict(self.counts_) if scope == "rank" else {}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        if scope == "rank":
+            self.counts_ = dict(state)
+
+    def report(self) -> Mapping[str, Any]:
+        """Examples of a row, and the share of the positions that is padding, on this rank."""
+        counts = self.counts_
+        return {
+            "examples_per_row": counts["examples"] / max(counts["rows"], 1),
+            "padding": 1 - counts["tokens"] / max(counts["positions"], 1),
+        }
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["examples_per_row"] > 1
