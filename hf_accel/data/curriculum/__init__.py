@@ -1,5 +1,7 @@
 """From easy to hard."""
 
+from hf_accel.data.curriculum.difficulty_curriculum import DifficultyCurriculum
+from hf_accel.data.curriculum.resolution_warmup import ResolutionWarmup
 from hf_accel.data.curriculum.sequence_length_warmup import SequenceLengthWarmup
 
-__all__ = ["SequenceLengthWarmup"]
+__all__ = ["DifficultyCurriculum", "ResolutionWarmup", "SequenceLengthWarmup"]

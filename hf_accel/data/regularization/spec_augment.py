@@ -74,7 +74,7 @@ class SpecAugment(Technique):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        config = model.config
+        config = getattr(model, "config", None)
         self.bands_ = next((getattr(config, name) for name in BANDS if hasattr(config, name)), None)
         if self.bands_ is None:
             hint = " It masks time itself: set config.mask_time_prob." if hasattr(config, "mask_time_prob") else ""

@@ -70,8 +70,8 @@ class TokenCutoff(Technique):
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        if model.main_input_name != "input_ids":
-            raise ValueError(f"{self!r}: {type(model).__name__} reads {model.main_input_name}, not text. Leave it out.")
+        if (name := getattr(model, "main_input_name", None)) != "input_ids":
+            raise ValueError(f"{self!r}: {type(model).__name__} reads {name}, not text (input_ids). Leave it out.")
         pad_ids = [getattr(owner, "pad_token_id", None) for owner in (processing_class, model.config)]
         self.pad_id_ = next((i for i in pad_ids if i is not None), None)
         if self.pad_id_ is None:
@@ -83,7 +83,9 @@ class TokenCutoff(Technique):
         share = self.share * strength(self)
         micros = []
         for micro in batch.micro_batches:
-            ids_RL = micro.inputs["input_ids"]
+            ids_RL = micro.inputs.get("input_ids")
+            if ids_RL is None:
+                raise ValueError(f"{self!r}: the batch ({', '.join(micro.inputs)}) has no input_ids. Leave it out.")
             seen_RL = micro.inputs.get("attention_mask", torch.ones_like(ids_RL)).bool()
             if seen_RL.shape != ids_RL.shape:
                 raise ValueError(

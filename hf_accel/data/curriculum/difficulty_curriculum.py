@@ -1,0 +1,170 @@
+"""Difficulty curriculum: begin with the easiest examples, and admit harder ones.
+
+Early in training easy examples teach most.  At progress p, the next example is one of the easiest share c(p) of all:
+
+    c(p) = sqrt(min(p / ``end``, 1) * (1 - ``start``^2) + ``start``^2)
+
+An epoch has as many examples as the set, and is laid out when it begins: progress within it is foreseen from the
+budget, or, where that is in seconds or tokens, from the epochs so far (the first is taken for the whole run).  Each
+next example is, of those admitted by then, the one that comes first in a random order; when all of them have been seen,
+they come round again.  So a run of one epoch sees every example once, if ``end`` is 1, and in later epochs nothing is
+repeated while something admitted is unseen.  Difficulty is
+
+    "length"        number of tokens
+    "rarity"        - sum over tokens of log(share of the token in the training set)
+    "compression"   bytes of the compressed token ids per byte
+    anything else   that column of the training set
+
+Reference: Platanios et al. (2019), Competence-based Curriculum Learning for Neural Machine Translation,
+https://arxiv.org/abs/1903.09848.  Departures: within an epoch examples are drawn without replacement; progress in place
+of steps; at least one step's examples are admitted; compression is not theirs.
+
+When to use: a warm-up over the first tenths of training on data of mixed difficulty, above all noisy data or a tight
+budget; 18 to 45 % fewer steps to the level of the baseline early in pre-training are reported, and at most 3.5 % at its
+end.
+When not to use: small clean sets trained for many epochs, where a random order is as good; with a curriculum that is
+still running when the learning rate is already low, the model has seen the hard examples least.
+"""
+
+from __future__ import annotations
+
+import heapq
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import annotated_types as at
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_accel.technique import Fraction, State, Technique
+
+
+def competence(progress_N: Tensor, start: float, end: float) -> Tensor:
+    """The easiest share of the examples that is admitted at each progress."""
+    done_N = (progress_N / end).clamp(max=1) if end else torch.ones_like(progress_N)
+    return (done_N * (1 - start**2) + start**2).sqrt()
+
+
+def lay_out(difficulty_N: Tensor, admitted_N: Tensor, generator: torch.Generator) -> Tensor:
+    """The examples of an epoch in the order of training.
+
+    Args:
+        difficulty_N: of each example, higher for harder.
+        admitted_N: how many of the easiest examples the choice of each next one is from; never falling.
+    """
+    number = len(difficulty_N)
+    place_N = torch.randperm(number, generator=generator).argsort()  # in a random order
+    easiest = difficulty_N.argsort(stable=True).tolist()
+    places, order, pool, entered = place_N.tolist(), [], [], 0
+    for admitted in admitted_N.tolist():
+        while entered < admitted:
+            heapq.heappush(pool, (places[easiest[entered]], easiest[entered]))
+            entered += 1
+        if not pool:
+            places = torch.randperm(number, generator=generator).argsort().tolist()
+            pool = [(places[i], i) for i in easiest[:entered]]
+            heapq.heapify(pool)
+        order.append(heapq.heappop(pool)[1])
+    return torch.tensor(order)
+
+
+def difficulties(dataset: Any, kind: str, asking: Technique) -> Tensor:
+    """How difficult each example is; see the module's text."""
+    name = "input_ids" if kind in ("length", "rarity", "compression") else kind
+    names = list(dataset[0])
+    if name not in names:
+        raise ValueError(
+            f"{asking!r}: train_dataset has no column {name!r}, only {', '.join(map(repr, names))}. "
+            "Choose one of them, 'length', 'rarity' or 'compression'."
+        )
+    if kind == "length":
+        values = [float(len(row)) for row in _column(dataset, name)]
+    elif kind == "rarity":
+        rows = [np.asarray(row, dtype=np.int64) for row in _column(dataset, name)]
+        counts = np.bincount(np.concatenate(rows))
+        log_share = np.log(np.maximum(counts, 1) / counts.sum())
+        values = [float(-log_share[row].sum()) for row in rows]
+    elif kind == "compression":
+        texts = [np.asarray(row, dtype=np.int32).tobytes() for row in _column(dataset, name)]
+        values = [len(zlib.compress(text)) / max(len(text), 1) for text in texts]
+    else:
+        values = list(_column(dataset, name))
+    try:
+        difficulty_N = torch.tensor([float(value) for value in values], dtype=torch.float64)
+    except (TypeError, ValueError):
+        raise ValueError(f"{asking!r}: the column {name!r} is not of numbers. Choose another difficulty.") from None
+    if not difficulty_N.isfinite().all():
+        bad = int((~difficulty_N.isfinite()).nonzero()[0])
+        raise ValueError(f"{asking!r}: the column {name!r} is {values[bad]} at example {bad}. Fill it in.")
+    return difficulty_N
+
+
+def _column(dataset: Any, name: str) -> Iterator[Any]:
+    if isinstance(dataset, datasets.Dataset):
+        for rows in dataset.select_columns([name]).iter(batch_size=1000):
+            yield from rows[name]  # type: ignore[index]
+    else:
+        yield from (dataset[i][name] for i in range(len(dataset)))
+
+
+@dataclass(eq=False)
+class DifficultyCurriculum(Technique):
+    """Trains on the easiest examples first, and on more and more of them.
+
+    Args:
+        difficulty: ``"length"``, ``"rarity"``, ``"compression"`` or a column of numbers, higher for harder.
+        start: Share of the examples that is admitted first, in (0, 1].
+        end: Progress, in [0, 1], from which all are admitted.
+    """
+
+    difficulty: str = "length"
+    start: Annotated[float, at.Interval(gt=0, le=1)] = 0.01  # the paper's
+    end: Fraction = 0.2  # evidence: as a warm-up of 10 to 20 %
+    neutral: ClassVar = {"start": 1.0}
+    variations: ClassVar = {"difficulty": "rarity", "start": 0.9}
+
+    def inspect_dataset(self, dataset: Any) -> None:
+        """Measure the difficulty of each example."""
+        self.difficulty_N_ = difficulties(dataset, self.difficulty, self)
+        self.first_ = None
+
+    def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
+        """All examples; which of them come, and how often, is decided with their order."""
+        host: Any = self.host_
+        progress = host.clock.progress
+        if host.nominal_steps:
+            share = host.steps_per_epoch / host.nominal_steps
+        else:
+            share = progress / epoch if epoch else 1.0
+        self.progress_N_ = progress + share * torch.arange(num_examples) / num_examples
+        return torch.arange(num_examples), None
+
+    def order(self, ids_N: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
+        """Each example from those that are admitted when it is its turn."""
+        number = len(ids_N)
+        shares_N = competence(self.progress_N_, self.start, self.end)
+        admitted_N = (shares_N * number).ceil().long().clamp(min=min(batch_size, number), max=number)
+        order_N = lay_out(self.difficulty_N_, admitted_N, generator)
+        if self.first_ is None:
+            rank_N = self.difficulty_N_.argsort(stable=True).argsort()
+            self.first_ = float(rank_N[order_N[:batch_size]].double().mean()) / max(number - 1, 1)
+        return order_N
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        """A number for the report; the stream keeps the order itself."""
+        return {"first": self.first_} if scope == "global" else {}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        if scope == "global":
+            self.first_ = state["first"]
+
+    def report(self) -> Mapping[str, Any]:
+        """Where the first step's examples stand in the order of difficulty, on average, from 0 to 1."""
+        return {"first": self.first_}
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["first"] is not None and report["first"] < 0.4
