@@ -18,7 +18,7 @@ class Digits(Workload):
     """1,347 training and 450 validation images, shuffled once and for all."""
 
     name = "digits"
-    budget = "30epochs"
+    budget = "15epochs"
     args = {
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 450,
