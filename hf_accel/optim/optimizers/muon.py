@@ -9,7 +9,8 @@ the rare ones as fast; with matrices M, gradient G and weights W of shape (out, 
 
 It takes up to 1.4 times fewer steps than well-tuned AdamW at 0.1B parameters, 1.1 times at 1.2B.  Embeddings, output
 heads, norms, biases and all else that is no matrix inside a block have AdamW with the trainer's learning rate; the
-schedule multiplies both rates.
+schedule multiplies both rates.  With ``cautious``, the weights of the matrices decay only where U has their sign.  With
+``momentum_warmup``, the momentum rises linearly from 0.85 while progress goes from 0 to it.
 
 What is a matrix is seen from the module.  Query, key and value in one layer are three: a ``Conv1D`` called ``c_attn``,
 or a ``Linear`` with ``qkv`` in its name, with three times as many outputs as inputs, is split into thirds, in which
@@ -43,9 +44,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.training_args import OptimizerNames
+from transformers.utils import logging
 
 from hf_accel.optim.optimizers.newton_schulz import orthogonalised
-from hf_accel.technique import Positive, Technique
+from hf_accel.technique import Fraction, Positive, Technique
+
+logger = logging.get_logger(__name__)
 
 BATCH = 2**24
 """Elements that are iterated together, at most, unless one parameter has more."""
@@ -172,6 +176,12 @@ class MuonAdamW(torch.optim.Optimizer):
             weight.add_(update, alpha=-lr * math.sqrt(max(1, num_out / num_in)))
 
 
+def warmed_up(momentum: float, share: float) -> float:
+    """The momentum after a share of its warm-up."""
+    first = min(0.85, momentum)
+    return first + (momentum - first) * min(share, 1.0)
+
+
 @dataclass(eq=False)
 class Muon(Technique):
     """Trains the matrices of the blocks with Muon and everything else with AdamW.
@@ -179,10 +189,14 @@ class Muon(Technique):
     Args:
         lr: Peak learning rate of the matrices, above 0; that of the rest is ``args.learning_rate``.
         momentum: Decay of the momentum per step, in [0, 1).
+        momentum_warmup: Progress, in [0, 1], at which the momentum has risen from 0.85 to ``momentum``.
+        cautious: Whether weight decay passes over what the update enlarges; of the matrices only.
     """
 
     lr: Positive = 0.02  # Jordan's, for updates scaled by sqrt(max(1, out / in))
     momentum: Annotated[float, at.Interval(ge=0, lt=1)] = 0.95  # Jordan's
+    momentum_warmup: Fraction = 0.0
+    cautious: bool = False
     refused_backends: ClassVar = {"zero": "it flattens parameters, and Muon needs matrices"}
 
     def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -191,7 +205,7 @@ class Muon(Technique):
         if host.is_deepspeed_enabled:
             raise ValueError(f"{self!r}: under DeepSpeed ZeRO, parameters are no matrices. Use DDP or FSDP.")
         args, matrices = host.args, matrices_in(model)
-        muon = {"algorithm": "muon", "momentum": self.momentum, "cautious": False}
+        muon = {"algorithm": "muon", "momentum": self.momentum, "cautious": self.cautious}
         adamw = {
             "algorithm": "adamw",
             "betas": (args.adam_beta1, args.adam_beta2),
@@ -215,8 +229,22 @@ class Muon(Technique):
             raise ValueError(
                 f"{self!r}: {type(model).__name__} has no trainable matrix in a block. Use another optimizer."
             )
+        frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
+        if (source := getattr(model, "name_or_path", "")) and not matrices.keys() & frozen:
+            logger.warning(
+                f"{self!r}: {source!r} looks pre-trained, and Muon degrades the full fine-tuning of models that were "
+                "pre-trained with Adam. Use AdamW or train adapters, unless this one is new or Muon has trained it."
+            )
         self.share_ = count["muon"] / sum(count.values())
         return MuonAdamW(list(divided.values()))
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if self.momentum_warmup == 0:
+            return
+        momentum = warmed_up(self.momentum, self.progress(state) / self.momentum_warmup)
+        for group in kwargs["optimizer"].param_groups:
+            if group["algorithm"] == "muon":
+                group["momentum"] = momentum
 
     def report(self) -> Mapping[str, Any]:
         """The share of the trainable parameters that Muon updates."""

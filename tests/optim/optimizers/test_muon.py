@@ -5,10 +5,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers.utils import logging
 
-from hf_accel.optim.optimizers.muon import Muon, MuonAdamW, matrices_in
+from hf_accel.optim.optimizers import muon as muon_file
+from hf_accel.optim.optimizers.muon import Muon, MuonAdamW, matrices_in, warmed_up
+from hf_accel.testing import tiny_trainer
 
 ARGS = SimpleNamespace(learning_rate=1e-3, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-7, optim="adamw_torch")
 SMALL = {
@@ -24,7 +28,7 @@ def tiny(kind="llama", auto=AutoModelForCausalLM, **fields):
 def made(model, technique=None, factor=1.0, deepspeed=False):
     technique = technique or Muon()
     technique.host_ = SimpleNamespace(args=ARGS, is_deepspeed_enabled=deepspeed)
-    names = [n for n, p in model.named_parameters()]
+    names = [n for n, p in model.named_parameters() if p.requires_grad]
     halves = [n for n in names if "norm" not in n], [n for n in names if "norm" in n]
     parameters = dict(model.named_parameters())
     groups = [
@@ -158,3 +162,167 @@ def test_it_reports_its_share():
     matrices = sum(p.numel() for n, p in model.named_parameters() if "proj" in n)
     assert technique.report() == {"muon_share": matrices / sum(p.numel() for p in model.parameters())}
     assert isinstance(optimizer, MuonAdamW) and "names" not in optimizer.param_groups[0]
+
+
+def stepped(model, **fields):
+    """The parameters after three steps."""
+    optimizer = made(model, Muon(**fields))
+    for step in range(3):
+        gradients(model, step)
+        optimizer.step()
+    return dict(model.named_parameters())
+
+
+def by_hand(matrix, gradients, momentum=0.95, decay=0.1, cautious=False):
+    """Muon on one (out, in) matrix."""
+    average = torch.zeros_like(matrix)
+    for gradient in gradients:
+        average = momentum * average + (1 - momentum) * gradient
+        update = orthogonalised((1 - momentum) * gradient + momentum * average)
+        kept = 1 - 0.02 * decay * ((update * matrix >= 0).to(matrix) if cautious else 1)
+        matrix = matrix * kept - 0.02 * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1])) * update
+    return matrix
+
+
+def recorded(model, name):
+    seen = []
+    for step in range(3):
+        gradients(model, step)
+        seen.append(dict(model.named_parameters())[name].grad.clone())
+    return seen
+
+
+def test_gpt2_is_trained_as_its_separate_matrices():
+    model = tiny("gpt2", n_inner=40).double()
+    before = copy.deepcopy(model)
+    after = stepped(model)
+    for layer, scale_as in (("attn.c_attn", 3), ("attn.c_proj", 1), ("mlp.c_fc", 1), ("mlp.c_proj", 1)):
+        name = f"transformer.h.1.{layer}.weight"
+        old = dict(before.named_parameters())[name].detach()
+        grads = recorded(before, name)
+        thirds = [
+            by_hand(w.T, [g.T for g in gs]).T
+            for w, *gs in zip(old.chunk(scale_as, 1), *(g.chunk(scale_as, 1) for g in grads), strict=True)
+        ]
+        torch.testing.assert_close(after[name].detach(), torch.cat(thirds, 1), rtol=1e-9, atol=1e-12)
+
+
+class Experts(nn.Module):
+    def __init__(self, transposed):
+        super().__init__()
+        self.is_transposed = transposed
+        self.up_proj = nn.Parameter(torch.randn((3, 4, 10) if transposed else (3, 10, 4)))
+        self.up_proj_bias = nn.Parameter(torch.randn(3, 10))
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.Wqkv = nn.Linear(6, 18)
+        self.qkv_proj = nn.Linear(6, 12)
+        self.query_key_value = nn.Linear(6, 18)
+        self.conv = nn.Conv2d(4, 5, 3)
+        self.conv1 = nn.Conv1d(4, 5, 3)
+        self.depthwise = nn.Conv1d(4, 4, 3, groups=4)
+        self.experts = Experts(False)
+        self.transposed = Experts(True)
+        self.scales = nn.Parameter(torch.randn(2, 3, 4))
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem = nn.Conv2d(3, 4, 3)
+        self.blocks = nn.ModuleList([Block()])
+
+
+def test_each_kind_of_weight_is_trained_as_its_matrices():
+    model = Blocks().double()
+    before = copy.deepcopy(model)
+    after = stepped(model)
+    kinds = {
+        "Wqkv.weight": lambda w: list(w.chunk(3)),
+        "qkv_proj.weight": lambda w: [w],
+        "query_key_value.weight": lambda w: [w],
+        "conv.weight": lambda w: [w.reshape(5, 36)],
+        "conv1.weight": lambda w: [w.reshape(5, 12)],
+        "experts.up_proj": lambda w: list(w),
+        "transposed.up_proj": lambda w: [expert.T for expert in w],
+    }
+    assert matrices_in(model).keys() == {f"blocks.0.{name}" for name in kinds}
+    for name, apart in kinds.items():
+        name = f"blocks.0.{name}"
+        old, grads = dict(before.named_parameters())[name].detach(), recorded(before, name)
+        parts = [by_hand(w, gs) for w, *gs in zip(apart(old), *map(apart, grads), strict=True)]
+        for ours, theirs in zip(apart(after[name].detach()), parts, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+def test_cautious_decay_passes_over_what_grows():
+    model = tiny()
+    before = copy.deepcopy(model)
+    after = stepped(model, cautious=True)
+    name = "model.layers.0.mlp.up_proj.weight"
+    old, grads = dict(before.named_parameters())[name].detach(), recorded(before, name)
+    expected = by_hand(old, grads, cautious=True)
+    torch.testing.assert_close(after[name].detach(), expected, rtol=1e-9, atol=1e-12)
+    assert (expected - by_hand(old, grads)).abs().max() > 1e-5
+
+
+def test_many_matrices_are_iterated_a_part_at_a_time(monkeypatch):
+    whole = stepped(tiny())
+    monkeypatch.setattr(muon_file, "BATCH", 600)
+    for name, parameter in stepped(tiny()).items():
+        torch.testing.assert_close(parameter, whole[name], rtol=1e-12, atol=1e-14)
+
+
+def test_momentum_rises_with_progress(tmp_path):
+    seen = []
+
+    class Watched(Muon):
+        def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+            seen.append({g["momentum"] for g in optimizer.param_groups if g["algorithm"] == "muon"})
+
+    tiny_trainer([Watched(momentum=0.95, momentum_warmup=0.5)], tmp_path).train()
+    expected = [0.85 + 0.1 * min(step / 12, 1) for step in range(24)]
+    assert [momentum for (momentum,) in seen] == pytest.approx(expected)
+    assert warmed_up(0.8, 0.0) == warmed_up(0.8, 0.7) == 0.8
+
+
+def test_it_uses_the_fused_adamw_where_trainer_does():
+    model = tiny().float()
+    technique = Muon()
+    args = SimpleNamespace(**vars(ARGS) | {"optim": "adamw_torch_fused"})
+    technique.host_ = SimpleNamespace(args=args, is_deepspeed_enabled=False)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    group = {"params": list(parameters), "names": list(names), "lr": 1e-3, "weight_decay": 0.1, "group": ""}
+    optimizer = technique.optimizer(model, [group])
+    rest = [copy.deepcopy(p) for n, p in model.named_parameters() if "proj" not in n]
+    adamw = torch.optim.AdamW(rest, lr=1e-3, betas=(0.8, 0.95), eps=1e-7, weight_decay=0.1, fused=True)
+    gradients(model, 0)
+    for twin, p in zip(rest, (p for n, p in model.named_parameters() if "proj" not in n), strict=True):
+        twin.grad = p.grad.clone()
+    optimizer.step()
+    adamw.step()
+    for twin, p in zip(rest, (p for n, p in model.named_parameters() if "proj" not in n), strict=True):
+        assert torch.equal(twin, p)
+
+
+def test_fine_tuning_all_of_a_checkpoint_is_warned_of(tmp_path, caplog):
+    tiny().save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    logging.enable_propagation()
+    try:
+        made(tiny())
+        assert not caplog.messages
+        made(loaded)
+        assert "looks pre-trained" in caplog.text
+        caplog.clear()
+        frozen = AutoModelForCausalLM.from_pretrained(tmp_path)
+        for name, parameter in frozen.named_parameters():
+            parameter.requires_grad_("layers.1" in name)
+        made(frozen)
+        assert not caplog.messages
+    finally:
+        logging.disable_propagation()
