@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
@@ -151,7 +152,19 @@ class Resuming(Stepping):
         scratch.write_text(json.dumps({"run_id": self.run_id, "seconds": self.clock.seconds}))
         scratch.replace(self._heartbeat_path())
 
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        self._loaded_from = resume_from_checkpoint
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _issue_warnings_after_load(self, load_result):
+        if load_result.missing_keys and load_result.unexpected_keys and isinstance(self.model, PreTrainedModel):
+            # Some models (ViT) are saved under the names of earlier versions, which Trainer does not translate back.
+            saved = type(self.model).from_pretrained(self._loaded_from)
+            load_result = self.model.load_state_dict(saved.state_dict(), strict=False)
+        super()._issue_warnings_after_load(load_result)
+
     def _load_best_model(self):
+        self._loaded_from = self.state.best_model_checkpoint
         super()._load_best_model()
         averages = ckpt.load_averaged(str(self.state.best_model_checkpoint))
         if averages is not None and self._owners["averaging"] is not None:

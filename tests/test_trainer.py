@@ -13,6 +13,8 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 from hf_accel import AccelTrainer, Budget, Technique, accelerated, attach
@@ -161,6 +163,44 @@ def test_resumes_as_trainer_does(watched, step, tmp_path):
         plain = tiny_trainer([], tmp_path / "c", trainer_class=Trainer)
         plain.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
         assert largest_difference(weights_of(straight), weights_of(plain)) == 0.0
+
+
+def vision_trainer(directory, **args):
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=8,
+        patch_size=4,
+        num_channels=1,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=1,
+        num_labels=2,
+    )
+    images = torch.randn(24, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    rows = [{"pixel_values": image, "labels": int(image.mean() > 0)} for image in images]
+    settings = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "remove_unused_columns": False}
+    settings |= {"dataloader_pin_memory": False, "num_train_epochs": 2, "learning_rate": 1e-2, "logging_steps": 1}
+    return AccelTrainer(
+        ViTForImageClassification(config),
+        TrainingArguments(str(directory), **(settings | args)),
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+
+
+def test_weights_that_are_saved_under_other_names_are_resumed_and_the_best_are_loaded(tmp_path):
+    straight = vision_trainer(tmp_path, save_strategy="steps", save_steps=3)
+    straight.train()
+    resumed = vision_trainer(tmp_path / "resumed", save_strategy="no")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert losses_of(resumed) == losses_of(straight)
+    assert largest_difference(weights_of(resumed), weights_of(straight)) == 0.0
+    often = {"save_strategy": "steps", "save_steps": 3, "eval_strategy": "steps", "eval_steps": 3}
+    best = vision_trainer(tmp_path / "best", **often, load_best_model_at_end=True, metric_for_best_model="eval_runtime")
+    best.train()
+    expected = ViTForImageClassification.from_pretrained(best.state.best_model_checkpoint).state_dict()
+    assert largest_difference(weights_of(best), expected) == 0.0
 
 
 def test_every_example_is_observed_once_an_epoch(tmp_path):
