@@ -62,10 +62,10 @@ HOOKS = (
 """Questions that every technique may answer."""
 
 STREAM = frozenset(
-    "select order batch collate step_select objective transform_batch "
+    "prepare_dataset select order batch collate step_select objective transform_batch "
     "example_weights token_weights extra_loss observe".split()
 )
-"""Hooks and slots that are only asked when batches come from the `StepStream`."""
+"""Hooks and slots for which batches come from the `StepStream`."""
 
 State = Mapping[str, Any]
 """Tensors, numbers, strings, and lists and dicts of these."""

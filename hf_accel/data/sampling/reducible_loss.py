@@ -91,6 +91,10 @@ class ReducibleLoss(Technique):
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"keep": 1.0}
     refused_backends: ClassVar = WHOLE_WEIGHTS
+    expected_failed_checks: ClassVar = {
+        "two_ranks_equal_one[ddp]": "a step of fewer examples than ranks has our loss, in the precision of the weights, "
+        "where one process has the model's own, in float32: weights differ by 7e-7"
+    }
     variations: ClassVar = {"keep": 0.5, "column": "score"}
 
     def prepare_dataset(self, dataset: Any) -> Any:
@@ -135,7 +139,7 @@ class ReducibleLoss(Technique):
         small.train()
         parameters = [p for p in small.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
-        size = args.train_batch_size
+        size = host.nominal_batch_size
         steps = math.ceil(len(held) / size) * self.epochs
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         with random_state_kept(args.device):
@@ -143,12 +147,14 @@ class ReducibleLoss(Technique):
             for epoch in range(self.epochs):
                 shuffled_N = torch.randperm(len(held), generator=torch.Generator().manual_seed(args.seed + epoch))
                 for ids_B in shuffled_N.split(size):
-                    batch = reader[StepPlan(epoch, ids_B, None, size, seed=args.seed)].micro_batches[0]
-                    inputs = send_to_device(batch.inputs, args.device)
-                    with host.accelerator.autocast():
-                        example, _ = losses_and_outputs(head, small, inputs, len(ids_B))
-                        loss = weighted_mean(example, head.count(inputs, len(ids_B)))
-                    loss.backward()
+                    batch = reader[StepPlan(epoch, ids_B, None, host.micro_batch_size, seed=args.seed)]
+                    micros = [(send_to_device(m.inputs, args.device), len(m.ids_B)) for m in batch.micro_batches]
+                    items_K = torch.stack([head.count(inputs, number) for inputs, number in micros]).sum(0)
+                    for inputs, number in micros:
+                        with host.accelerator.autocast():
+                            example, _ = losses_and_outputs(head, small, inputs, number)
+                            loss = weighted_mean(example, items_K)
+                        loss.backward()
                     if args.max_grad_norm:
                         nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
                     optimizer.step()
