@@ -125,9 +125,10 @@ def keep_by_score(
     """
     shuffled_N = torch.randperm(len(scores_N), generator=generator)
     ranked_N = shuffled_N[scores_N[shuffled_N].argsort(descending=prefer == "hard", stable=True)]
-    groups = {"": ranked_N.tolist()} if classes is None else {}
-    for i in ranked_N.tolist() if classes is not None else ():
-        groups.setdefault(classes[i], []).append(i)
+    names = [""] * len(scores_N) if classes is None else classes
+    groups: dict[Any, list[int]] = {}
+    for i in ranked_N.tolist():
+        groups.setdefault(names[i], []).append(i)
     kept = {name: members[: round(keep * len(members))] for name, members in groups.items()}
     if gone := [name for name, members in kept.items() if not members]:
         whose = "" if classes is None else f" of class {gone[0]!r}"

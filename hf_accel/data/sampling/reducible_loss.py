@@ -92,7 +92,7 @@ class ReducibleLoss(Technique):
     neutral: ClassVar = {"keep": 1.0}
     refused_backends: ClassVar = WHOLE_WEIGHTS
     expected_failed_checks: ClassVar = {
-        "two_ranks_equal_one[ddp]": "a step of fewer examples than ranks has our loss, in the precision of the weights, "
+        "two_ranks_equal_one[ddp]": "a step of fewer examples than ranks has our loss, in the weights' own precision, "
         "where one process has the model's own, in float32: weights differ by 7e-7"
     }
     variations: ClassVar = {"keep": 0.5, "column": "score"}
