@@ -144,8 +144,9 @@ class IterableStepStream(StepStream):
         loader["num_workers"] = min(loader.get("num_workers", 0), 1)
         self.windows = Windows(self.dataset, self.batch_size, self.seed, whole=self.drop_last)
         self.examples = ReadAhead()
+        as_it_is: Any = _window_as_it_is
         return StepReader(self.examples, collate), DataLoader(
-            self.windows, batch_size=None, collate_fn=_window_as_it_is, **loader
+            self.windows, batch_size=None, collate_fn=as_it_is, **loader
         )
 
     def set_epoch(self, epoch: int) -> None:
