@@ -34,7 +34,9 @@ def tune(name: str, trials: int, seeds: int, out: Path) -> dict:
         out=out / name,
     )
     given = comparison.reference.recipe.args
-    results = comparison.run(lambda progress: print(name, f"{progress.done}/{progress.total}", progress.last, flush=True))
+    results = comparison.run(
+        lambda progress: print(name, f"{progress.done}/{progress.total}", progress.last, flush=True)
+    )
     found = results.row("baseline")
     chosen = {key: results.baseline_args[key] for key in ("learning_rate", "per_device_train_batch_size")}
     start = {key: given[key] for key in chosen}

@@ -129,6 +129,12 @@ class Resuming(Stepping):
             self.clock.spent["seconds"] = max(self.clock.spent["seconds"], self._heartbeat_seconds())
         return state
 
+    def resumed_state(self, technique: Technique) -> Any:
+        """What a technique's ``state_dict("global")`` gave for the checkpoint that the run goes on from, before it is
+        loaded; None where there is none."""
+        pairs = (self._resumed or {}).get("found", {}).get("global", ())
+        return next((state for owner, state in pairs if owner is technique), None)
+
     def restore_techniques(self) -> None:
         """Give the techniques their state; after their ``on_train_begin``."""
         for scope, pairs in (self._resumed or {}).get("found", {}).items():

@@ -9,6 +9,7 @@ Shape suffixes: ``B`` examples, ``L`` items of an example, ``K`` terms of the lo
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
 from typing import Any
@@ -41,7 +42,7 @@ class Stepping(Hosting):
             if batch is None:
                 self.control.should_epoch_stop = True  # a stream that gave nothing in a later epoch
                 return [], None
-            if self.requested_micro_batch_size == "auto":
+            if self.requested_micro_batch_size == "auto" or self._owners["step_select"] is not None:
                 self.step_states = memory.technique_states(self)
             read_ahead = batch.plan.micro_batch_size != self.micro_batch_size  # before memory ran out
             batch = self.read_again(batch.plan) if read_ahead else self._transformed(batch)
@@ -100,10 +101,14 @@ class Stepping(Hosting):
         kept, kept_weights = owner.step_select(plan.ids_N, torch.tensor([by_id[i] for i in plan.ids_N.tolist()]))
         if len(kept) == 0:
             raise ValueError(f"{owner!r}: it kept no example of a step. Keep more.")
+        if len(kept) == len(plan.ids_N) and kept_weights is None:
+            return batch
         if plan.weights_N is not None:
             kept_weights = plan.weights_N[kept] * (1.0 if kept_weights is None else kept_weights)
-        plan = dataclasses.replace(plan, ids_N=plan.ids_N[kept], weights_N=kept_weights)
-        return self.read_again(plan)
+        for technique, scope, state in self.step_states:
+            if technique is not owner:
+                technique.load_state_dict(scope, copy.deepcopy(state))  # what is transformed again is counted once
+        return self.read_again(dataclasses.replace(plan, ids_N=plan.ids_N[kept], weights_N=kept_weights))
 
     def _num_tokens(self, inputs) -> Tensor | int:
         if "attention_mask" in inputs and inputs["attention_mask"].dim() == 2:

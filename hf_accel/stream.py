@@ -21,10 +21,11 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 
 from hf_accel.technique import Technique
 
@@ -116,7 +117,7 @@ class StepReader(Dataset):
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]]):
         self.dataset, self.collate = dataset, collate
-        # Datasets that read rows at once do so, unless a transform must draw for each example by its own key.
+        # Datasets that read rows at once do so, unless a transform may draw, for each example by its own key.
         self.reads_rows = hasattr(dataset, "__getitems__") and not _has_transform(dataset)
 
     def __getitem__(self, plan: StepPlan) -> StepBatch:
@@ -140,6 +141,8 @@ class StepReader(Dataset):
 
 
 def _has_transform(dataset: Any) -> bool:
+    if isinstance(dataset, Subset):
+        return not isinstance(dataset.dataset, datasets.Dataset) or _has_transform(dataset.dataset)
     return getattr(dataset, "format", {}).get("type") == "custom"
 
 

@@ -139,9 +139,7 @@ class Comparison:
         if len(self.horizons) < 2 or self.horizons[0] <= 0:
             raise ValueError(f"horizons({self.horizons}): must be two or more above 0. Give, say, 0.25,0.5,0.75,1,1.5.")
         if not self.candidates and not (self.tune and self.workload):
-            raise ValueError(
-                "candidates: there are none. Give a recipe, or a workload to tune the baseline of."
-            )
+            raise ValueError("candidates: there are none. Give a recipe, or a workload to tune the baseline of.")
         self.seconds = None if self.budget is None else _seconds(self.budget)
         if not 0 < self.share <= self.horizons[-1]:
             raise ValueError(f"share({self.share}): must be above 0 and at most the longest horizon. Give, say, 0.5.")

@@ -34,17 +34,6 @@ def rows_of(dataset: Any, ids_N: Tensor) -> Any:
     return dataset.select(ids_N.tolist()) if isinstance(dataset, datasets.Dataset) else Rows(dataset, ids_N)
 
 
-def saved_state(technique: Technique) -> State | None:
-    """What a technique's `state_dict` gave for the checkpoint that the run goes on from; before it is loaded.
-
-    Data sets are prepared before techniques get their state, and what is chosen must not be judged anew: the model that
-    would judge has been trained since.
-    """
-    assert technique.host_ is not None
-    pairs = (technique.host_._resumed or {}).get("found", {}).get("global", ())
-    return next((state for owner, state in pairs if owner is technique), None)
-
-
 class StaticSubset(Technique):
     """Trains on the examples that `choose` names, once, before training."""
 
@@ -53,9 +42,11 @@ class StaticSubset(Technique):
         raise NotImplementedError
 
     def prepare_dataset(self, dataset: Any) -> Any:
-        """Choose; in a run that goes on, what was chosen in its first part."""
+        """Choose; in a run that goes on, what was chosen in its first part: the model that would judge has been trained
+        since."""
         check_indexable(dataset, self)
-        if (state := saved_state(self)) is None:
+        assert self.host_ is not None
+        if (state := self.host_.resumed_state(self)) is None:
             self.offered_, self.ids_N_ = len(dataset), self.choose(dataset)
         else:
             self.load_state_dict("global", state)

@@ -41,7 +41,7 @@ from hf_accel.data.scores import (
     reader_for,
     score_examples,
 )
-from hf_accel.data.static_subset import rows_of, saved_state
+from hf_accel.data.static_subset import rows_of
 from hf_accel.losses import weighted_mean
 from hf_accel.memory import random_state_kept
 from hf_accel.stream import StepPlan
@@ -118,7 +118,7 @@ class ReducibleLoss(Technique):
             return
         if self.column is not None:
             self.irreducible_N_ = numbers(dataset, self.column, self).float()
-        elif (state := saved_state(self)) is not None:
+        elif (state := self.host_.resumed_state(self)) is not None:
             self.load_state_dict("global", state)
         else:
             head, small = head_for(self), self._train_small(self.held_)
