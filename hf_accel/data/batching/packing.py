@@ -19,8 +19,8 @@ that it would have without packing, and no example is cut.
 
 When to use: decoder language models on examples of very different length with ``sdpa`` or ``eager`` attention, on CPUs,
 or with ``torch.compile``; with large micro-batches, as few examples fill rows badly.  On one CPU thread a small Llama
-trained on 3.1 times the real tokens a second of padded batches on sst2 (32 examples of 13 tokens on average), and on 1.3
-times as many on gsm8k (8 of 153 tokens); the same batches without rows, flattened, on 2.7 and on 0.95 times as many.
+trained on 3.1 times the real tokens a second of padded batches on sst2 (32 examples of 13 tokens on average), and on
+1.3 times as many on gsm8k (8 of 153 tokens); the same batches flattened into one row on 2.7 and on 0.95 times as many.
 When not to use: with flash attention, where flattening alone has no padding at all; examples nearly as long as the
 longest, or one very long example, as every row is as long as it: give the others to padding, or truncate.  Refused are
 encoders, models with recurrent state, classification, and decoders that make their mask without position_ids.
