@@ -91,8 +91,9 @@ def _refill(rows: dict[str, Tensor], kept_RL: Tensor) -> None:
     rows["position_ids"] = torch.where(kept_RL, positions_RL, counted_RL)
     if "attention_mask" in rows:
         rows["attention_mask"] = rows["attention_mask"] * kept_RL
-    if "labels" in rows:
-        rows["labels"] = rows["labels"].masked_fill(~kept_RL, -100)
+    for name, fill in {"input_ids": 0, "labels": -100}.items():
+        if name in rows:
+            rows[name] = rows[name].masked_fill(~kept_RL, fill)
 
 
 @dataclass(eq=False)

@@ -76,7 +76,7 @@ def test_packed_examples_are_cut_one_by_one_and_stay_in_one_piece():
         "labels": torch.tensor([[-100, 12, 13, -100, 22, 23, 24], [-100, 32, 33, 34, 35, -100, -100]]),
     }
     assert {name: value.tolist() for name, value in truncate(packed, 2).items()} == {
-        "input_ids": [[11, 12, 21, 22], [31, 32, 33, 34]],
+        "input_ids": [[11, 12, 21, 22], [31, 32, 0, 0]],
         "position_ids": [[0, 1, 0, 1], [0, 1, 2, 3]],
         "attention_mask": [[1, 0, 1, 1], [1, 1, 0, 0]],
         "labels": [[-100, 12, -100, 22], [-100, 32, -100, -100]],
