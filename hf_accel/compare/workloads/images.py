@@ -103,9 +103,10 @@ class Cifar10ResNet(Cifar10):
     }
 
     def model(self) -> PreTrainedModel:
-        config = ResNetConfig(layer_type="basic", num_labels=10, **self.size["model"])
+        config = ResNetConfig(layer_type="basic", **self.size["model"])
+        config.num_labels = 10
         model = ResNetForImageClassification(config)
-        stem = model.resnet.embedder
+        stem: Any = model.resnet.embedder
         stem.embedder = ResNetConvLayer(3, config.embedding_size, kernel_size=3, stride=self.size["stride"])
         stem.pooler = nn.Identity()
         return model
@@ -145,5 +146,6 @@ class Cifar10Vit(Cifar10):
     }
 
     def model(self) -> PreTrainedModel:
-        config = ViTConfig(image_size=32, num_labels=10, **self.size["model"])
+        config = ViTConfig(image_size=32, **self.size["model"])
+        config.num_labels = 10
         return ViTForImageClassification(config)

@@ -37,6 +37,6 @@ def evaluate_metric(name: str) -> Callable[[EvalPrediction], dict[str, float]]:
                 f"{np.shape(logits)} and {labels.dtype} labels of shape {labels.shape}. Use the workload's metrics."
             )
         found = metric.compute(predictions=np.argmax(logits, axis=-1), references=labels) or {}
-        return {key: float(value) for key, value in found.items() if np.isscalar(value)}
+        return {key: float(value) for key, value in found.items() if isinstance(value, int | float)}
 
     return compute

@@ -55,9 +55,8 @@ class TextClassification(Workload):
         classes = len(train["label"].unique())
         train = train.take(np.random.default_rng(0).permutation(len(train))[: self.size["train"]])
         tokenizer = without_unused(BertTokenizer(str(data_file(*VOCABULARY))), train["text"].to_pylist())
-        config = BertConfig(
-            vocab_size=len(tokenizer), num_labels=classes, max_position_embeddings=128, **self.size["model"]
-        )
+        config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **self.size["model"])
+        config.num_labels = classes
         evaluated = encode(validation, tokenizer)
         by_length = np.argsort([len(row) for row in evaluated["input_ids"]], kind="stable")
         return {

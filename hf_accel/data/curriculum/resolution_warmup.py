@@ -74,6 +74,7 @@ class ResolutionWarmup(Technique):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
+        assert model is not None
         refuse_other_than_images(self, model)
         model = unwrapped(model)
         self.interpolates_ = "interpolate_pos_encoding" in inspect.signature(model.forward).parameters
@@ -99,7 +100,7 @@ class ResolutionWarmup(Technique):
             self.trained_ += len(images_B) * math.prod(size)
             if size != list(full):
                 smaller_B = F.interpolate(images_B, size, mode="bilinear", antialias=True)
-                inputs = {**micro.inputs, "pixel_values": smaller_B}
+                inputs: dict[str, Any] = {**micro.inputs, "pixel_values": smaller_B}
                 if self.interpolates_:
                     inputs["interpolate_pos_encoding"] = True
                 micro = micro._replace(inputs=inputs)

@@ -94,6 +94,7 @@ class TokenCutoff(Technique):
                 )
             self.seen_ += int(seen_RL.sum())
             if share > 0:
+                assert self.pad_id_ is not None
                 examples_RL = examples_of({**micro.inputs, "labels": ids_RL}, len(micro.ids_B))
                 cut_RL = draw_cuts(examples_RL, seen_RL, share, generators(self, batch.plan, micro.ids_B))
                 inputs = {**micro.inputs, "input_ids": ids_RL.masked_fill(cut_RL, self.pad_id_)}
