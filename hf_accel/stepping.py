@@ -140,7 +140,7 @@ class Stepping(Hosting):
             return False
         if self._answered & {"example_weights", "token_weights", "extra_loss"} or self.example_loss_func is not None:
             return True
-        if any(m.weights_B is not None for m in batch.micro_batches) or len(batch.plan.ids_N) < self.args.world_size:
+        if batch.plan.has_fillers or any(m.weights_B is not None for m in batch.micro_batches):
             return True
         divided = len(batch.micro_batches) > 1 or self.args.world_size > 1
         return (divided or self._owners["collate"] is not None) and not self._host_scales_rightly

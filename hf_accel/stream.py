@@ -55,6 +55,11 @@ class StepPlan:
     world: int = 1
     seed: int = 0
 
+    @property
+    def has_fillers(self) -> bool:
+        """Whether the last micro-batches are fewer examples than ranks, so that some rank has none."""
+        return 0 < len(self.ids_N) % (self.micro_batch_size * self.world) < self.world
+
     def micro_batches(self) -> list[tuple[Tensor, Tensor | None]]:
         """Ids and weights of each of this rank's micro-batches; id -1 marks a filler, which has weight 0."""
         ids, weights = self.ids_N, self.weights_N

@@ -70,6 +70,14 @@ def test_ranks_share_a_step_without_loss_or_repetition(n, micro, world):
         assert [i for row in parts[0] for i in row] == list(range(n))
 
 
+@pytest.mark.parametrize("micro, world", [(1, 2), (4, 2), (3, 4)])
+def test_every_rank_knows_whether_some_rank_has_a_filler(micro, world):
+    for n in range(1, 3 * micro * world):
+        plans = [StepPlan(0, torch.arange(n), None, micro, rank, world) for rank in range(world)]
+        filled = any(int(ids[0]) < 0 for plan in plans for ids, _ in plan.micro_batches())
+        assert all(plan.has_fillers is filled for plan in plans), n
+
+
 def test_ranks_without_an_example_get_a_filler_that_counts_nothing():
     plans = [StepPlan(0, torch.tensor([5]), None, 4, rank, 3) for rank in range(3)]
     assert [plan.micro_batches()[0][0].tolist() for plan in plans] == [[5], [-1], [-1]]
