@@ -96,8 +96,8 @@ class Ending:
     def __init__(self, trainer: AccelTrainerMixin):
         self.trainer = trainer
         self.positions = 0.0
-        self.pace_when_measured: float | None = None
-        self.measured = -1.0
+        self.pace_when_measured = 0.0
+        self.measured: float | None = None
         self.evaluates = str(getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy)) != "no"
         self.saves = str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) != "no"
         trainer.evaluation_seconds = _probe_evaluation(trainer) if self.evaluates else 0.0
@@ -118,7 +118,7 @@ class Ending:
             return 1.0
         self.positions += (trainer._trained_positions - self.positions) * (0.1 if self.positions else 1.0)
         pace = duration / self.positions
-        if self.measured != trainer.evaluation_seconds or self.pace_when_measured is None:
+        if self.measured != trainer.evaluation_seconds:
             self.measured, self.pace_when_measured = trainer.evaluation_seconds, pace
         return min(max(pace / self.pace_when_measured, 0.5), 4.0)
 

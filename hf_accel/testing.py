@@ -83,6 +83,13 @@ def collate_padded(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
     return {"input_ids": padded("input_ids", 0), "labels": padded("labels", -100), "attention_mask": mask}
 
 
+def _seeded(kind: Any, config: Any, dtype: torch.dtype, seed: int) -> Any:
+    """A model from its configuration, the same for the same seed; the global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return kind(config).to(dtype)
+
+
 def tiny_llama(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0) -> LlamaForCausalLM:
     """A Llama of four blocks and 15,000 parameters, the same for the same seed; the global generator is left alone."""
     config = LlamaConfig(
@@ -99,9 +106,7 @@ def tiny_llama(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: i
         eos_token_id=2,
         tie_word_embeddings=False,
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return LlamaForCausalLM(config).to(dtype)  # type: ignore[arg-type]
+    return _seeded(LlamaForCausalLM, config, dtype, seed)
 
 
 class Patterns(Dataset):
@@ -133,7 +138,8 @@ def collate_stacked(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 def tiny_convnext(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
     """A ConvNeXt of two blocks for images of any size, the same for the same seed.
 
-    Not a ViT: of those, as of all models whose weights it renames, Trainer of transformers 5.23 resumes nothing."""
+    Not a ViT: a plain Trainer of transformers 5.23 resumes nothing of models whose weights are saved under other names.
+    """
     config = ConvNextConfig(
         num_stages=2,
         hidden_sizes=[8, 16],
@@ -142,9 +148,7 @@ def tiny_convnext(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed
         drop_path_rate=dropout,
         num_labels=4,  # type: ignore[call-arg]
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return ConvNextForImageClassification(config).to(dtype)  # type: ignore[arg-type]
+    return _seeded(ConvNextForImageClassification, config, dtype, seed)
 
 
 def tiny_whisper(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
@@ -163,9 +167,7 @@ def tiny_whisper(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed:
         dropout=dropout,
         num_labels=4,  # type: ignore[call-arg]
     )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return WhisperForAudioClassification(config).to(dtype)  # type: ignore[arg-type]
+    return _seeded(WhisperForAudioClassification, config, dtype, seed)
 
 
 class Probe(NamedTuple):

@@ -128,11 +128,10 @@ def make_trainer(
     A plain Trainer mis-scales the losses of some models when it accumulates gradients; their baseline is hosted.
     """
     unit, amount = parse_budget(budget)
-    techniques = recipe.build_techniques()
     horizon: dict[str, Any] | None = None
     accumulates = args.get("gradient_accumulation_steps", 1) > 1
     misscaled = accumulates and not losses.honours_num_items(task["model"])
-    plain = not techniques and not hosted and not misscaled
+    plain = not recipe.techniques and not hosted and not misscaled
     if plain and unit in ("steps", "epochs", "samples"):
         horizon = {"num_train_epochs": amount}
         if unit != "epochs":
