@@ -13,6 +13,7 @@ repeated while something admitted is unseen.  Difficulty is
     "length"        number of tokens
     "rarity"        - sum over tokens of log(share of the token in the training set)
     "compression"   bytes of the compressed token ids per byte
+    "loss"          mean loss under the model before training: a pass over the training set
     anything else   that column of the training set
 
 Reference: Platanios et al. (2019), Competence-based Curriculum Learning for Neural Machine Translation,
@@ -40,6 +41,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_accel.data.scores import losses_score, score_examples
 from hf_accel.technique import Fraction, State, Technique
 
 
@@ -79,7 +81,7 @@ def difficulties(dataset: Any, kind: str, asking: Technique) -> Tensor:
     if name not in names:
         raise ValueError(
             f"{asking!r}: train_dataset has no column {name!r}, only {', '.join(map(repr, names))}. "
-            "Choose one of them, 'length', 'rarity' or 'compression'."
+            "Choose one of them, 'length', 'rarity', 'compression' or 'loss'."
         )
     if kind == "length":
         values = [float(len(row)) for row in _column(dataset, name)]
@@ -116,7 +118,8 @@ class DifficultyCurriculum(Technique):
     """Trains on the easiest examples first, and on more and more of them.
 
     Args:
-        difficulty: ``"length"``, ``"rarity"``, ``"compression"`` or a column of numbers, higher for harder.
+        difficulty: ``"length"``, ``"rarity"``, ``"compression"``, ``"loss"`` (of a pretrained model) or a column of
+            numbers, higher for harder.
         start: Share of the examples that is admitted first, in (0, 1].
         end: Progress, in [0, 1], from which all are admitted.
     """
@@ -125,11 +128,17 @@ class DifficultyCurriculum(Technique):
     start: Annotated[float, at.Interval(gt=0, le=1)] = 0.01  # the paper's
     end: Fraction = 0.2  # evidence: as a warm-up of 10 to 20 %
     neutral: ClassVar = {"start": 1.0}
-    variations: ClassVar = {"difficulty": "rarity", "start": 0.9}
+    variations: ClassVar = {"difficulty": "loss", "start": 0.9}
 
     def inspect_dataset(self, dataset: Any) -> None:
-        """Measure the difficulty of each example."""
-        self.difficulty_N_ = difficulties(dataset, self.difficulty, self)
+        """Measure the difficulty of each example; the loss only once, by the model before training."""
+        assert self.host_ is not None
+        if self.difficulty != "loss":
+            self.difficulty_N_ = difficulties(dataset, self.difficulty, self)
+        elif (state := self.host_.resumed_state(self)) is not None:
+            self.difficulty_N_ = state["difficulty_N"]
+        else:
+            self.difficulty_N_ = score_examples(self, dataset, losses_score(self))
         self.first_ = None
 
     def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
@@ -155,8 +164,11 @@ class DifficultyCurriculum(Technique):
         return order_N
 
     def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """A number for the report; the stream keeps the order itself."""
-        return {"first": self.first_} if scope == "global" else {}
+        """A number for the report, and what was measured by a model that is gone; the stream keeps the order itself."""
+        if scope == "rank":
+            return {}
+        measured = {"difficulty_N": self.difficulty_N_} if self.difficulty == "loss" else {}
+        return {"first": self.first_, **measured}
 
     def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
         if scope == "global":

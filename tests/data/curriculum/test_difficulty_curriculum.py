@@ -1,3 +1,4 @@
+import copy
 import math
 from collections import Counter
 from types import SimpleNamespace
@@ -96,3 +97,20 @@ def test_bad_columns_are_refused():
         difficulties([{"age": 1.0}, {"age": math.nan}], "age", asking)
     with pytest.raises(ValueError, match="the column 'age' is not of numbers"):
         difficulties([{"age": "old"}], "age", asking)
+
+
+def test_the_loss_is_measured_once_by_the_model_before_training(tmp_path):
+    technique = DifficultyCurriculum("loss")
+    trainer = tiny_trainer([technique], tmp_path / "straight", save_strategy="steps", save_steps=10)
+    model = copy.deepcopy(trainer.model).eval()
+    expected = []
+    for row in trainer.train_dataset.rows:
+        ids = torch.tensor([row])
+        with torch.no_grad():
+            expected.append(float(model(input_ids=ids, labels=ids).loss))
+    trainer.train()
+    assert technique.difficulty_N_.tolist() == pytest.approx(expected, rel=1e-4)
+    again = DifficultyCurriculum("loss")
+    resumed = tiny_trainer([again], tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-10"))
+    assert torch.equal(again.difficulty_N_, technique.difficulty_N_)
