@@ -40,6 +40,8 @@ from torch.utils.data import IterableDataset
 
 from hf_accel.data.flattening import check_kept_apart, end_to_end, unpadded
 from hf_accel.data.lengths import example_lengths
+from hf_accel.data.segment_attention import NAME as BY_SEGMENT
+from hf_accel.data.segment_attention import can_attend_by_segment
 from hf_accel.stream import ORDER
 from hf_accel.technique import State, Technique
 
@@ -90,6 +92,7 @@ class Packing(Technique):
     def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps packed examples apart."""
         check_kept_apart(model, self, num_rows=1 if "flash" in model.config._attn_implementation else 2)
+        self.by_segment_ = can_attend_by_segment(model, num_rows=2)
         return model
 
     def inspect_dataset(self, dataset: Any) -> None:
@@ -105,13 +108,19 @@ class Packing(Technique):
         if self.max_length is not None and length > self.max_length:
             raise ValueError(f"{self!r}: an example has {length} tokens. Give at least that, or truncate it.")
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and self.width_ > limit:
             raise ValueError(f"{self!r}: rows of {self.width_} tokens, the model has {limit} positions. Give fewer.")
+        if self.by_segment_ and not args.torch_compile:
+            model.set_attn_implementation(BY_SEGMENT)
         self.in_one_row_ = "flash" in model.config._attn_implementation
         self.counts_ = {"rows": 0, "examples": 0, "tokens": 0, "positions": 0}
+
+    def on_train_end(self, args, state, control, model: Any = None, **kwargs):
+        if model.config._attn_implementation == BY_SEGMENT:
+            model.set_attn_implementation("sdpa")
 
     def collate(self, features: Sequence[Mapping[str, Any]], collator: Callable) -> dict[str, Any]:
         """Each example as the collator makes it alone, in rows."""

@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from hf_accel import AccelTrainer, Technique
 from hf_accel.data.batching.packing import Packing, best_fit_decreasing
-from hf_accel.data.curriculum.sequence_length_warmup import truncate
+from hf_accel.data.cutting import truncate
 from hf_accel.losses import head_of
 from hf_accel.stream import ORDER, MicroBatch
 from hf_accel.testing import (
@@ -36,7 +36,10 @@ def packing(model=None, width=9, **fields):
     technique = Packing(**fields)
     technique.host_ = object()
     technique.inspect_dataset([{"input_ids": [0] * width}])
-    technique.on_train_begin(None, None, None, model=model or tiny_llama(0.0))
+    model = model or tiny_llama(0.0)
+    model.config.use_cache = False  # as Trainer sets it
+    technique.prepare_model(model)
+    technique.on_train_begin(SimpleNamespace(torch_compile=False), None, None, model=model)
     return technique
 
 

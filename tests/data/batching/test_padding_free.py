@@ -16,6 +16,7 @@ from transformers import (
 from hf_accel.data.batching.padding_free import PaddingFree, flatten
 from hf_accel.data.flattening import flattening_fault
 from hf_accel.stream import MicroBatch
+from hf_accel.testing import tiny_llama
 
 SMALL = {
     "vocab_size": 97,
@@ -173,7 +174,10 @@ def test_projections_of_zero_hide_nothing(kind, auto, fault):
 def test_it_reports_the_padding_it_avoided():
     technique = PaddingFree()
     technique.host_ = object()
-    technique.on_train_begin(None, None, None)
+    model = tiny_llama()
+    model.config.use_cache = False  # as Trainer sets it
+    technique.prepare_model(model)
+    technique.on_train_begin(SimpleNamespace(torch_compile=False), None, None, model=model)
     flat = technique.collate(features(), pad)
     technique.transform_batch(SimpleNamespace(micro_batches=[MicroBatch(flat, torch.arange(4), None)]))
     assert technique.report() == {"padding_avoided": pytest.approx(1 - 18 / 36)}
