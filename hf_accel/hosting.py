@@ -76,6 +76,7 @@ class Hosting(Host):
         self._resumed: dict[str, Any] | None = None
         self._micro: MicroBatch | None = None
         self._swapped = False
+        self._made_optimizer = False
 
     def _find_owner(self, slot: str) -> Technique | None:
         owners = [t for t in self.techniques if slot in t.answers()]

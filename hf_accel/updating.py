@@ -19,8 +19,15 @@ class Updating(Hosting):
 
     def create_optimizer(self, model=None):
         owner = self._owners["optimizer"]
-        if self.optimizer is not None or (owner is None and "parameter_rules" not in self._answered):
+        asked = [t for t in self.techniques if t.answers() & {"optimizer", "parameter_rules"}]
+        if asked and self.optimizer is not None and not self._made_optimizer:
+            raise ValueError(
+                f"optimizer ({type(self.optimizer).__name__}): it was given, so {asked[0]!r} has no say in it. "
+                "Leave one of the two out."
+            )
+        if self.optimizer is not None or not asked:
             return super().create_optimizer(model)
+        self._made_optimizer = True
         model = self.model if model is None else model
         groups = self._parameter_groups(model)
         if owner is not None:
@@ -54,10 +61,16 @@ class Updating(Hosting):
         return list(groups.values())
 
     def create_scheduler(self, num_training_steps, optimizer=None):
+        owner = self._owners["schedule"]
+        if owner is not None and self.lr_scheduler is not None and not self._created_lr_scheduler:
+            raise ValueError(
+                f"lr_scheduler ({type(self.lr_scheduler).__name__}): it was given, and {owner!r} is the schedule. "
+                "Leave one of the two out."
+            )
         if not self.paced or self.lr_scheduler is not None:
             return super().create_scheduler(num_training_steps, optimizer)
         optimizer = optimizer or self.optimizer
-        shape = self._named_shape(optimizer) if (owner := self._owners["schedule"]) is None else owner.schedule
+        shape = self._named_shape(optimizer) if owner is None else owner.schedule
         self.lr_scheduler = LambdaLR(optimizer, lambda _: shape(self.clock.progress))
         self._created_lr_scheduler = True
         return self.lr_scheduler

@@ -26,6 +26,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import annotated_types as at
 from torch import Tensor, nn
 
+from hf_accel.model.blocks import block_lists
 from hf_accel.technique import Fraction, State, Technique
 
 
@@ -36,20 +37,8 @@ def frozen_depth(progress: float, num_blocks: int, *, start: float, max_fraction
 
 
 def find_blocks(model: Any) -> nn.ModuleList:
-    """The model's repeated blocks: its longest list of modules that it declares not to be split."""
-    names = set(getattr(model, "_no_split_modules", None) or ())
-
-    def is_block(module: nn.Module) -> bool:
-        # FSDP puts a subclass with another name in the place of a block's class.
-        return any(cls.__name__ in names for cls in type(module).__mro__)
-
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) and all(map(is_block, m))]
-    if not lists:
-        raise ValueError(
-            f"LayerFreezing(model={type(model).__name__}): it has no list of the blocks that it declares in "
-            f"_no_split_modules ({', '.join(sorted(names)) or 'none'}). Leave it out for this model."
-        )
-    return max(lists, key=len)
+    """The longest of the model's lists of blocks."""
+    return max(block_lists(model).values(), key=len)
 
 
 def detach_input(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
@@ -88,7 +77,10 @@ class LayerFreezing(Technique):
                 f"{self!r}: reentrant checkpointing gives no gradient to blocks above frozen ones. "
                 "Set use_reentrant=False."
             )
-        self.blocks_ = find_blocks(model)
+        try:
+            self.blocks_ = find_blocks(model)
+        except ValueError as error:
+            raise ValueError(f"{self!r}: {error}") from None
         self.trainable_ = [[p for p in block.parameters() if p.requires_grad] for block in self.blocks_]
         self.tied_ = _has_tied_head(model)
         self.hook_ = None

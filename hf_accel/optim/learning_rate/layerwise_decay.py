@@ -1,0 +1,106 @@
+"""Layer-wise decay: the further a block is from the head, the lower its learning rate.
+
+Early layers of a pretrained model hold what most tasks have in common, and want small changes; the head is new.  In a
+stack of L blocks, with d the distance of a parameter from the head,
+
+    lr = peak * decay^d       d = 0 for the head, 1 for the last block, L for the first, L + 1 for the embeddings
+
+Blocks are the modules, in lists, that the model declares in ``_no_split_modules`` not to be split; the inner ones where
+lists are nested.  Lists that lie in one outer list (the stages of a ConvNeXt) are one stack, and what lies between its
+blocks goes with the next one.  Each other list is a stack of its own, counted from its own end: encoder and decoder,
+text and image tower.  Outside the stacks, embeddings are all that the model registers before its first block or calls
+"embed", with d = L + 1 of the deepest stack; the rest is the head, final norms and poolers included.  A head that
+shares its weights with the embeddings has their rate.
+
+Reference: Clark et al. (2020), ELECTRA, https://arxiv.org/abs/2003.10555, which has decay 0.8 for Base and 0.9 for
+Large; Bao et al. (2022), BEiT, https://arxiv.org/abs/2106.08254, whose counting this is: in ELECTRA's, the last block
+has d = 2.
+
+When to use: full fine-tuning of pretrained encoders for text or images on little data; for images, 0.65 to 0.75 is
+usual.
+When not to use: training from scratch; adapters such as LoRA; heads tied to the embeddings, which then hardly learn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import annotated_types as at
+from torch import nn
+
+from hf_accel.model.blocks import block_lists
+from hf_accel.technique import Technique
+
+
+def stacks_of(model: Any) -> dict[str, list[str]]:
+    """The paths of the blocks in each stack, from its first to its last; by the path of the outermost list."""
+    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    of_blocks, stacks = block_lists(model), {}
+    for path, blocks in of_blocks.items():
+        if any(inner.startswith(f"{path}.") for inner in of_blocks):
+            continue
+        outermost = next(outer for outer in lists if f"{path}.".startswith(f"{outer}."))
+        stacks.setdefault(outermost, []).extend(f"{path}.{i}" for i in range(len(blocks)))
+    return stacks
+
+
+def distances_from_head(model: Any) -> dict[str, int]:
+    """How many blocks lie between the head and each parameter, by name, its own block included."""
+    stacks = stacks_of(model)
+    head = model.get_output_embeddings()
+    of_head = set() if head is None else {id(p) for p in head.parameters()}
+    embeddings = max(map(len, stacks.values())) + 1
+    distances, begun = {}, False
+    for name, parameter in model.named_parameters():
+        stack = next((path for path in stacks if name.startswith(f"{path}.")), None)
+        if stack is not None:
+            distances[name], begun = _distance_within(stack, stacks[stack], name), True
+        elif begun and ("embed" not in name or id(parameter) in of_head):
+            distances[name] = 0
+        else:
+            distances[name] = embeddings
+    return distances
+
+
+def _distance_within(stack: str, blocks: list[str], name: str) -> int:
+    item = name[: name.index(".", len(stack) + 1) + 1]
+    inside = [i for i, block in enumerate(blocks) if name.startswith(f"{block}.")]
+    beside = [i for i, block in enumerate(blocks) if f"{block}.".startswith(item)]
+    return len(blocks) - (inside or beside)[0]
+
+
+@dataclass(eq=False)
+class LayerwiseDecay(Technique):
+    """Multiplies the learning rate of each parameter by a power of its distance from the head.
+
+    Args:
+        decay: Learning rate of a block as a share of that of the next one, in (0, 1].
+    """
+
+    decay: Annotated[float, at.Interval(gt=0, le=1)] = 0.8  # ELECTRA-Base
+    neutral: ClassVar = {"decay": 1.0}
+    distances_ = None
+
+    def parameter_rules(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
+        """The power of ``decay``."""
+        assert self.host_ is not None
+        if self.distances_ is None:
+            try:
+                self.distances_ = distances_from_head(self.host_.model)
+            except ValueError as error:
+                raise ValueError(f"{self!r}: {error}") from None
+        return {"lr": self.decay ** self.distances_[name]}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.furthest_ = max(distances_from_head(model).values())
+        self.distances_ = None  # the next run may be of another model
+
+    def report(self) -> Mapping[str, Any]:
+        """The share of the peak learning rate that the embeddings have."""
+        return {"lowest_rate": self.decay**self.furthest_}
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["lowest_rate"] < 1

@@ -1,0 +1,149 @@
+"""Learning-rate scaling: carry a learning rate over from one batch size to another.
+
+The mean of more examples has less noise, and bears a longer step.  With kappa = examples of a step / reference_batch,
+counted over micro-batches and ranks,
+
+    lr' = kappa * lr                                             rule "linear", for SGD
+    lr' = sqrt(kappa) * lr                                       rule "sqrt", for Adam and its kind
+    lr' = sqrt(kappa) * lr,  eps' = eps / sqrt(kappa),
+    1 - beta1' = kappa * (1 - beta1),  1 - beta2' = kappa * (1 - beta2)        rule "sde", for Adam
+
+The last is the only one under which Adam, where noise outweighs the gradient, keeps to the same path per example: its
+memory stays as long in examples.  It ends where kappa * (1 - beta1) reaches 1, at kappa = 10 for the usual 0.9.
+
+The rate is that of every parameter group, whatever technique makes the optimizer.  What is changed, from what to what,
+is logged.  A technique that varies the batch starts from the nominal batch size, which is what is counted.
+
+Reference: Goyal et al. (2017), Accurate, large minibatch SGD, https://arxiv.org/abs/1706.02677 (linear); Krizhevsky
+(2014), One weird trick for parallelizing convolutional neural networks, https://arxiv.org/abs/1404.5997 (square root);
+Malladi et al. (2022), On the SDEs and scaling rules for adaptive gradient algorithms, https://arxiv.org/abs/2205.10287.
+
+When to use: a recipe that was tuned at one batch size runs on more or fewer devices.
+When not to use: where the rate was tuned at the present batch size; far above the critical batch size, the noise scale
+of the gradient, where more examples hardly make a better step and the rules overstate the rate.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import annotated_types as at
+from torch import nn
+from transformers import TrainingArguments
+from transformers.utils import logging
+
+from hf_accel.technique import Technique
+
+logger = logging.get_logger(__name__)
+
+
+def rate_factor(kappa: float, rule: Literal["linear", "sqrt", "sde"]) -> float:
+    """What the learning rate is multiplied by."""
+    return kappa if rule == "linear" else math.sqrt(kappa)
+
+
+def sde_settings(kappa: float, beta1: float, beta2: float, epsilon: float) -> tuple[float, float, float]:
+    """Adam's betas and epsilon by the rule "sde"."""
+    return 1 - kappa * (1 - beta1), 1 - kappa * (1 - beta2), epsilon / math.sqrt(kappa)
+
+
+@dataclass(eq=False)
+class LearningRateScaling(Technique):
+    """Scales the learning rate, and with "sde" Adam's betas and epsilon, with the batch size.
+
+    Args:
+        rule: ``"linear"``, ``"sqrt"`` or ``"sde"``.
+        reference_batch: Examples of an update, at least 1, for which ``learning_rate`` and the betas were chosen.
+        critical_batch: Examples of an update above which a warning is logged; None: unknown.
+    """
+
+    rule: Literal["linear", "sqrt", "sde"] = "sqrt"
+    reference_batch: Annotated[int, at.Ge(1)] = 256  # Goyal's
+    critical_batch: Annotated[int, at.Ge(1)] | None = None
+    variations: ClassVar = {"critical_batch": 1}
+
+    def prepare_args(self, args: TrainingArguments) -> TrainingArguments:
+        """Says what will be scaled, and sets Adam's betas and epsilon."""
+        self._refuse_unknown_batches(args)
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        kappa = batch / self.reference_batch
+        changes = [_change("learning_rate", args.learning_rate, args.learning_rate * rate_factor(kappa, self.rule))]
+        if self.rule == "sde":
+            self._refuse_where_the_rule_ends(args, kappa)
+            names = ("adam_beta1", "adam_beta2", "adam_epsilon")
+            before = [getattr(args, name) for name in names]
+            for name, old, new in zip(names, before, sde_settings(kappa, *before), strict=True):
+                setattr(args, name, new)
+                changes.append(_change(name, old, new))
+        if args.process_index == 0:
+            logger.warning(
+                f"{self!r}: a step takes {batch} examples, {kappa:g} times as many as these were chosen for. "
+                + "; ".join(changes)
+            )
+            if self._above_critical(batch):
+                logger.warning(
+                    f"{self!r}: {batch} examples are more than the critical batch: they hardly make a better step than "
+                    f"{self.critical_batch}, and the rule overstates the learning rate. Take fewer."
+                )
+        return args
+
+    def _refuse_unknown_batches(self, args: TrainingArguments) -> None:
+        """Arguments with which a step takes other examples than they say."""
+        assert self.host_ is not None
+        accelerator_config: Any = args.accelerator_config
+        if args.auto_find_batch_size and not self.host_.streamed:
+            raise ValueError(
+                f"{self!r}: auto_find_batch_size=True changes the examples of a step when memory ends. "
+                "Set micro_batch_size='auto' of the trainer in its place."
+            )
+        if accelerator_config.split_batches:
+            raise ValueError(
+                f"{self!r}: accelerator_config.split_batches=True changes how many examples a step takes. Leave it out."
+            )
+        if args.parallelism_config is not None:
+            raise ValueError(f"{self!r}: with parallelism_config, ranks share examples. Set the learning rate by hand.")
+
+    def _refuse_where_the_rule_ends(self, args: TrainingArguments, kappa: float) -> None:
+        assert self.host_ is not None
+        makers = [repr(t) for t in self.host_.techniques if "optimizer" in t.answers()]
+        if not args.optim.startswith(("adamw", "paged_adamw")):
+            makers.append(f"optim={args.optim.value!r}")
+        if makers:
+            raise ValueError(f"{self!r}: the rule is Adam's, and {makers[0]} is another optimizer. Use rule='sqrt'.")
+        for name in ("adam_beta1", "adam_beta2"):
+            if kappa > 1 and kappa * (1 - getattr(args, name)) >= 1:
+                raise ValueError(
+                    f"{self!r}: for {kappa:g} times the reference batch, {name}={getattr(args, name):g} would become "
+                    f"{1 - kappa * (1 - getattr(args, name)):g}. Take fewer examples a step, or rule='sqrt'."
+                )
+
+    def _above_critical(self, batch: int) -> bool:
+        return self.critical_batch is not None and batch > self.critical_batch
+
+    def parameter_rules(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
+        """The factor of the rule, for every parameter."""
+        assert self.host_ is not None
+        return {"lr": rate_factor(self.host_.nominal_batch_size / self.reference_batch, self.rule)}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        assert self.host_ is not None
+        self.batch_ = self.host_.nominal_batch_size
+        adam = {"beta1": args.adam_beta1, "beta2": args.adam_beta2, "epsilon": args.adam_epsilon}
+        self.adam_ = adam if self.rule == "sde" else {}
+
+    def report(self) -> Mapping[str, Any]:
+        """The examples of a step, the factor on the learning rate, and what was set of Adam."""
+        factor = rate_factor(self.batch_ / self.reference_batch, self.rule)
+        above = self._above_critical(self.batch_)
+        return {"batch": self.batch_, "lr_factor": factor, "above_critical": above} | self.adam_
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["lr_factor"] != 1
+
+
+def _change(name: str, old: float, new: float) -> str:
+    return f"{name}: {old:g} -> {new:g}"
