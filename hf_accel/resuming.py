@@ -8,12 +8,13 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
+from hf_accel import batch_norm, weights
 from hf_accel import checkpoint as ckpt
-from hf_accel import weights
 from hf_accel.stepping import Stepping
 from hf_accel.technique import Technique
 
@@ -47,6 +48,12 @@ class Resuming(Stepping):
                 rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
         self.saving_seconds = self.clock.seconds - began
 
+    def _averages(self) -> dict[str, Tensor] | None:
+        """This rank's part of the averages, weights and their statistics; None while there are none."""
+        owner = self._owners["averaging"]
+        averages = owner.averaging() if owner is not None else None
+        return averages if averages is None else averages | batch_norm.statistics(self, averages)
+
     def _push_from_checkpoint(self, checkpoint_folder):
         if Path(checkpoint_folder, ckpt.INCOMPLETE).exists():
             return  # Trainer asks before ours is written
@@ -54,9 +61,7 @@ class Resuming(Stepping):
         super()._push_from_checkpoint(checkpoint_folder)
 
     def _save_state(self, directory: Path) -> None:
-        owner = self._owners["averaging"]
-        averages = owner.averaging() if owner is not None else None
-        if averages is not None:
+        if (averages := self._averages()) is not None:
             averages = weights.gather(self.model, averages)
         states = {scope: [t.state_dict(scope) for t in self.techniques] for scope in ("global", "rank")}
         if self.args.should_save:

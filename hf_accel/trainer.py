@@ -26,7 +26,7 @@ from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import has_length
 
-from hf_accel import host, losses, memory, weights
+from hf_accel import batch_norm, host, losses, memory, weights
 from hf_accel.clock import Clock
 from hf_accel.pace import Pacer, Restorer
 from hf_accel.receipt import Receipt, peak_memory_bytes
@@ -112,6 +112,8 @@ class AccelTrainerMixin(Updating, Resuming):
         if self.streamed:
             host.refuse_stream_hosts(self)
         self._replace_model()
+        if self._owners["averaging"] is not None:
+            batch_norm.refuse_iterables(self)
         self.callback_handler.callbacks.insert(0, Pacer(self))
         self.callback_handler.callbacks.append(Restorer(self))
         self.callback_handler.__class__ = _charging(type(self.callback_handler))
@@ -271,11 +273,10 @@ class AccelTrainerMixin(Updating, Resuming):
     @contextlib.contextmanager
     def _weights_for(self, hook: Literal["evaluating", "saving"]) -> Iterator[None]:
         """The weights that are evaluated and saved: averaged ones, and as the techniques' contexts leave them."""
-        owner = self._owners["averaging"]
-        averages = owner.averaging() if owner is not None and self.is_in_train else None
         if self._swapped:
             yield
             return
+        averages = self._averages() if self.is_in_train else None
         self._swapped = True
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "_swapped", False)
@@ -308,9 +309,8 @@ class AccelTrainerMixin(Updating, Resuming):
         self.clock.spent["tokens"] += self._count_tokens()
         self._flush_observations()
         self._final_learning_rate = self._get_learning_rate()
-        owner = self._owners["averaging"]
-        averages = owner.averaging() if owner is not None else None
-        if averages is not None and not (self.args.load_best_model_at_end and self.state.best_model_checkpoint):
+        keeps_best = self.args.load_best_model_at_end and self.state.best_model_checkpoint
+        if not keeps_best and (averages := self._averages()) is not None:
             weights.swap(self.model, averages)
         self._reports = [dict(t.report()) for t in self.techniques]
         return super()._finalize_training(trial, self.clock.spent["samples"] or num_train_samples, start_time)

@@ -47,6 +47,11 @@ def local_parameters(model: nn.Module, trainable_only: bool = True) -> dict[str,
     }
 
 
+def buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The buffers, by name; every rank has them whole.  The other functions take them beside parameters."""
+    return {_bare(name): buffer for name, buffer in _unwrapped(model).named_buffers()}
+
+
 @torch.no_grad()
 def swap(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Exchange this rank's part of the named parameters with ``tensors``, in place.
@@ -134,8 +139,8 @@ def _unwrapped(model: Any) -> nn.Module:
 
 
 def _named(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, AnyParameter]:
-    """The parameters for which there are tensors, in the model's order, which is the same on all ranks."""
-    parameters = _named_parameters(model)
+    """What there are tensors for, in the model's order, which is the same on all ranks."""
+    parameters = _named_parameters(model) | buffers(model)
     if unknown := sorted(tensors.keys() - parameters.keys()):
         raise ValueError(
             f"{unknown[0]}: the model has no such parameter ({len(unknown)} unknown names). "
