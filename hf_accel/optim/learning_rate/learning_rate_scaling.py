@@ -33,6 +33,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import annotated_types as at
 from torch import nn
 from transformers import TrainingArguments
+from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from hf_accel.technique import Technique
@@ -109,8 +110,9 @@ class LearningRateScaling(Technique):
     def _refuse_where_the_rule_ends(self, args: TrainingArguments, kappa: float) -> None:
         assert self.host_ is not None
         makers = [repr(t) for t in self.host_.techniques if "optimizer" in t.answers()]
-        if not args.optim.startswith(("adamw", "paged_adamw")):
-            makers.append(f"optim={args.optim.value!r}")
+        optim = OptimizerNames(args.optim).value
+        if not optim.startswith(("adamw", "paged_adamw")):
+            makers.append(f"{optim=}")
         if makers:
             raise ValueError(f"{self!r}: the rule is Adam's, and {makers[0]} is another optimizer. Use rule='sqrt'.")
         for name in ("adam_beta1", "adam_beta2"):
