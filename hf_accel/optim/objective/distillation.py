@@ -1,0 +1,280 @@
+"""Distillation: learn from a teacher's distribution over the classes, and not from the labels alone.
+
+The answer of a better model says of each class how likely it is, which is more than a label says.  Of every item that
+counts (a text's class, a token), with logits z of the model and z_t of the teacher, the loss is
+
+    (1 - weight) * CE(z, label) + weight * T^2 * KL(softmax(z_t / T) || softmax(z / T)) + hidden * MSE(h, h_t)
+
+with T the ``temperature``.  With ``top_k``, the teacher's k most likely classes are kept, and all others count as one
+more class that has the rest of the probability, on both sides; so the divergence stays one and is 0 where the two
+agree.  MSE compares hidden states of equal width at the items, for a class those at all tokens of the text: embeddings
+with embeddings, and block s of S with the teacher's block round(s * T_blocks / S).
+
+The teacher answers at every step, or once before training: with ``cache``, one pass over the training set writes what
+it says of each example (``top_k`` log-probabilities an item), which later epochs and runs read.  Either way its seconds
+are in the receipt, and its operations among those of the run.  It is no part of the model or of a checkpoint.
+
+Reference: Hinton et al. (2015), Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531; hidden
+states as in Jiao et al. (2020), TinyBERT, https://arxiv.org/abs/1909.10351, without their projection; without a teacher
+Li and Hoiem (2016), Learning without Forgetting, https://arxiv.org/abs/1606.09282.  Departure: one constant weight.
+
+When to use: a small model, and a teacher that is better at the same task with the same labels or vocabulary.
+When not to use: no such teacher; with label smoothing, which blurs what the teacher says; where the teacher's forward
+pass, 2 to 20 times the model's, is not paid back by the steps saved: compare with that time in the budget.  The cache
+does not know augmentations, and is refused for masked language models, whose masks differ each time.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import annotated_types as at
+import torch
+import torch.nn.functional as F
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_accel.data.columns import check_indexable
+from hf_accel.data.scores import reader_for
+from hf_accel.losses import ClassHead, TokenHead, unwrapped
+from hf_accel.optim.objective.answers import Answer, Answers, has_answers, read_answers, write_answers
+from hf_accel.optim.objective.frozen import freeze, judge, load_frozen
+from hf_accel.stream import StepPlan
+from hf_accel.technique import Fraction, Positive, State, Technique
+
+if TYPE_CHECKING:
+    from hf_accel.losses import ExampleLosses
+    from hf_accel.stream import StepBatch
+
+
+def most_likely(logits_NV: Tensor, top_k: int | None, temperature: float) -> tuple[Tensor | None, Tensor]:
+    """The classes that are kept, (N, K), and their log-probabilities with that of all others last, (N, K + 1).
+
+    Where all classes are kept: None, and their log-probabilities, (N, V).
+    """
+    log_NV = (logits_NV / temperature).log_softmax(-1)
+    if top_k is None or top_k >= log_NV.shape[-1]:
+        return None, log_NV
+    classes_NK = log_NV.topk(top_k).indices
+    return classes_NK, _grouped(log_NV, classes_NK)
+
+
+def divergence(logits_NV: Tensor, classes_NK: Tensor | None, log_teacher_NK: Tensor, temperature: float) -> Tensor:
+    """T^2 KL(teacher || softmax(logits / T)) of each item, (N,); the teacher as `most_likely` gives it."""
+    log_NK = (logits_NV / temperature).log_softmax(-1)
+    if classes_NK is not None:
+        log_NK = _grouped(log_NK, classes_NK)
+    return temperature**2 * F.kl_div(log_NK, log_teacher_NK.to(log_NK), reduction="none", log_target=True).sum(-1)
+
+
+def _grouped(log_NV: Tensor, classes_NK: Tensor) -> Tensor:
+    rest_N1 = log_NV.scatter(-1, classes_NK, -torch.inf).logsumexp(-1, keepdim=True)
+    return torch.cat([log_NV.gather(-1, classes_NK), rest_N1], -1)
+
+
+def hidden_difference(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
+    """Mean squared difference of hidden states, over width and blocks; (B, L) for states of (B, L, width)."""
+    blocks, teachers_blocks = len(student) - 1, len(teacher) - 1
+    layers = [(_wide(student[s]), _wide(teacher[round(s * teachers_blocks / blocks)])) for s in range(blocks + 1)]
+    return torch.stack([(ours - theirs).square().mean(-1) for ours, theirs in layers]).mean(0)
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values.to(torch.promote_types(values.dtype, torch.float32))
+
+
+@dataclass(eq=False)
+class Distillation(Technique):
+    """Trains on a teacher's answers and the labels.
+
+    Args:
+        teacher: Folder or id of a model for the same classes, or ``package.module:function`` that gives one; None: the
+            model itself as it was given, which keeps a fine-tuned model near what it was.
+        temperature: What both logits are divided by, above 0.
+        weight: Share, in [0, 1], of the teacher's answers in the loss; the labels have the rest.
+        hidden: Weight of the hidden states, at least 0; the widths of both models must be equal.
+        top_k: Classes that are kept of an answer, at least 1; None: all.
+        cache: Folder for the teacher's answers, below ``output_dir`` unless it is absolute; where it holds them
+            already, the teacher is not needed.  It takes 8 * ``top_k`` bytes an item, and is read into memory.
+    """
+
+    teacher: str | None = None
+    temperature: Positive = 2.0
+    weight: Fraction = 0.5
+    hidden: Annotated[float, at.Ge(0)] = 0.0
+    top_k: Annotated[int, at.Ge(1)] | None = None
+    cache: str | None = None
+    neutral: ClassVar = {"weight": 0.0}
+    expected_failed_checks: ClassVar = {
+        "check_neutral_is_trainer": "the loss of a step is summed in another order than the model sums it: the "
+        "losses that are logged differ in the last digit"
+    }
+    variations: ClassVar = {"teacher": "hf_accel.testing:tiny_teacher", "top_k": 4, "cache": "answers"}
+
+    @property
+    def _idle(self) -> bool:
+        return self.weight == 0 and self.hidden == 0
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Remember the model as it is given."""
+        if self.teacher is None and not self._idle:
+            initial = copy.deepcopy(model)
+            for module in initial.modules():
+                module._forward_pre_hooks.clear()  # who watches the model's passes is not to see those of the copy
+                module._forward_hooks.clear()
+            self.initial_ = freeze(initial)
+        return model
+
+    def inspect_dataset(self, dataset: Any) -> None:
+        """Load the teacher or its answers, before the first step."""
+        self.divergence_, self.items_ = torch.zeros((), dtype=torch.float64), 0
+        self.teacher_, self.answers_ = None, None
+        if self._idle:
+            return
+        self._check_head()
+        if self.cache is not None:
+            self.answers_ = self._cached(dataset)
+            return
+        self.teacher_ = self._load_teacher()
+        widths = [getattr(unwrapped(m).config, "hidden_size", None) for m in (self.host_.model, self.teacher_)]
+        if self.hidden and (widths[0] is None or widths[0] != widths[1]):
+            raise ValueError(
+                f"{self!r}: the model's hidden states have a width of {widths[0]}, and the teacher's of {widths[1]}. "
+                "Leave out hidden, or give a teacher of the same width."
+            )
+
+    def _check_head(self) -> None:
+        head = self.host_.head
+        one_of_several = isinstance(head, TokenHead)
+        if isinstance(head, ClassHead):
+            usual = "regression" if head.config.num_labels == 1 else "single_label_classification"
+            one_of_several = (head.problem or head.config.problem_type or usual) == "single_label_classification"
+        if not one_of_several:
+            raise ValueError(
+                f"{self!r}: {type(self.host_.model).__name__} ({head.kind}) does not choose one of several classes. "
+                "Leave it out."
+            )
+        if self.cache is not None and self.hidden:
+            raise ValueError(f"{self!r}: hidden states are not kept in a cache. Leave out one of the two.")
+        if self.cache is not None and head.kind == "masked LM":
+            raise ValueError(f"{self!r}: masks differ each time, and a cache would not fit them. Leave out cache.")
+
+    def _load_teacher(self) -> Any:
+        return self.initial_ if self.teacher is None else load_frozen(self, self.teacher)
+
+    def transform_batch(self, batch: StepBatch) -> StepBatch:
+        """The same examples; the model is asked for its hidden states where they are compared."""
+        if not self.hidden:
+            return batch
+        asking: Any = {"output_hidden_states": True}
+        micros = [micro._replace(inputs={**micro.inputs, **asking}) for micro in batch.micro_batches]
+        return dataclasses.replace(batch, micro_batches=micros)
+
+    def example_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor | None:
+        """The labels' share, for all examples alike."""
+        if self._idle:
+            return None
+        self.mask_BL_, self.example_BL_ = losses.mask_BL, losses.example_BL  # `extra_loss` is asked next
+        return losses.losses_BL.new_full((len(ids_B),), 1 - self.weight)
+
+    def extra_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor | None:
+        """The teacher's share, summed over the items of a micro-batch."""
+        host: Any = self.host_
+        micro = host._micro
+        if self._idle or micro.ids_B[0] < 0:
+            return None
+        items_N = self.mask_BL_.flatten().nonzero().squeeze(1)
+        example_N = self.example_BL_.flatten()[items_N]
+        logits_NV = _logits_of(outputs, self.mask_BL_, items_N, self)
+        if self.answers_ is not None:
+            classes_NK, log_NK = send_to_device(self.answers_.of(micro.ids_B, len(items_N), self), logits_NV.device)
+        else:
+            answers = judge(self, self.teacher_, inputs)
+            theirs_NV = _logits_of(answers, self.mask_BL_, items_N, self)
+            classes_NK, log_NK = most_likely(theirs_NV, self.top_k, self.temperature)
+        divergence_N = divergence(logits_NV, classes_NK, log_NK, self.temperature)
+        self.divergence_ = self.divergence_.to(divergence_N.device) + divergence_N.detach().sum().double()
+        self.items_ += len(items_N)
+        loss_N = self.weight * divergence_N
+        if self.hidden:
+            loss_N = loss_N + self.hidden * self._hidden_losses(inputs, outputs, answers).flatten()[items_N]
+        if micro.weights_B is not None:
+            loss_N = loss_N * micro.weights_B.to(loss_N)[example_N]
+        return loss_N.sum()
+
+    def _hidden_losses(self, inputs: Mapping[str, Tensor], outputs: Any, answers: Any) -> Tensor:
+        """Of each item, shaped as the mask: at a token, or the mean over an example's tokens."""
+        for states in (getattr(outputs, "hidden_states", None), getattr(answers, "hidden_states", None)):
+            if states is None:
+                raise ValueError(f"{self!r}: a model gives no hidden_states. Leave out hidden.")
+        losses_BL = hidden_difference(outputs.hidden_states, answers.hidden_states)
+        if losses_BL.shape == self.mask_BL_.shape:
+            return losses_BL
+        seen_BL = inputs.get("attention_mask")
+        seen_BL = torch.ones_like(losses_BL) if seen_BL is None else seen_BL.to(losses_BL)
+        return (losses_BL * seen_BL).flatten(1).sum(1, keepdim=True) / seen_BL.flatten(1).sum(1, keepdim=True)
+
+    def _cached(self, dataset: Any) -> Answers:
+        """The teacher's answers, from the cache; written first where there are none."""
+        host: Any = self.host_
+        assert self.cache is not None
+        check_indexable(dataset, self)
+        folder = Path(host.args.output_dir, self.cache)
+        said = {"teacher": self.teacher, "temperature": self.temperature, "top_k": self.top_k, "examples": len(dataset)}
+        if self.teacher is None:
+            said["teacher"] = f"weights of sum {sum(float(p.double().sum()) for p in self.initial_.parameters()):.9e}"
+        if not has_answers(folder):
+            write_answers(self, folder, self._answer(dataset), said)
+        return read_answers(self, folder, said)
+
+    @torch.no_grad()
+    def _answer(self, dataset: Any) -> Iterator[Answer]:
+        """One pass of the teacher over this rank's part of the training set."""
+        host: Any = self.host_
+        args, teacher = host.args, self._load_teacher()
+        reader = reader_for(host, dataset)
+        ids_N = torch.arange(len(dataset)).tensor_split(args.world_size)[args.process_index]
+        bar = tqdm(ids_N.split(args.eval_batch_size), desc="Teacher", disable=args.disable_tqdm)
+        for ids_B in bar:
+            (micro,) = reader[StepPlan(0, ids_B, None, len(ids_B), seed=args.seed)].micro_batches
+            inputs = send_to_device(micro.inputs, args.device)
+            with host.accelerator.autocast():
+                outputs = judge(self, teacher, inputs)
+            example = host.head.losses(outputs, inputs, len(ids_B))
+            items_N = example.mask_BL.flatten().nonzero().squeeze(1)
+            counts_B = torch.bincount(example.example_BL.flatten()[items_N], minlength=len(ids_B))
+            logits_NV = _logits_of(outputs, example.mask_BL, items_N, self)
+            yield counts_B, *most_likely(logits_NV, self.top_k, self.temperature)
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        """Sums for the report."""
+        return {"divergence": self.divergence_, "items": self.items_} if scope == "rank" else {}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        if scope == "rank":
+            self.divergence_, self.items_ = state["divergence"].clone(), state["items"]
+
+    def report(self) -> Mapping[str, Any]:
+        """The mean divergence from the teacher over the items of the run, on this rank; examples in the cache."""
+        cached = 0 if self.answers_ is None else len(self.answers_.counts_N)
+        return {"divergence": float(self.divergence_) / max(self.items_, 1), "cached": cached}
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["divergence"] > 0
+
+
+def _logits_of(outputs: Any, mask_BL: Tensor, items_N: Tensor, technique: Technique) -> Tensor:
+    """The logits of the items that count, (N, V), float32 or wider."""
+    rows = outputs.logits.flatten(0, -2)
+    if len(rows) != mask_BL.numel():
+        raise ValueError(
+            f"{technique!r}: logits{tuple(outputs.logits.shape)} are not one distribution for each of the labels"
+            f"{tuple(mask_BL.shape)}. Leave it out."
+        )
+    return _wide(rows[items_N])
