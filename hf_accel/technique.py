@@ -98,6 +98,9 @@ class Technique(TrainerCallback):
     modality: ClassVar[Literal["text", "image", "speech"]] = "text"
     """What the contract trains it on; ``text`` also where it does not matter."""
 
+    probe_micro_batch_size: ClassVar[int | None] = None
+    """Examples of the micro-batches in which the contract trains it; None: whole steps."""
+
     host_: ClassVar[Any] = None
     """The trainer that asks the hooks; None in a plain Trainer, which cannot."""
 

@@ -224,7 +224,8 @@ def tiny_trainer(
     }
     hosting: dict[str, Any] = {}
     if issubclass(trainer_class, AccelTrainerMixin):
-        hosting = {"techniques": list(techniques), "micro_batch_size": micro_batch_size}
+        sizes = [t.probe_micro_batch_size for t in techniques if t.probe_micro_batch_size is not None]
+        hosting = {"techniques": list(techniques), "micro_batch_size": micro_batch_size or min(sizes, default=None)}
     schedules = any("schedule" in t.answers() for t in techniques)
     if schedules:
         del settings["lr_scheduler_type"]

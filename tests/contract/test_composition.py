@@ -41,11 +41,14 @@ def build(names):
 def train(names, directory, resume=None, **args):
     """A finished run, and the examples and tokens that its model was trained on, counted at the model's door."""
     trainer = tiny_trainer(build(names), directory, **args)
-    seen = Counter()
+    seen, passed = Counter(), {}
 
     def count(module, positional, inputs):
         if module.training and torch.is_grad_enabled():
-            main = inputs[module.main_input_name]
+            main, step = inputs[module.main_input_name], trainer.state.global_step
+            if passed.get(id(main), (main, -1))[1] == step:
+                return  # a second pass of the same step, as `SharpnessAware` makes, spends no further example
+            passed[id(main)] = main, step
             seen["samples"] += int((inputs["position_ids"] == 0).sum()) if "position_ids" in inputs else len(main)
             if not main.is_floating_point():
                 real = main != 0 if "Packing" in names else torch.ones_like(main)

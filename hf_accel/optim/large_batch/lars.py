@@ -1,0 +1,87 @@
+"""LARS: momentum SGD whose rate for each layer is proportional to the length of its weights.
+
+In very large batches few, long steps have to do, and one rate for all layers is too high for some: where the gradient
+is long against the weights, an update may exceed them.  For each weight w with gradient g,
+
+    v = momentum * v + lr * trust_coefficient * |w| / (|g| + weight_decay * |w|) * (g + weight_decay * w)
+    w = w - v
+
+so that an update is at most about lr * trust_coefficient of the weight's length.  Biases and the parameters of norms,
+which is what the trainer does not decay, have v = momentum * v + lr * g.
+
+Reference: You et al. (2017), Large Batch Training of Convolutional Networks, https://arxiv.org/abs/1708.03888.
+Departure: biases and norms are left out, as in all later use.
+
+When to use: convolutional networks in batches of more than about 8,000 images on many devices.  The trainer's learning
+rate is multiplied by the trust coefficient: it is of the order of 1 to 30, with a warm-up.
+When not to use: smaller batches, where tuned momentum SGD or AdamW is as good; transformers (LAMB).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
+
+import annotated_types as at
+import torch
+from torch import nn
+
+from hf_accel.optim.large_batch.trust_ratio import divided, local, norm, ratio
+from hf_accel.technique import Positive, Technique
+
+
+class LarsSGD(torch.optim.Optimizer):
+    """LARS in groups whose ``adapted`` is True, momentum SGD in the others."""
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.9, trust_coefficient: float = 1e-3):
+        options = {"momentum": momentum, "trust_coefficient": trust_coefficient, "weight_decay": 0.0, "adapted": True}
+        super().__init__(params, {"lr": lr, **options})
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Any:
+        """One update of all groups."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            decay = group["weight_decay"]
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                rate = group["lr"]
+                if group["adapted"]:
+                    length = norm(p)
+                    rate = rate * group["trust_coefficient"] * ratio(length, norm(p.grad) + decay * length)
+                velocity, weight = local(state["momentum_buffer"]), local(p)
+                velocity.mul_(group["momentum"]).add_(rate * (local(p.grad) + decay * weight))
+                weight.sub_(velocity)
+        return loss
+
+
+@dataclass(eq=False)
+class Lars(Technique):
+    """Trains with LARS.
+
+    Args:
+        momentum: Decay of the velocity per step, in [0, 1).
+        trust_coefficient: Length of an update relative to the weights, at a learning rate of 1, above 0.
+    """
+
+    momentum: Annotated[float, at.Interval(ge=0, lt=1)] = 0.9  # You et al.
+    trust_coefficient: Positive = 1e-3  # You et al.
+    refused_backends: ClassVar = {"zero": "it flattens parameters, and LARS needs the norm of each"}
+
+    def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """Each group divided into what is decayed and what is not; the trainer's betas are not read."""
+        host: Any = self.host_
+        if host.is_deepspeed_enabled:
+            raise ValueError(f"{self!r}: under DeepSpeed ZeRO, parameters have no norms of their own. Use DDP or FSDP.")
+        parts = divided(groups, set(host.get_decay_parameter_names(model)))
+        if not any(part["adapted"] for part in parts):
+            raise ValueError(f"{self!r}: all that is trained are biases and norms. Use another optimizer.")
+        return LarsSGD(parts, host.args.learning_rate, self.momentum, self.trust_coefficient)

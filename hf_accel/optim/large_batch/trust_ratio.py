@@ -1,0 +1,40 @@
+"""What layer-wise rates have in common: the norm of a parameter, and which parameters have such a rate."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+def norm(tensor: Tensor) -> Tensor:
+    """The Euclidean norm, of the whole where this rank has a shard."""
+    length = torch.linalg.vector_norm(tensor)
+    return length.full_tensor() if isinstance(length, DTensor) else length
+
+
+def ratio(weight_norm: Tensor, update_norm: Tensor) -> Tensor:
+    """How much longer the weight is than the update; 1 where either is 0."""
+    both = (weight_norm > 0) & (update_norm > 0)
+    return torch.where(both, weight_norm / update_norm, torch.ones_like(weight_norm))
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part, which shares memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def divided(groups: list[dict[str, Any]], adapted_names: Collection[str]) -> list[dict[str, Any]]:
+    """The groups, each in up to two: ``adapted`` says whether its parameters have a trust ratio."""
+    parts = []
+    for group in groups:
+        for adapted in (True, False):
+            chosen = [(n in adapted_names) == adapted for n in group["names"]]
+            params = [p for p, here in zip(group["params"], chosen, strict=True) if here]
+            if params:
+                rest = {key: value for key, value in group.items() if key != "names"}
+                parts.append(rest | {"params": params, "adapted": adapted})
+    return parts
