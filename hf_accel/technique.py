@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
-    from hf_accel.losses import ExampleLosses
+    from hf_accel.losses import ExampleLosses, Head
     from hf_accel.stream import StepBatch
 
 Fraction = Annotated[float, at.Interval(ge=0, le=1)]
@@ -50,6 +50,7 @@ HOOKS = (
     "inspect_dataset",
     "prepare_model",
     "parameter_rules",
+    "loss_head",
     "transform_batch",
     "example_weights",
     "token_weights",
@@ -62,7 +63,7 @@ HOOKS = (
 """Questions that every technique may answer."""
 
 STREAM = frozenset(
-    "prepare_dataset select order batch collate step_select objective transform_batch "
+    "prepare_dataset select order batch collate step_select objective loss_head transform_batch "
     "example_weights token_weights extra_loss observe".split()
 )
 """Hooks and slots for which batches come from the `StepStream`."""
@@ -95,7 +96,7 @@ class Technique(TrainerCallback):
     variations: ClassVar[Mapping[str, Any]] = {}
     """For fields whose other values cannot be guessed, one that must change the outcome; the contract tries it."""
 
-    modality: ClassVar[Literal["text", "image", "speech"]] = "text"
+    modality: ClassVar[Literal["text", "masked text", "replaced text", "image", "speech"]] = "text"
     """What the contract trains it on; ``text`` also where it does not matter."""
 
     probe_micro_batch_size: ClassVar[int | None] = None
@@ -128,6 +129,11 @@ class Technique(TrainerCallback):
         """How the optimizer treats one parameter: factors ``lr`` and ``weight_decay`` (factors of several techniques
         multiply) and a ``group`` key (keys join).  Empty: no opinion."""
         return {}
+
+    def loss_head(self, head: Head) -> Head:
+        """What takes the model's outputs apart into losses of items, instead of ``head``; asked in order.  Its losses
+        are then used in the place of the model's own."""
+        return head
 
     # At every step --------------------------------------------------------------------------------------------------
 

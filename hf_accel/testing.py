@@ -23,14 +23,19 @@ import annotated_types as at
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer, models
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForTokenClassification,
     ConvNextConfig,
     ConvNextForImageClassification,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
     PrinterCallback,
     Trainer,
     TrainingArguments,
@@ -109,6 +114,56 @@ def tiny_llama(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: i
     return _seeded(LlamaForCausalLM, config, dtype, seed)
 
 
+def tiny_teacher() -> LlamaForCausalLM:
+    """Another model than `tiny_llama`, for the same vocabulary."""
+    return tiny_llama(dropout=0.0, seed=1)
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Reads numbers below the vocabulary's size; 0 is padding and 1 the mask."""
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="2"))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", mask_token="1", unk_token="2")
+
+
+def collate_masked(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """As `collate_padded`, of fewer words, with masks and labels at every fifth token."""
+    batch = collate_padded(features)
+    ids_BL, mask_BL = batch["input_ids"], batch["attention_mask"]
+    ids_BL = torch.where(mask_BL == 1, ids_BL % 12 + 3, 0)
+    masked_BL = (mask_BL == 1) & (torch.arange(ids_BL.shape[1]) % 5 == 0)
+    labels_BL = ids_BL.masked_fill(~masked_BL, -100)
+    return {"input_ids": ids_BL.masked_fill(masked_BL, 1), "labels": labels_BL, "attention_mask": mask_BL}
+
+
+def collate_replaced(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
+    """As `collate_masked`, with every fifth token replaced, and labels that say which."""
+    batch = collate_masked(features)
+    replaced_BL, mask_BL = batch["labels"] != -100, batch["attention_mask"]
+    ids_BL = torch.where(replaced_BL, (batch["labels"] + 20) % VOCABULARY, batch["input_ids"])
+    return {
+        "input_ids": ids_BL,
+        "labels": replaced_BL.long().masked_fill(mask_BL == 0, -100),
+        "attention_mask": mask_BL,
+    }
+
+
+def tiny_bert(
+    dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0, kind: Any = BertForMaskedLM
+) -> PreTrainedModel:
+    """A BERT of two blocks with a head for masked tokens, or another one, the same for the same seed."""
+    config = BertConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=64,
+        hidden_dropout_prob=dropout,
+        attention_probs_dropout_prob=dropout,
+    )
+    return _seeded(kind, config, dtype, seed)
+
+
 class Patterns(Dataset):
     """Noisy copies, in [0, 1], of one of four coarse patterns, which is the class; a classifier can learn them."""
 
@@ -177,10 +232,19 @@ class Probe(NamedTuple):
     examples: Callable[[int, int, torch.dtype], Dataset]
     """Of a number, a seed and a type."""
     collate: Callable[[Sequence[Any]], dict[str, Tensor]]
+    tokenizer: Callable[[], PreTrainedTokenizerFast] | None = None
+
+
+def _counting_text(number: int, seed: int, dtype: torch.dtype) -> CountingText:
+    return CountingText(number, seed=seed)
 
 
 PROBES = {
-    "text": Probe(tiny_llama, lambda number, seed, _: CountingText(number, seed=seed), collate_padded),
+    "text": Probe(tiny_llama, _counting_text, collate_padded),
+    "masked text": Probe(tiny_bert, _counting_text, collate_masked, tiny_tokenizer),
+    "replaced text": Probe(
+        functools.partial(tiny_bert, kind=BertForTokenClassification), _counting_text, collate_replaced, tiny_tokenizer
+    ),
     "image": Probe(tiny_convnext, functools.partial(Patterns, "pixel_values", (3, 16, 16)), collate_stacked),
     "speech": Probe(tiny_whisper, functools.partial(Patterns, "input_features", (1, 8, 40)), collate_stacked),
 }
@@ -226,6 +290,8 @@ def tiny_trainer(
     if issubclass(trainer_class, AccelTrainerMixin):
         sizes = [t.probe_micro_batch_size for t in techniques if t.probe_micro_batch_size is not None]
         hosting = {"techniques": list(techniques), "micro_batch_size": micro_batch_size or min(sizes, default=None)}
+    if probe.tokenizer is not None:
+        hosting["processing_class"] = probe.tokenizer()
     schedules = any("schedule" in t.answers() for t in techniques)
     if schedules:
         del settings["lr_scheduler_type"]

@@ -22,7 +22,7 @@ TABLE = Path(__file__).parents[2] / "docs" / "composition.md"
 KINDS = {name: kind for name, kind in known_techniques().items() if kind.modality == "text"}
 OTHERS = {
     modality: [name for name, kind in known_techniques().items() if kind.modality == modality]
-    for modality in ("image", "speech")
+    for modality in ("masked text", "replaced text", "image", "speech")
 }
 OWNERS = {slot: [name for name, kind in KINDS.items() if slot in kind.answers()] for slot in SLOTS}
 FREE = [name for name in KINDS if not any(name in owners for owners in OWNERS.values())]
@@ -33,9 +33,14 @@ PAIRS = [pair for pair in permutations(KINDS, 2) if frozenset(pair) not in SLOT_
 
 
 def build(names):
-    """Fresh techniques with their defaults; budgets of the length of the other runs, for effects take time."""
+    """Fresh techniques with their defaults; budgets of which a search leaves the length of the other runs, for effects
+    take time."""
     techniques = [known_techniques()[name]() for name in names]
-    return [replace(t, limit=f"{EPOCHS}epochs") if type(t).__name__ == "Budget" else t for t in techniques]
+    searched = 21 if "LearningRateSearch" in names else 0
+    values = {"Budget": {"limit": f"{EPOCHS + searched}epochs"}}
+    if "Budget" in names and searched:
+        values["LearningRateSearch"] = {"share": searched / (EPOCHS + searched)}
+    return [replace(t, **values.get(type(t).__name__, {})) for t in techniques]
 
 
 def train(names, directory, resume=None, **args):

@@ -8,7 +8,12 @@ from hf_accel.recipe import known_techniques
 from hf_accel.testing import losses_of, tiny_trainer
 from hf_accel.weights import gather, local_parameters
 
-LAYERS = {"image": ["ConvNextLayer"], "speech": ["WhisperEncoderLayer"]}
+LAYERS = {
+    "masked text": ["BertLayer"],
+    "replaced text": ["BertLayer"],
+    "image": ["ConvNextLayer"],
+    "speech": ["WhisperEncoderLayer"],
+}
 EXACT = {"dropout": 0.0, "dtype": torch.float64}
 
 

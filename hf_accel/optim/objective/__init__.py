@@ -1,5 +1,8 @@
 """Objectives: what the loss of a step is, and how its gradient is found."""
 
+from hf_accel.optim.objective.distillation import Distillation
+from hf_accel.optim.objective.mask_rate_schedule import MaskRateSchedule
 from hf_accel.optim.objective.sharpness_aware import SharpnessAware
+from hf_accel.optim.objective.token_selection import TokenSelection
 
-__all__ = ["SharpnessAware"]
+__all__ = ["Distillation", "MaskRateSchedule", "SharpnessAware", "TokenSelection"]
