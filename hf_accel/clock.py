@@ -2,6 +2,9 @@
 
     progress = max over units u of spent_u / limit_u
 
+What is spent before the first update, on a search of the learning rate for example, is set aside: progress begins after
+it, and the limits stay.
+
 Everything that depends on "when" asks the clock; only a budget speaks in units.  Seconds run from the entry into
 ``train()`` and include evaluation and saving; what the end of the run will cost (`Clock.reserve`) is kept back, so that
 the learning rate reaches its end when the last update is done and the run ends on time.
@@ -70,6 +73,9 @@ class Clock:
     spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(UNITS, 0.0))
     reserve: float = 0.0
     """Seconds kept back for what follows the last update: evaluation and saving."""
+    set_aside: dict[str, float] = field(default_factory=dict)
+    """Of the limits, what was for other things than training, before the first update.  ``spent`` holds the seconds of
+    it, nothing else."""
     progress: float = 0.0
     done: bool = False
     """Whether the budget is spent: no further update is made."""
@@ -110,26 +116,37 @@ class Clock:
         self._update()
 
     def _update(self) -> None:
-        shares = [self.spent[u] / limit for u, limit in self.limits.items() if u != "seconds"]
+        shares = [self._share(u) for u in self.limits if u != "seconds"]
         done = any(share >= 1.0 for share in shares)
         if "seconds" in self.limits:
-            available = max(self.limits["seconds"] - self.reserve, 1e-9)
-            seconds, late = self.share(
-                [self.spent["seconds"] / available, float(self.spent["seconds"] + self.step_seconds > available)]
-            )
+            available = self.limits["seconds"] - self.reserve
+            late = float(self.spent["seconds"] + self.step_seconds > available)
+            seconds, late = self.share([self._share("seconds", self.reserve), late])
             shares.append(seconds)
             done |= bool(late)
         self.done = done
         # Progress never goes back, although the reserve may shrink.
         self.progress = 1.0 if done else max(self.progress, min(max(shares, default=0.0), 1.0))
 
+    def _share(self, unit: str, reserve: float = 0.0) -> float:
+        """What was spent of one unit for training, over what may be."""
+        aside = self.set_aside.get(unit, 0.0)
+        spent = self.spent[unit] - (aside if unit == "seconds" else 0.0)
+        return spent / max(self.limits[unit] - reserve - aside, 1e-9)
+
     def state_dict(self) -> dict[str, Any]:
         """What was spent, and of what."""
-        return {**self.spent, "progress": self.progress, "limits": dict(self.limits)}
+        return {
+            **self.spent,
+            "progress": self.progress,
+            "limits": dict(self.limits),
+            "set_aside": dict(self.set_aside),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what was spent; under other limits, it is another share of these."""
         self.spent = {unit: float(state[unit]) for unit in UNITS}
-        share = max((self.spent[unit] / limit for unit, limit in self.limits.items()), default=0.0)
+        self.set_aside = dict(state.get("set_aside", {}))
+        share = max(map(self._share, self.limits), default=0.0)
         self.progress = float(state["progress"]) if state["limits"] == dict(self.limits) else min(share, 1.0)
         self.done = self.progress >= 1.0

@@ -115,3 +115,32 @@ def test_progress_never_goes_back_and_survives():
     other.load_state_dict(clock.state_dict())
     other.start()
     assert other.progress == before and math.isclose(other.seconds, clock.seconds)
+
+
+def test_what_is_set_aside_is_before_progress():
+    now = FakeTime()
+    clock = Clock({"steps": 10, "seconds": 40}, now=now)
+    clock.start()
+    now.seconds += 8
+    clock.set_aside = {"steps": 2, "seconds": 8}
+    seen = []
+    for _ in range(4):
+        clock.step_begins()
+        now.seconds += 1
+        clock.advance()
+        seen.append(clock.progress)
+    assert seen == [1 / 8, 2 / 8, 3 / 8, 4 / 8] and clock.spent["seconds"] == 12
+
+    # A run that goes on has it aside, too.
+    resumed = Clock({"steps": 10, "seconds": 40}, now=now)
+    resumed.load_state_dict(clock.state_dict())
+    resumed.start()
+    resumed.advance()
+    assert resumed.progress == 5 / 8 and resumed.seconds == 12
+
+    # Seconds go up to their own limit.
+    now.seconds += 27
+    resumed.step_begins()
+    now.seconds += 1
+    resumed.advance()
+    assert resumed.done and resumed.seconds == 40

@@ -52,8 +52,8 @@ class Budget(Technique):
 
     def report(self) -> Mapping[str, Any]:
         """The share of the budget that was spent, by unit."""
-        assert self.host_ is not None
-        spent = self.host_.clock.spent
+        clock = self.host_.clock  # type: ignore[union-attr]
+        spent = clock.spent | {u: clock.spent[u] + amount for u, amount in clock.set_aside.items() if u != "seconds"}
         return {f"{unit}_share": spent[unit] / limit for unit, limit in self.budget().items()}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 import hf_accel
 from hf_accel.cli.compare import compare
+from hf_accel.cli.find_lr import find_lr
 from hf_accel.cli.techniques import techniques
 from hf_accel.cli.train import train
 
@@ -44,4 +45,5 @@ app = typer.Typer(
 )
 app.command()(train)
 app.command()(compare)
+app.command("find-lr")(find_lr)
 app.command()(techniques)

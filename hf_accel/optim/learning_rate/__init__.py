@@ -3,9 +3,20 @@
 from hf_accel.optim.learning_rate.cosine import Cosine
 from hf_accel.optim.learning_rate.layerwise_decay import LayerwiseDecay
 from hf_accel.optim.learning_rate.learning_rate_scaling import LearningRateScaling
+from hf_accel.optim.learning_rate.learning_rate_search import LearningRateSearch, find_lr
 from hf_accel.optim.learning_rate.linear_to_zero import LinearToZero
 from hf_accel.optim.learning_rate.one_cycle import OneCycle
 from hf_accel.optim.learning_rate.rex import Rex
 from hf_accel.optim.learning_rate.warmup_stable_decay import WarmupStableDecay
 
-__all__ = ["Cosine", "LayerwiseDecay", "LearningRateScaling", "LinearToZero", "OneCycle", "Rex", "WarmupStableDecay"]
+__all__ = [
+    "Cosine",
+    "LayerwiseDecay",
+    "LearningRateScaling",
+    "LearningRateSearch",
+    "LinearToZero",
+    "OneCycle",
+    "Rex",
+    "WarmupStableDecay",
+    "find_lr",
+]
