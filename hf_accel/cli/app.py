@@ -11,7 +11,9 @@ from typer.core import TyperGroup
 
 import hf_accel
 from hf_accel.cli.compare import compare
+from hf_accel.cli.export import export
 from hf_accel.cli.find_lr import find_lr
+from hf_accel.cli.soup import soup
 from hf_accel.cli.techniques import techniques
 from hf_accel.cli.train import train
 
@@ -46,4 +48,6 @@ app = typer.Typer(
 app.command()(train)
 app.command()(compare)
 app.command("find-lr")(find_lr)
+app.command()(export)
+app.command()(soup)
 app.command()(techniques)

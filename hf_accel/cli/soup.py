@@ -1,0 +1,81 @@
+"""``hf-accel soup``: one model from several that were fine-tuned from the same weights."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from transformers import Trainer, set_seed
+from transformers.utils import logging
+
+from hf_accel.recipe import Recipe
+
+
+def soup(
+    folders: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="Models or LoRA adapters.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new model.")],
+    greedy: Annotated[bool, typer.Option("--greedy", help="Keep only what helps; needs --recipe.")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file whose validation set decides.")] = None,
+    metric: Annotated[str, typer.Option(help="Metric of the evaluation, as loss or accuracy.")] = "loss",
+) -> None:
+    """Average the weights of models, or of LoRA adapters, exactly."""
+    from hf_accel.optim.averaging import soup as soups
+
+    if greedy != (recipe is not None):
+        raise ValueError("soup: --greedy and --recipe belong together. Give both, or none.")
+    refuse_full(out)
+    logging.disable_progress_bar()
+    console, kept = Console(), list(dict.fromkeys(folders))
+    if recipe is not None:
+        from hf_accel.compare.results import lower_is_better
+
+        evaluate = evaluation(Recipe.load(recipe), metric)
+        scores = {folder: evaluate(folder) for folder in kept}
+        kept, score = soups.greedy(scores, evaluate, lower_is_better(metric))
+        table = Table(title=f"Greedy soup: {metric} {score:.6g}", title_justify="left")
+        for heading in ("model", metric, "kept"):
+            table.add_column(heading, overflow="fold")
+        for folder, value in scores.items():
+            table.add_row(str(folder), f"{value:.6g}", "yes" if folder in kept else "no")
+        console.print(table)
+    soups.soup(kept, out)
+    console.print(f"The mean of {len(kept)} is in {out}.", highlight=False, soft_wrap=True)
+
+
+def refuse_full(out: Path) -> None:
+    """Raise ValueError where a folder holds something already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"out({str(out)!r}): is there already. Choose another --out.")
+
+
+def evaluation(recipe: Recipe, metric: str) -> Callable[[Path], float]:
+    """A metric of any folder's model, on the validation set of a recipe."""
+    from hf_accel.optim.averaging.soup import is_adapter, load_model
+    from hf_accel.tasks import build_task
+
+    recipe.args |= {"report_to": "none", "disable_tqdm": True}
+    args = recipe.training_arguments()
+    set_seed(args.seed)
+    task = build_task(recipe)
+    base = task.pop("model")
+
+    def evaluate(folder: Path) -> float:
+        model: Any
+        if is_adapter(folder):
+            from peft import PeftModel
+
+            model = PeftModel.from_pretrained(copy.deepcopy(base), str(folder))
+        else:
+            model = load_model(folder)
+        metrics = Trainer(model=model, args=args, **task).evaluate()
+        if f"eval_{metric}" not in metrics:
+            shown = ", ".join(sorted(name.removeprefix("eval_") for name in metrics))
+            raise ValueError(f"metric({metric!r}): the evaluation has none of this name. It has {shown}.")
+        return metrics[f"eval_{metric}"]
+
+    return evaluate
