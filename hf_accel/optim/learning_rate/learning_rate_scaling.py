@@ -133,6 +133,8 @@ class LearningRateScaling(Technique):
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         assert self.host_ is not None
+        if self.rule == "sde" and self.host_.optimizer_cls_and_kwargs is not None:
+            raise ValueError(f"{self!r}: optimizer_cls_and_kwargs has Adam's betas in it. Set optim in its place.")
         self.batch_ = self.host_.nominal_batch_size
         adam = {"beta1": args.adam_beta1, "beta2": args.adam_beta2, "epsilon": args.adam_epsilon}
         self.adam_ = adam if self.rule == "sde" else {}

@@ -152,6 +152,13 @@ def test_what_it_cannot_do_is_refused(fields, others, args, sentence, tmp_path):
         tiny_trainer([LearningRateScaling(**fields), *others], tmp_path, **args)
 
 
+def test_betas_that_are_set_elsewhere_are_refused(tmp_path):
+    trainer = tiny_trainer([LearningRateScaling("sde")], tmp_path)
+    trainer.optimizer_cls_and_kwargs = torch.optim.AdamW, {"betas": (0.8, 0.9)}
+    with pytest.raises(ValueError, match=r"LearningRateScaling\(rule='sde'.*optimizer_cls_and_kwargs has Adam's betas"):
+        trainer.train()
+
+
 def test_with_micro_batches_of_its_own_the_step_stays(tmp_path):
     trainer = tiny_trainer([LearningRateScaling(), Watch()], tmp_path, auto_find_batch_size=True)
     assert trainer.requested_micro_batch_size == "auto" and trainer.nominal_batch_size == 8
