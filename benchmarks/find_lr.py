@@ -29,11 +29,11 @@ from hf_accel.compare.results import machine
 from hf_accel.compare.tuning import SEED
 from hf_accel.compare.workloads.workload import DATA_ROOT, TUNED
 from hf_accel.optim import find_lr
-from hf_accel.optim.learning_rate.search import index_of, rate_at
+from hf_accel.optim.learning_rate.search import at_whole_horizon, best, index_of, rate_at
 from hf_accel.recipe import Recipe
 
 GIVEN = 1e-3
-AROUND = (-2, 2)
+AROUND = (-1,)
 """Places of the lattice around the tuned rate at which whole runs are made, if there is no record of them."""
 
 
@@ -48,7 +48,11 @@ def searched(name: str, seed: int, share: float, folder: Path) -> dict:
         document = found.to_dict() | {"cpu_seconds": time.process_time() - began}
         found.plot(path.with_suffix(".png"))
         path.write_text(json.dumps(document, indent=1) + "\n")
-    return json.loads(path.read_text())
+    document = json.loads(path.read_text())
+    last = document["rounds"][-1]
+    losses = {index_of(float(rate)): loss for rate, loss in last["losses"].items() if loss is not None}
+    # What is proposed for the horizon is said anew, for a search that was kept.
+    return document | {"learning_rate": rate_at(at_whole_horizon(best(losses), last["share"]))}
 
 
 def recorded(name: str, args: dict, seed: int) -> dict[float, float]:
@@ -99,16 +103,16 @@ def shown(name: str, seed: int, share: float, folder: Path) -> dict:
     missing = [rate for rate in (rate_at(index_of(tuned) + move) for move in AROUND) if not near(rate, grid)]
     runs = trained(name, args, seed, sorted({proposed, *missing}), folder)
     losses = grid | {rate: run["loss"] for rate, run in runs.items() if rate in missing}
-    best = min(losses, key=losses.__getitem__)
+    winner = min(losses, key=losses.__getitem__)
     seconds = runs[proposed]["cpu_seconds"]
     return {
         "proposed": proposed,
         "loss": runs[proposed]["loss"],
-        "best_of_grid": best,
-        "loss_of_best": losses[best],
-        "difference": runs[proposed]["loss"] - losses[best],
+        "best_of_grid": winner,
+        "loss_of_best": losses[winner],
+        "difference": runs[proposed]["loss"] - losses[winner],
         "margin": workload.margin,
-        "within_margin": runs[proposed]["loss"] - losses[best] <= workload.margin,
+        "within_margin": runs[proposed]["loss"] - losses[winner] <= workload.margin,
         "grid": {f"{rate:g}": losses[rate] for rate in sorted(losses)},
         "cpu_seconds": {"search": search["cpu_seconds"], "run": seconds, "grid": seconds * len(losses)},
         "search": search,

@@ -7,8 +7,8 @@ neighbours, a factor of sqrt(2) away, for 2 t.  The best rate falls with the hor
 
     learning_rate = best * min(2 t / T, 1)^0.32
 
-All runs begin with the weights of the model, with one seed, and end with a loss on the same examples of the evaluation
-set (of the training set, where there is no other).
+on the lattice 1e-3 x 2^(i/2), rounded towards the best.  All runs begin with the weights of the model and one seed, and
+are judged by the loss of the same examples of the evaluation set (of the training set, where there is no other).
 
 Reference: Smith (2017), Cyclical learning rates for training neural networks, arXiv:1506.01186, for the range test;
 Jamieson and Talwalkar (2016), Non-stochastic best arm identification, arXiv:1502.07943, for halving; Bjorck et al.
@@ -16,7 +16,7 @@ Jamieson and Talwalkar (2016), Non-stochastic best arm identification, arXiv:150
 
 When to use: a new model, data set, batch size or optimizer, and one run to get it right.
 When not to use: where the rate is known; where many runs follow (``hf-accel find-lr`` finds it once, with longer runs);
-budgets of a few hundred updates, whose short runs say little.
+budgets of a few hundred updates, and models that learn nothing at first: shorter runs than that say nothing.
 """
 
 from __future__ import annotations

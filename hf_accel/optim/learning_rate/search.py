@@ -3,7 +3,8 @@
 The range test is one short run in which the rate grows exponentially; it tells where to look.  The sweep trains for
 short horizons, with the schedule of the run inside each: some rates a factor of 2 apart, then the best of them and its
 neighbours, a factor of sqrt(2) away, for twice as long.  The best of these is good for its own horizon; for the whole
-one it is scaled by (short / whole)^0.32.  Rates are those of the lattice 1e-3 x 2^(i/2), with whole i.
+one it is scaled by (short / whole)^0.32.  Rates are those of the lattice 1e-3 x 2^(i/2), with whole i; the scaled one
+is that of the lattice which is nearest on the side of the best.
 """
 
 from __future__ import annotations
@@ -83,7 +84,7 @@ def best(losses: Mapping[int, float]) -> int:
 
 
 def halve(loss: Callable[[int, int], float], start: Sequence[int]) -> list[dict[int, float]]:
-    """The two rounds of the sweep, from some places of the lattice; ``loss(index, length)`` is that of a run, ``length``
+    """The two rounds of the sweep, from places of the lattice; ``loss(index, length)`` is that of a run, ``length``
     times as long as the shortest.  Their losses, infinite where they were not finite."""
 
     def tried(index: int, length: int) -> float:
@@ -101,8 +102,9 @@ def halve(loss: Callable[[int, int], float], start: Sequence[int]) -> list[dict[
 
 
 def at_whole_horizon(index: int, share: float) -> int:
-    """The place of the lattice for a whole run, of the best one for runs of a share of its horizon."""
-    return index + min(round(2 * EXPONENT * math.log2(share)), 0)
+    """The place of the lattice for a whole run, of the best one for runs of a share of its horizon: lower by the whole
+    places that the exponent asks for."""
+    return index + math.trunc(min(2 * EXPONENT * math.log2(share), 0))
 
 
 @dataclass
@@ -173,10 +175,16 @@ class FoundRate:
             points = sorted((rate, loss) for rate, loss in round_["losses"].items() if math.isfinite(loss))
             right.plot(*zip(*points, strict=True), "o-", color=f"C{i}", label=f"{round_['share']:.2g} of the horizon")
         right.set(title="Short runs, each decayed", ylabel="loss after the run")
+        worst = max(loss for round_ in self.rounds for loss in round_["losses"].values() if math.isfinite(loss))
+        if worst > 2 * start:
+            right.set_ylim(top=2 * start)
         for axes in (left, right):
             axes.set(xscale="log", xlabel="peak learning rate")
             axes.axvline(self.learning_rate, color="C2", linestyle="--", label=f"proposed: {self.learning_rate:g}")
             axes.legend(fontsize="small", frameon=False)
+        tried = sorted({rate for round_ in self.rounds for rate in round_["losses"]})
+        right.set_xticks(tried, [f"{rate:g}" for rate in tried], rotation=90, fontsize="small")
+        right.set_xticks([], minor=True)
         figure.savefig(path, dpi=120)
 
 
@@ -246,6 +254,19 @@ def search(
     per_epoch = math.ceil(len(host.train_dataset) / host.nominal_batch_size) if has_length(host.train_dataset) else 0
     known = nominal_steps(limits, per_epoch, host.nominal_batch_size)
     steps = 48 if known is None else min(max(round(share * known / 15), 24), 192)
+
+    def shortest(whole: float) -> int:
+        """Updates of the shortest run."""
+        updates = math.floor((share * whole - steps) / (RUNS_COST * (1 + EVALUATED * FORWARD)))
+        if kept and updates < 1:
+            raise ValueError(
+                f"{asking}: {share:g} of the budget is about {share * whole:.0f} updates, and a search needs "
+                f"{steps + RUNS_COST * (1 + EVALUATED * FORWARD):.0f}. Give a larger share, or a larger budget."
+            )
+        return max(updates, 1)
+
+    if known is not None:
+        shortest(known)  # raises before anything is trained
     unlimited = dict.fromkeys(limits, 1e12)
     run = counted(
         short_run(
@@ -269,13 +290,7 @@ def search(
     pace = {u: run.step_seconds if u == "seconds" else run.spent[u] / run.steps for u in limits}
     (whole,) = host._share([known or min(limit / max(pace[u], 1e-12) for u, limit in limits.items())])
     found.horizon_steps = whole
-    shortest = (share * whole - steps) / (RUNS_COST * (1 + EVALUATED * FORWARD))
-    if kept and shortest < 1:
-        raise ValueError(
-            f"{asking}: {share:g} of the budget is about {share * whole:.0f} updates, and a search needs "
-            f"{steps + RUNS_COST * (1 + EVALUATED * FORWARD):.0f}. Give a larger share, or a larger budget."
-        )
-    unit = max(math.floor(shortest), 1) * (1 - 1e-9) / whole  # whole updates, whatever the unit
+    unit = shortest(whole) * (1 - 1e-9) / whole  # whole updates, whatever the unit
     warmup = host.args.warmup_steps / whole if host.args.warmup_steps >= 1 else None
 
     def loss(index: int, length: int) -> float:
