@@ -62,7 +62,9 @@ RELIED_ON = {
 }
 """Trainer's methods that we override or call, with their parameters."""
 
-NEEDS_EXAMPLE_LOSSES = frozenset({"example_weights", "token_weights", "extra_loss", "observe", "step_select"})
+NEEDS_EXAMPLE_LOSSES = frozenset(
+    {"loss_head", "example_weights", "token_weights", "extra_loss", "observe", "step_select"}
+)
 """Hooks and slots that cannot be answered without the loss of each example."""
 
 REFUSED = {

@@ -138,7 +138,8 @@ class Stepping(Hosting):
         """Whether the model's own loss would not do: it knows no weights, and some models mis-scale it."""
         if self.head is None:
             return False
-        if self._answered & {"example_weights", "token_weights", "extra_loss"} or self.example_loss_func is not None:
+        asked = self._answered & {"example_weights", "token_weights", "extra_loss", "loss_head"}
+        if asked or self.example_loss_func is not None:
             return True
         if batch.plan.has_fillers or any(m.weights_B is not None for m in batch.micro_batches):
             return True

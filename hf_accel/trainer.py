@@ -145,15 +145,19 @@ class AccelTrainerMixin(Updating, Resuming):
         needing = [t for t in self.techniques if t.answers() & host.NEEDS_EXAMPLE_LOSSES]
         try:
             if self.example_loss_func is not None:
-                return losses.head_from(self.example_loss_func)
-            if self.compute_loss_func is not None:
+                head = losses.head_from(self.example_loss_func)
+            elif self.compute_loss_func is not None:
                 raise ValueError("compute_loss_func gives one loss for all examples. Give example_loss_func= as well.")
-            host.refuse_own_losses(self)
-            return losses.head_of(self.model)
+            else:
+                host.refuse_own_losses(self)
+                head = losses.head_of(self.model)
         except ValueError as error:
             if needing:
                 raise ValueError(f"{', '.join(map(repr, needing))} needs a loss for each example: {error}") from None
             return None
+        for technique in self._asked("loss_head"):
+            head = technique.loss_head(head)
+        return head
 
     # The run --------------------------------------------------------------------------------------------------------
 

@@ -1,7 +1,9 @@
 """Model-centric techniques."""
 
-from hf_accel.model import curriculum
+from hf_accel.model import curriculum, modules
 from hf_accel.model.curriculum import *
+from hf_accel.model.modules import *
 
 __all__ = []
 __all__ += curriculum.__all__
+__all__ += modules.__all__

@@ -1,0 +1,244 @@
+"""Chunked cross-entropy: the loss of a language model without the logits of the whole batch.
+
+N tokens and a vocabulary of V need N * V logits, their probabilities and a gradient as large again: gigabytes where
+hidden states are megabytes.  Here logits are made of a chunk of tokens at a time, turned into losses and gradients, and
+given up.  With h the hidden state of a token, y its target and W, b the last projection,
+
+    z = W h + b        l = logsumexp(z) - z_y        dl/dz = softmax(z) - onehot(y)
+    dl/dh = W^T dl/dz        dl/dW = sum over tokens of dl/dz h^T
+
+The gradients are made with the losses, for weights of 1, and multiplied in the backward pass; that of W is made again,
+from new logits, where tokens have different weights.  Tokens without a label (prompts, padding, all that is not masked
+in masked language modelling) are not projected at all.
+
+Reference: Wijmans et al. (2024), Cut Your Losses in Large-Vocabulary Language Models,
+https://arxiv.org/abs/2411.09009; Hsu et al. (2024), Liger Kernel, https://arxiv.org/abs/2410.10989 (gradients with the
+losses).  Departure: plain PyTorch, no kernel of its own.
+
+When to use: language models with a large vocabulary, where the logits are what limits the batch; masked language
+modelling and answers to long prompts, where most positions have no label.
+When not to use: small vocabularies; beside techniques that read the logits (distillation), which it refuses, as models
+that do something to their logits after the projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead, unwrapped
+from hf_accel.technique import State, Technique
+
+if TYPE_CHECKING:
+    from hf_accel.stream import StepBatch
+
+LOGITS_OF_A_CHUNK = {"cpu": 2**22}
+"""Logits of a chunk by the type of a device, 16 MiB in float32: what a processor's cache nearly holds."""
+LOGITS_ELSEWHERE = 2**27
+"""Logits of a chunk on accelerators, which large matrices suit; not measured."""
+
+
+def chunked_cross_entropy(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, label_smoothing: float = 0.0
+) -> Tensor:
+    """The cross-entropy of each token, (N,), in float32 or wider; 0 where the target is -100.
+
+    The same as ``F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")``.
+    """
+    counted_N = targets_N != IGNORED
+    with_gradient = torch.is_grad_enabled()
+    losses: Any = _ChunkedCrossEntropy.apply(
+        hidden_NH[counted_N], weight_VH, bias_V, targets_N[counted_N], label_smoothing, with_gradient
+    )
+    return losses.new_zeros(len(targets_N)).masked_scatter(counted_N, losses)
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_NH, weight_VH, bias_V, targets_N, smoothing, with_gradient) -> Tensor:
+        device = hidden_NH.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden_NH.dtype
+        wide = torch.promote_types(dtype, torch.float32)
+        losses_N = hidden_NH.new_empty(len(hidden_NH), dtype=wide)
+        of_weight = with_gradient and weight_VH.requires_grad
+        of_bias = with_gradient and bias_V is not None and bias_V.requires_grad
+        grad_NH = torch.empty_like(hidden_NH) if with_gradient else hidden_NH.new_empty(0)
+        grad_VH = torch.zeros_like(weight_VH, dtype=wide) if of_weight else None
+        grad_V = bias_V.new_zeros(bias_V.shape, dtype=wide) if of_bias else None
+        for part, logits_CV in _chunks(hidden_NH, weight_VH, bias_V, dtype, wide):
+            targets_C1 = targets_N[part, None]
+            total_C1 = logits_CV.logsumexp(1, keepdim=True)
+            losses_C1 = total_C1 - logits_CV.gather(1, targets_C1)
+            if smoothing:
+                losses_C1 = (1 - smoothing) * losses_C1 + smoothing * (total_C1 - logits_CV.mean(1, keepdim=True))
+            losses_N[part] = losses_C1[:, 0]
+            if with_gradient:
+                slopes_CV = _slopes(logits_CV, total_C1, targets_C1, smoothing)
+                grad_NH[part] = (slopes_CV.to(dtype) @ weight_VH.to(dtype)).to(grad_NH.dtype)
+                _add(grad_VH, grad_V, slopes_CV, hidden_NH[part], dtype)
+        ctx.settings = smoothing, dtype, wide
+        ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, grad_NH, grad_VH, grad_V)
+        return losses_N
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        (upstream_N,) = upstream
+        hidden_NH, weight_VH, bias_V, targets_N, grad_NH, grad_VH, grad_V = ctx.saved_tensors
+        smoothing, dtype, wide = ctx.settings
+        uneven = len(upstream_N) > 0 and bool((upstream_N != upstream_N[0]).any())
+        if uneven and (grad_VH is not None or grad_V is not None):
+            grad_VH = None if grad_VH is None else torch.zeros_like(grad_VH)
+            grad_V = None if grad_V is None else torch.zeros_like(grad_V)
+            for part, logits_CV in _chunks(hidden_NH, weight_VH, bias_V, dtype, wide):
+                total_C1 = logits_CV.logsumexp(1, keepdim=True)
+                slopes_CV = _slopes(logits_CV, total_C1, targets_N[part, None], smoothing)
+                _add(grad_VH, grad_V, slopes_CV.mul_(upstream_N[part, None]), hidden_NH[part], dtype)
+            factor = 1.0
+        else:
+            factor = upstream_N[0] if len(upstream_N) else 0.0
+        return (
+            (grad_NH * upstream_N[:, None]).to(hidden_NH.dtype),
+            None if grad_VH is None else (grad_VH * factor).to(weight_VH.dtype),
+            None if grad_V is None else (grad_V * factor).to(bias_V.dtype),
+            None,
+            None,
+            None,
+        )
+
+
+def _chunks(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, dtype: torch.dtype, wide: torch.dtype):
+    """Where each chunk of the tokens is, and its logits."""
+    size = max(LOGITS_OF_A_CHUNK.get(hidden_NH.device.type, LOGITS_ELSEWHERE) // len(weight_VH), 1)
+    for start in range(0, len(hidden_NH), size):
+        part = slice(start, start + size)
+        logits_CV = (hidden_NH[part].to(dtype) @ weight_VH.to(dtype).T).to(wide)
+        yield part, logits_CV if bias_V is None else logits_CV.add_(bias_V)
+
+
+def _slopes(logits_CV: Tensor, total_C1: Tensor, targets_C1: Tensor, smoothing: float) -> Tensor:
+    """The derivatives of the losses by the logits, in the place of these."""
+    slopes_CV = logits_CV.sub_(total_C1).exp_()
+    slopes_CV.scatter_add_(1, targets_C1, slopes_CV.new_full(targets_C1.shape, smoothing - 1))
+    return slopes_CV.sub_(smoothing / logits_CV.shape[1]) if smoothing else slopes_CV
+
+
+def _add(grad_VH: Tensor | None, grad_V: Tensor | None, slopes_CV: Tensor, hidden_CH: Tensor, dtype: torch.dtype):
+    if grad_VH is not None:
+        grad_VH += (slopes_CV.to(dtype).T @ hidden_CH.to(dtype)).to(grad_VH.dtype)
+    if grad_V is not None:
+        grad_V += slopes_CV.sum(0)
+
+
+@dataclass(frozen=True)
+class ChunkedTokenHead(TokenHead):
+    """A language model's loss from hidden states, which the model gives in the place of logits while it trains."""
+
+    projection: nn.Linear
+
+    def losses(
+        self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
+    ) -> ExampleLosses:
+        if not self.projection.training:
+            return super().losses(outputs, inputs, num_examples, label_smoothing)
+        hidden_RLH = outputs["logits"]
+        targets_RL = self._targets(inputs).to(hidden_RLH.device)
+        losses_N = chunked_cross_entropy(
+            hidden_RLH.flatten(0, -2),
+            self.projection.weight,
+            self.projection.bias,
+            targets_RL.flatten(),
+            label_smoothing,
+        )
+        example_RL = self._examples(inputs, num_examples).to(losses_N.device)
+        return ExampleLosses(losses_N.view_as(targets_RL), targets_RL.ne(IGNORED), example_RL)
+
+
+@dataclass(eq=False)
+class ChunkedCrossEntropy(Technique):
+    """Computes the loss of a language model, and its gradient, from a chunk of the logits at a time."""
+
+    fidelity: ClassVar = "exact"
+    refused_backends: ClassVar = {
+        "fsdp2": "it needs the weight of the last projection after the forward pass, when it is sharded again",
+        "zero": "it needs the weight of the last projection after the forward pass, when it is partitioned again",
+    }
+
+    def loss_head(self, head: Head) -> Head:
+        """The model's own, from hidden states."""
+        host: Any = self.host_
+        model = unwrapped(host.model)
+        projection = model.get_output_embeddings()
+        for backend, used in (("fsdp2", host.is_fsdp_enabled), ("zero", host.is_deepspeed_enabled)):
+            if used:
+                raise ValueError(f"{self!r}: {self.refused_backends[backend]}. Leave it out.")
+        if not isinstance(head, TokenHead) or type(projection) is not nn.Linear:
+            raise ValueError(
+                f"{self!r}: {type(model).__name__} does not end in one linear projection to a vocabulary. Leave it out."
+            )
+        if not _ends_in(model, projection):
+            raise ValueError(
+                f"{self!r}: {type(model).__name__} does something to its logits after the projection. Leave it out."
+            )
+        if readers := [t for t in host.techniques if "extra_loss" in t.answers()]:
+            raise ValueError(f"{self!r}: {readers[0]!r} reads the logits, which are not there. Leave one of them out.")
+        return ChunkedTokenHead(head.kind, head.shift, projection)
+
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.positions_, self.projected_ = 0, 0
+        host: Any = self.host_
+        projection = unwrapped(model).get_output_embeddings()
+        if projection is not host.head.projection:  # of a model that `model_init` has made since
+            host.head = host._find_head()
+        project = projection.forward
+        projection.forward = lambda hidden: hidden if projection.training else project(hidden)
+
+    def on_train_end(self, args, state, control, model: Any = None, **kwargs):
+        del unwrapped(model).get_output_embeddings().forward
+
+    def transform_batch(self, batch: StepBatch) -> StepBatch:
+        """Counts positions, and those with a label."""
+        for micro in batch.micro_batches:
+            self.positions_ += micro.inputs["labels"].numel()
+            self.projected_ += int(micro.inputs["labels"].ne(IGNORED).sum())
+        return batch
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        return {"positions": self.positions_, "projected": self.projected_} if scope == "rank" else {}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        if scope == "rank":
+            self.positions_, self.projected_ = state["positions"], state["projected"]
+
+    def report(self) -> Mapping[str, Any]:
+        """The share of the positions that were projected to the vocabulary, on this rank."""
+        return {"projected": self.projected_ / self.positions_ if self.positions_ else 1.0}
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["projected"] < 1
+
+
+@torch.no_grad()
+def _ends_in(model: Any, projection: nn.Module) -> bool:
+    """Whether the logits of a model are what its projection gives; tried with other logits in their place."""
+    given = []
+
+    def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        given.append(torch.linspace(-100, 100, output.numel(), device=output.device).to(output).view_as(output))
+        return given[-1]
+
+    ids_BL = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
+    inputs = {"input_ids": ids_BL} | ({"decoder_input_ids": ids_BL} if model.config.is_encoder_decoder else {})
+    modes = [(module, module.training) for module in model.modules()]
+    handle = projection.register_forward_hook(replace)
+    try:
+        logits = model.eval()(**inputs).logits
+    finally:
+        handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    return len(given) == 1 and torch.equal(given[0], logits)
