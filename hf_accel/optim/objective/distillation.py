@@ -271,10 +271,12 @@ class Distillation(Technique):
 
 def _logits_of(outputs: Any, mask_BL: Tensor, items_N: Tensor, technique: Technique) -> Tensor:
     """The logits of the items that count, (N, V), float32 or wider."""
-    rows = outputs.logits.flatten(0, -2)
-    if len(rows) != mask_BL.numel():
+    logits = getattr(outputs, "logits", None)
+    if logits is None or logits[..., 0].numel() != mask_BL.numel():
+        given = "no logits" if logits is None else f"logits{tuple(logits.shape)}"
         raise ValueError(
-            f"{technique!r}: logits{tuple(outputs.logits.shape)} are not one distribution for each of the labels"
-            f"{tuple(mask_BL.shape)}. Leave it out."
+            f"{technique!r}: {type(outputs).__name__} has {given}, and each of the labels{tuple(mask_BL.shape)} needs "
+            "a distribution. Turn off what leaves out logits or adds positions."
         )
+    rows = logits.flatten(0, -2)
     return _wide(rows[items_N])

@@ -108,7 +108,8 @@ class TokenSelection(Technique):
         if len(inputs.get("attention_mask", micro.ids_B)) < len(micro.ids_B):
             del inputs["attention_mask"]  # packed rows, as the model sees them
         outputs = judge(self, self.reference_, inputs)
-        return host.head.losses(outputs, inputs, len(micro.ids_B), host.args.label_smoothing_factor).losses_BL
+        head = TokenHead(host.head.kind, host.head.shift)  # of logits, whatever the model's own head reads
+        return head.losses(outputs, inputs, len(micro.ids_B), host.args.label_smoothing_factor).losses_BL
 
     def state_dict(self, scope: Literal["global", "rank"]) -> State:
         """Counts for the report."""
