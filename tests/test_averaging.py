@@ -1,4 +1,4 @@
-"""`ExponentialMovingAverage` in AccelTrainer: the weights that it trains, evaluates, checkpoints, returns and saves."""
+"""Averages in AccelTrainer: the weights that it trains, evaluates, checkpoints, returns and saves."""
 
 from __future__ import annotations
 
@@ -10,7 +10,13 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 
-from hf_accel import ExponentialMovingAverage, Technique
+from hf_accel import (
+    ExponentialMovingAverage,
+    LatestWeightAveraging,
+    Lookahead,
+    StochasticWeightAveraging,
+    Technique,
+)
 from hf_accel.testing import largest_difference, losses_of, tiny_llama, tiny_trainer, weights_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it
@@ -49,8 +55,8 @@ def others(request):
     return HOSTS[request.param]
 
 
-def averaging(directory, make_model, others=(), **args):
-    techniques = [ExponentialMovingAverage(HALF_LIFE), *others]
+def averaging(directory, make_model, others=(), technique=None, **args):
+    techniques = [technique or ExponentialMovingAverage(HALF_LIFE), *others]
     return tiny_trainer(techniques, directory, model=make_model(), **(EVERY | args))
 
 
@@ -147,6 +153,28 @@ def test_the_best_model_is_the_averages_of_the_best_checkpoint(make_model, tmp_p
     assert trainer.state.best_metric == logged(trainer)[4] == max(logged(trainer).values())
     assert trainer.evaluate()["eval_loss"] == pytest.approx(trainer.state.best_metric, rel=1e-6)
     assert equal(trainable(trainer.model), averages(tmp_path / "checkpoint-4"))
+
+
+OTHER_AVERAGES = [StochasticWeightAveraging(start=0.25), LatestWeightAveraging(3), Lookahead(3)]
+
+
+@pytest.mark.parametrize("technique", OTHER_AVERAGES, ids=lambda technique: type(technique).__name__)
+def test_other_averages_are_evaluated_returned_saved_and_resumed_as_well(technique, make_model, tmp_path):
+    trainer = averaging(tmp_path / "run", make_model, technique=technique, **WORST)
+    trainer.train()
+    for step, loss in logged(trainer).items():
+        averaged = averages(tmp_path / "run" / f"checkpoint-{step}")
+        assert independent_loss(tmp_path, make_model, averaged) == pytest.approx(loss, rel=1e-6)
+    best = averages(tmp_path / "run" / "checkpoint-4")
+    assert trainer.state.best_model_checkpoint == str(tmp_path / "run" / "checkpoint-4")
+    assert equal(trainable(trainer.model), best)
+    trainer.save_model(str(tmp_path / "saved"))
+    assert equal(in_file_names(best), {name: raw_weights(tmp_path / "saved")[name] for name in in_file_names(best)})
+
+    resumed = averaging(tmp_path / "resumed", make_model, technique=technique)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-8"))
+    assert losses_of(resumed) == losses_of(trainer) and logged(resumed) == logged(trainer)
+    assert equal(trainable(resumed.model), averages(tmp_path / "run" / "checkpoint-12"))
 
 
 @pytest.mark.parametrize("best", [{}, WORST], ids=["last", "best"])
