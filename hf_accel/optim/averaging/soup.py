@@ -152,8 +152,8 @@ def _soup_of_adapters(folders: Sequence[Path], out: Path) -> None:
     for name, first in loaded[0][1].items():
         side = _side(name)
         if side is None:
-            mean = sum(tensors[name].to(torch.promote_types(first.dtype, torch.float32)) for _, tensors in loaded)
-            means[name] = (mean / len(loaded)).to(first.dtype)
+            dtype = torch.promote_types(first.dtype, torch.float32)
+            means[name] = torch.stack([tensors[name].to(dtype) for _, tensors in loaded]).mean(0).to(first.dtype)
             continue
         if side == "A":
             means[name] = torch.cat([tensors[name] for _, tensors in loaded])
