@@ -66,7 +66,6 @@ class LearningRateSearch(Technique):
                 "steps": found.steps,
                 "samples": found.samples,
                 "evaluated": found.evaluated,
-                "flops": found.flops,
             }
             if budgeted:
                 rest = {u: self.share * limit for u, limit in limits.items() if u != "seconds"}
