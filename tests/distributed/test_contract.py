@@ -62,6 +62,8 @@ def test_two_ranks(name, backend, tmp_path):
 
     if backend == "fsdp2" and kind.modality == "image":
         pytest.skip("accelerate asks for the embeddings of tokens, which ConvNeXt has not")
+    if backend == "fsdp2" and kind.modality == "masked text":
+        pytest.skip("FSDP2 takes no bias that is tied, as that of BERT's head is")
     # DeepSpeed computes in float32, and does not convert images.
     on_ranks = EXACT | ({"dtype": torch.float32} if zero and kind.modality != "text" else {})
 
