@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -33,7 +32,9 @@ EXTENSIONS = 2
 """How many more rates are tried where the best one lies at an end of the bracket."""
 LENGTHS = (1, 2)
 """Of the runs of the two rounds, in shortest runs."""
-RUNS_COST = (BRACKET + 1 + EXTENSIONS) * LENGTHS[0] + 3 * LENGTHS[1]
+MOST_RUNS = (BRACKET + 1 + EXTENSIONS, 3)
+"""Of each round."""
+RUNS_COST = sum(number * length for number, length in zip(MOST_RUNS, LENGTHS, strict=True))
 """Of the whole sweep, in shortest runs, evaluations aside."""
 EXPONENT = 0.32
 """How the best rate falls with the horizon."""
@@ -239,7 +240,7 @@ def search(
         follow: Is told of every run that ended.
     """
     _refuse(host, asking)
-    began = time.perf_counter()
+    began = host.clock.now()
     given = host.args.learning_rate
     found = FoundRate(given=given)
 
@@ -255,18 +256,18 @@ def search(
     known = nominal_steps(limits, per_epoch, host.nominal_batch_size)
     steps = 48 if known is None else min(max(round(share * known / 15), 24), 192)
 
-    def shortest(whole: float) -> int:
-        """Updates of the shortest run."""
-        updates = math.floor((share * whole - steps) / (RUNS_COST * (1 + EVALUATED * FORWARD)))
+    def shortest(whole: float, lost: float) -> int:
+        """Updates of the shortest run, where a whole run has so many, and so many are lost to other things."""
+        updates = math.floor((share * whole - lost) / (RUNS_COST * (1 + EVALUATED * FORWARD)))
         if kept and updates < 1:
             raise ValueError(
                 f"{asking}: {share:g} of the budget is about {share * whole:.0f} updates, and a search needs "
-                f"{steps + RUNS_COST * (1 + EVALUATED * FORWARD):.0f}. Give a larger share, or a larger budget."
+                f"{lost + RUNS_COST * (1 + EVALUATED * FORWARD):.0f}. Give a larger share, or a larger budget."
             )
         return max(updates, 1)
 
     if known is not None:
-        shortest(known)  # raises before anything is trained
+        shortest(known, steps)  # raises before anything is trained
     unlimited = dict.fromkeys(limits, 1e12)
     run = counted(
         short_run(
@@ -288,9 +289,13 @@ def search(
 
     # The horizon in updates, judging from those of the range test where the limits do not say it.
     pace = {u: run.step_seconds if u == "seconds" else run.spent[u] / run.steps for u in limits}
-    (whole,) = host._share([known or min(limit / max(pace[u], 1e-12) for u, limit in limits.items())])
+    whole, lost = known or min(limit / max(pace[u], 1e-12) for u, limit in limits.items()), float(steps)
+    if "seconds" in limits:  # beside its updates, every run has a beginning and an end
+        passed = host.clock.now() - began
+        lost = (passed + sum(MOST_RUNS) * (passed - run.steps * run.step_seconds)) / max(run.step_seconds, 1e-12)
+    whole, lost = host._share([float(whole), lost])
     found.horizon_steps = whole
-    unit = shortest(whole) * (1 - 1e-9) / whole  # whole updates, whatever the unit
+    unit = shortest(whole, lost) * (1 - 1e-9) / whole  # whole updates, whatever the unit
     warmup = host.args.warmup_steps / whole if host.args.warmup_steps >= 1 else None
 
     def loss(index: int, length: int) -> float:
@@ -310,7 +315,7 @@ def search(
     if math.isinf(min(rounds[-1].values())):
         raise ValueError(f"{asking}: no learning rate from {rate_at(min(rounds[0])):g} on trained. Look at the model.")
     found.learning_rate = rate_at(at_whole_horizon(best(rounds[-1]), found.rounds[-1]["share"]))
-    found.seconds = time.perf_counter() - began
+    found.seconds = host.clock.now() - began
     return found
 
 
