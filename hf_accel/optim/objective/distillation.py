@@ -134,7 +134,8 @@ class Distillation(Technique):
     def inspect_dataset(self, dataset: Any) -> None:
         """Load the teacher or its answers, before the first step."""
         self.divergence_, self.items_ = torch.zeros((), dtype=torch.float64), 0
-        self.teacher_, self.answers_ = None, None
+        self.teacher_: Any = None
+        self.answers_: Answers | None = None
         if self._idle:
             return
         self._check_head()

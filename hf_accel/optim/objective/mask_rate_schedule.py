@@ -85,14 +85,14 @@ class MaskRateSchedule(Technique):
     end: Rate = 0.15
     modality: ClassVar = "masked text"
 
-    def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
+    def on_train_begin(self, args, state, control, model: Any = None, processing_class: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         host: Any = self.host_
         if kind_of(unwrapped(model)) != "masked LM":
             raise ValueError(f"{self!r}: {type(model).__name__} is no masked language model. Leave it out.")
         if getattr(host.data_collator, "whole_word_mask", False):
             raise ValueError(f"{self!r}: the collator masks whole words, which it would undo. Leave one of them out.")
-        tokenizer = processing_class or getattr(host.data_collator, "tokenizer", None)
+        tokenizer: Any = processing_class or getattr(host.data_collator, "tokenizer", None)
         if getattr(tokenizer, "mask_token_id", None) is None:
             raise ValueError(f"{self!r}: no mask token is known. Give a tokenizer that has one as processing_class=.")
         self.mask_id_, self.vocabulary_ = tokenizer.mask_token_id, len(tokenizer)
