@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import dataclasses
 import gc
 import itertools
 import tempfile
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import datasets
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset, Subset
@@ -139,7 +139,8 @@ def probe_of(host: Any, examples: int) -> Any:
     if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
         return list(itertools.islice(data, examples))
     shuffled_N = torch.randperm(len(data), generator=torch.Generator().manual_seed(host.args.seed))
-    return Subset(data, shuffled_N[:examples].sort().values.tolist())
+    ids = shuffled_N[:examples].sort().values.tolist()
+    return data.select(ids) if isinstance(data, datasets.Dataset) else Subset(data, ids)
 
 
 def _evaluation_loss(trial: Any, probe: Any) -> float:
@@ -150,7 +151,7 @@ def _evaluation_loss(trial: Any, probe: Any) -> float:
 
 
 def _copy_of(host: Any, techniques: Sequence[Technique], without: Sequence[Technique]) -> Any:
-    """A trainer like the host, of a copy of its model, with fresh techniques; it is not settled yet."""
+    """A trainer like the host, of a copy of its model, with its techniques; it is not settled yet."""
     if host.args.world_size > 1:
         _ = host._cpu_group  # one for all copies
     taken = {slot for technique in techniques for slot in technique.answers() & set(SLOTS)}
@@ -164,7 +165,7 @@ def _copy_of(host: Any, techniques: Sequence[Technique], without: Sequence[Techn
     if host.is_in_train:  # has been done to the model that was copied
         trial.neftune_noise_alpha = None
         trial.args.use_liger_kernel = False
-    fresh = [*techniques, *(dataclasses.replace(t) for t in own)]  # type: ignore[type-var]
+    fresh = [*techniques, *map(copy.copy, own)]  # with what they know of the model that they prepared
     trial._host(fresh, host.requested_micro_batch_size, False, host.example_loss_func)
     trial._answered -= {"prepare_model"}  # so has this
     trial.clock.now = host.clock.now

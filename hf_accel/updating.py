@@ -34,7 +34,11 @@ class Updating(Hosting):
             self.optimizer = owner.optimizer(model, groups)
         else:
             cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-            if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer) or "params" in kwargs:
+            kwargs = dict(kwargs)
+            of_modules = kwargs.pop("optimizer_dict", None)  # SentenceTransformerTrainer's groups, by module
+            own_groups = "params" in kwargs or isinstance(of_modules, dict)
+            own_groups = own_groups or bool(getattr(self.args, "learning_rate_mapping", None))
+            if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer) or own_groups:
                 raise ValueError(
                     f"optim={self.args.optim}: it makes its own parameter groups. Choose another optimizer."
                 )

@@ -173,7 +173,10 @@ def outcome(column, technique, directory):
         if column == PLAIN:
             hosted = trainer(directory, callbacks=[technique])
         else:
-            hosted = BUILDERS[column](directory, accelerated(KINDS[column]), techniques=[technique])
+            size = technique.probe_micro_batch_size
+            hosted = BUILDERS[column](
+                directory, accelerated(KINDS[column]), techniques=[technique], micro_batch_size=size
+            )
         hosted.train()
     except ValueError as error:
         last = traceback.extract_tb(error.__traceback__)[-1].filename

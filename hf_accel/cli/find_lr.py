@@ -113,7 +113,7 @@ def of_workload(name: str, recipe: Recipe, scratch: str) -> Any:
     if not isinstance(budget, str):
         raise ValueError(f"budget({budget!r}): a workload takes one. Give one.")
     args = arm.recipe.args | {"output_dir": scratch} | HARNESS
-    set_seed(args.get("seed", 42))
+    set_seed(int(args.get("seed", 42)))
     return make_trainer(workload.build(), args, arm.recipe, budget, TrainerCallback(), hosted=True)
 
 

@@ -23,6 +23,7 @@ that do something to their logits after the projection.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
@@ -142,9 +143,9 @@ class ChunkedTokenHead(TokenHead):
     def losses(
         self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
     ) -> ExampleLosses:
-        if not self.projection.training:
-            return super().losses(outputs, inputs, num_examples, label_smoothing)
         hidden_RLH = outputs["logits"]
+        if hidden_RLH.shape[-1] == self.projection.out_features:  # of a model in evaluation, or of another one
+            return super().losses(outputs, inputs, num_examples, label_smoothing)
         targets_RL = self._targets(inputs).to(hidden_RLH.device)
         losses_N = chunked_cross_entropy(
             hidden_RLH.flatten(0, -2),
@@ -179,6 +180,10 @@ class ChunkedCrossEntropy(Technique):
             raise ValueError(
                 f"{self!r}: {type(model).__name__} does not end in one linear projection to a vocabulary. Leave it out."
             )
+        if projection.in_features == projection.out_features:
+            raise ValueError(
+                f"{self!r}: hidden states as wide as the vocabulary cannot be told from logits. Leave it out."
+            )
         if not _ends_in(model, projection):
             raise ValueError(
                 f"{self!r}: {type(model).__name__} does something to its logits after the projection. Leave it out."
@@ -194,8 +199,7 @@ class ChunkedCrossEntropy(Technique):
         projection = unwrapped(model).get_output_embeddings()
         if projection is not host.head.projection:  # of a model that `model_init` has made since
             host.head = host._find_head()
-        project = projection.forward
-        projection.forward = lambda hidden: hidden if projection.training else project(hidden)
+        projection.forward = types.MethodType(_nothing_in_training, projection)
 
     def on_train_end(self, args, state, control, model: Any = None, **kwargs):
         del unwrapped(model).get_output_embeddings().forward
@@ -220,6 +224,10 @@ class ChunkedCrossEntropy(Technique):
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:
         return report["projected"] < 1
+
+
+def _nothing_in_training(projection: nn.Linear, hidden: Tensor) -> Tensor:
+    return hidden if projection.training else nn.Linear.forward(projection, hidden)
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""One cycle: the learning rate rises for a third of the budget to a high peak and falls to nearly zero.
+"""One cycle: the learning rate rises for a third of the budget to a high peak and falls to zero.
 
 A rate too high to begin with is bearable in the middle, where it regularises; the momentum is low while the rate is
 high.  With nearness(p), which goes on half cosine waves from 0 at p = 0 to 1 at p = warmup and back to 0 at p = 1,
@@ -12,9 +12,9 @@ Momentum is that of the optimizer's groups, or the first of their betas, and tak
 
 Reference: Smith (2018), A disciplined approach to neural network hyper-parameters, https://arxiv.org/abs/1803.09820;
 Smith and Topin (2018), Super-convergence, https://arxiv.org/abs/1708.07120.  Departures, those of fast.ai and
-``torch.optim.lr_scheduler.OneCycleLR``, whose defaults these are: half cosine waves in place of straight lines, and the
-descent and the last phase, far below the initial rate, are one.  Straight lines, with a constant momentum, are those of
-``LinearToZero(warmup=0.3)``.
+``torch.optim.lr_scheduler.OneCycleLR``, whose defaults these are but for an end at 0: half cosine waves in
+place of straight lines, and the descent and the last phase, far below the initial rate, are one.  Straight lines, with
+a constant momentum, are those of ``LinearToZero(warmup=0.3)``.
 
 When to use: convolutional networks with SGD and a peak learning rate found by a range test; fewer epochs are reported.
 When not to use: fine-tuning and pre-training of transformers, for which shorter warm-ups are usual; with a peak
@@ -41,7 +41,7 @@ def nearness(progress: float, *, warmup: float) -> float:
     return (1 + math.cos(math.pi * far)) / 2
 
 
-def one_cycle(progress: float, *, warmup: float = 0.3, initial: float = 0.04, final: float = 4e-6) -> float:
+def one_cycle(progress: float, *, warmup: float = 0.3, initial: float = 0.04, final: float = 0.0) -> float:
     """Factor on the peak learning rate."""
     end = initial if progress < warmup else final
     return end + (1 - end) * nearness(progress, warmup=warmup)
@@ -65,7 +65,7 @@ class OneCycle(Technique):
 
     warmup: Annotated[float, at.Interval(ge=0, lt=1)] = 0.3  # torch's pct_start
     initial: Fraction = 0.04  # torch's 1 / div_factor
-    final: Fraction = 4e-6  # torch's 1 / div_factor / final_div_factor
+    final: Fraction = 0.0  # torch: 4e-6
     cycle_momentum: bool = True
     variations: ClassVar = {"final": 0.1}
 
