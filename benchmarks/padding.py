@@ -79,7 +79,7 @@ def texts(folder: Path) -> dict[str, tuple[Dataset, int]]:
 
     return {
         "sst2": (tokenised("sst2", "bert-base-uncased", ["text"], 4000), 32),
-        "gsm8k": (tokenised("gsm8k", "gpt2", ["prompt", "completion"], 1000), 8),
+        "gsm8k": (tokenised("gsm8k", "gpt2", ["prompt", "completion"], 1000), 32),
     }
 
 
