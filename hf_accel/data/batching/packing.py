@@ -9,9 +9,9 @@ L = `max_length` positions; R of them hold the B examples, where padding would t
 
 The examples of a step stay the same, and so do loss and gradient, if nothing crosses from one example to the next.
 ``position_ids`` that begin anew tell the model where one ends; whether it heeds them is tried before training, as for
-flattened batches.  The width of a batch is fixed, so that only R tells shapes apart: at most B shapes to compile.  Attention
-is computed over R * L^2 scores, and on CPUs over those of each example alone.  With flash attention, which looks for
-borders in a single row only, the rows are laid end to end.
+flattened batches.  The width of a batch is fixed, so that only R tells shapes apart: at most B shapes to
+compile.  Attention is computed over R * L^2 scores, and on CPUs over those of each example alone.  With flash
+attention, which looks for borders in a single row only, the rows are laid end to end.
 
 Reference: Krell et al. (2021), https://arxiv.org/abs/2107.02027; best fit of Ding et al. (2024),
 https://arxiv.org/abs/2404.10830.  Departure: examples are packed within a micro-batch, so that a step has the examples
@@ -21,10 +21,10 @@ When to use: decoder language models on examples of very different length, with 
 accelerators, or with ``torch.compile``; with large micro-batches, as few examples fill rows badly.  On one CPU thread a
 small Llama trained on 3.2 times the real tokens a second of batches of 32 padded examples of sst2, and 1.8 times as
 many of gsm8k.
-When not to use: with flash attention and on CPUs, where flattening alone has no padding at all; examples nearly as long as the
-longest, or one very long example, as every row is as long as it: give the others to padding, or truncate.  Refused are
-encoders, models with recurrent state, classification, and decoders that make their mask without position_ids.
-"""
+When not to use: with flash attention and on CPUs, where flattening alone has no padding at all; examples nearly as long
+as the longest, or one very long example, as every row is as long as it: give the others to padding, or
+truncate.  Refused are encoders, models with recurrent state, classification, and decoders that make their mask without
+position_ids."""
 
 from __future__ import annotations
 

@@ -20,9 +20,9 @@ its own, or on CPUs, where we do so for ``sdpa``; up to twice the tokens per sec
 lengths are alike.  On one CPU thread a small Llama trained on 3.1 times the real tokens a second of batches of 32
 padded examples of sst2, and 2.0 times as many of gsm8k.
 When not to use: rows of equal length; long micro-batches with ``eager`` attention, or with ``sdpa`` on an accelerator,
-whose mask makes them compute T * T scores, so that attention costs more than with padding.  Refused are encoders, models with
-recurrent state, classification of sequences or tokens, and decoders that make their mask without position_ids.
-"""
+whose mask makes them compute T * T scores, so that attention costs more than with padding.  Refused are encoders,
+models with recurrent state, classification of sequences or tokens, and decoders that make their mask without
+position_ids."""
 
 from __future__ import annotations
 
