@@ -24,7 +24,8 @@ many of gsm8k.
 When not to use: with flash attention and on CPUs, where flattening alone has no padding at all; examples nearly as long
 as the longest, or one very long example, as every row is as long as it: give the others to padding, or
 truncate.  Refused are encoders, models with recurrent state, classification, and decoders that make their mask without
-position_ids."""
+position_ids.
+"""
 
 from __future__ import annotations
 

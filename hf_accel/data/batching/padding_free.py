@@ -22,7 +22,8 @@ padded examples of sst2, and 2.0 times as many of gsm8k.
 When not to use: rows of equal length; long micro-batches with ``eager`` attention, or with ``sdpa`` on an accelerator,
 whose mask makes them compute T * T scores, so that attention costs more than with padding.  Refused are encoders,
 models with recurrent state, classification of sequences or tokens, and decoders that make their mask without
-position_ids."""
+position_ids.
+"""
 
 from __future__ import annotations
 
