@@ -17,6 +17,8 @@ from hf_accel import (
     Deduplicate,
     InfoBatch,
     LengthGrouped,
+    Mixup,
+    RandomErasing,
     RandomSubset,
     ScorePruning,
     SelectiveBackprop,
@@ -26,6 +28,7 @@ from hf_accel import (
 from hf_accel.stream import Slots
 from hf_accel.streaming import IterableStepStream, digest
 from hf_accel.testing import (
+    PROBES,
     CountingText,
     collate_padded,
     largest_difference,
@@ -370,3 +373,26 @@ def test_what_needs_an_index_is_refused_by_name(name, tmp_path):
     technique, message = REFUSALS[name]
     with pytest.raises(ValueError, match=message):
         hosted([technique], tmp_path, Text()).train()
+
+
+class Images(IterableDataset):
+    """The images of the contract's probe, one after the other."""
+
+    def __iter__(self):
+        examples = PROBES["image"].examples(NUM, 0, torch.float32)
+        yield from (examples[i] for i in range(NUM))
+
+
+def test_images_are_mixed_and_resumed_bit_exactly(tmp_path):
+    def train(directory, resume=None):
+        trainer = tiny_trainer([RandomErasing(), Mixup()], directory, max_steps=8, save_strategy="steps", save_steps=5)
+        trainer.train_dataset = Images()
+        trainer.train(resume_from_checkpoint=resume)
+        return trainer
+
+    straight = train(tmp_path / "straight")
+    resumed = train(tmp_path / "resumed", resume=str(tmp_path / "straight" / "checkpoint-5"))
+    assert straight.stream.epoch == 1 and isinstance(straight.stream, IterableStepStream)
+    assert losses_of(resumed) == losses_of(straight)
+    assert largest_difference(weights_of(resumed), weights_of(straight)) == 0.0
+    assert all(t.took_effect(t.report()) for t in straight.techniques)

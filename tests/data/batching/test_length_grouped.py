@@ -3,8 +3,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from hf_accel.data.batching.length_grouped import LengthGrouped, group_by_length
+from hf_accel.testing import collate_padded, tiny_trainer
 
 
 def generator(seed=0):
@@ -52,3 +54,20 @@ def test_it_orders_what_was_selected_and_reports_the_padding_it_saved():
     other.inspect_dataset(rows)
     other.load_state_dict("global", technique.state_dict("global"))
     assert other.report() == report
+
+
+def test_a_collator_that_pads_to_a_multiple_makes_few_shapes(tmp_path):
+    def collate(features):
+        batch = collate_padded(features)
+        beyond = -batch["input_ids"].shape[1] % 8
+        return {name: F.pad(value, (0, beyond), value=-100 if name == "labels" else 0) for name, value in batch.items()}
+
+    trainer = tiny_trainer([LengthGrouped(mega_batch=8)], tmp_path)
+    trainer.data_collator = collate
+    widths = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, _, inputs: widths.append(inputs["input_ids"].shape[1]), with_kwargs=True
+    )
+    trainer.train()
+    assert set(widths) == {8, 16, 24}
+    assert sum(widths) / len(widths) < 20  # of 24, as long as the longest example of most shuffled batches
