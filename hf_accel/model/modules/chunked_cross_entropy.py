@@ -111,6 +111,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
+class _Tied(torch.autograd.Function):
+    """The hidden states themselves; DistributedDataParallel finds in their graph that the projection is used."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, *parameters) -> Tensor:
+        ctx.parameters = len(parameters)
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        return (*upstream, *[None] * ctx.parameters)
+
+
 def _chunks(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, dtype: torch.dtype, wide: torch.dtype):
     """Where each chunk of the tokens is, and its logits."""
     size = max(LOGITS_OF_A_CHUNK.get(hidden_NH.device.type, LOGITS_ELSEWHERE) // len(weight_VH), 1)
@@ -227,7 +240,10 @@ class ChunkedCrossEntropy(Technique):
 
 
 def _nothing_in_training(projection: nn.Linear, hidden: Tensor) -> Tensor:
-    return hidden if projection.training else nn.Linear.forward(projection, hidden)
+    if not projection.training:
+        return nn.Linear.forward(projection, hidden)
+    tied: Any = _Tied.apply(hidden, *projection.parameters())
+    return tied
 
 
 @torch.no_grad()
