@@ -1,5 +1,6 @@
 """Options and defaults of the whole suite."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -18,3 +19,9 @@ def pytest_collection_modifyitems(config, items):
         full = [item for item in items if item.get_closest_marker("full")]
         config.hook.pytest_deselected(items=full)
         items[:] = [item for item in items if not item.get_closest_marker("full")]
+
+
+def pytest_collection_finish(session):
+    """Trainer collects garbage in every run, and would look through all that the imports have made each time."""
+    gc.collect()
+    gc.freeze()

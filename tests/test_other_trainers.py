@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import gc
 import math
 import re
 import traceback
@@ -186,15 +185,6 @@ def outcome(column, technique, directory):
     if column != PLAIN:
         assert technique.took_effect(hosted.receipt.techniques[0]["report"])
     return "trains"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection():
-    """Trainer collects garbage at every log, which takes long with all that these libraries have imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
