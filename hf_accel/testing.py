@@ -289,7 +289,9 @@ def tiny_trainer(
     hosting: dict[str, Any] = {}
     if issubclass(trainer_class, AccelTrainerMixin):
         sizes = [t.probe_micro_batch_size for t in techniques if t.probe_micro_batch_size is not None]
-        hosting = {"techniques": list(techniques), "micro_batch_size": micro_batch_size or min(sizes, default=None)}
+        if micro_batch_size is None:
+            micro_batch_size = min(sizes, default=None)
+        hosting = {"techniques": list(techniques), "micro_batch_size": micro_batch_size}
     if probe.tokenizer is not None:
         hosting["processing_class"] = probe.tokenizer()
     schedules = any("schedule" in t.answers() for t in techniques)

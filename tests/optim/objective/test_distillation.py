@@ -258,7 +258,7 @@ def test_without_a_teacher_the_model_stays_near_what_it_was(tmp_path):
         trainer.train()
         assert largest_difference(initial, dict(technique.initial_.state_dict())) == 0.0
         distances.append(trainer.receipt.techniques[0]["report"]["divergence"])
-    assert distances[1] < distances[0] / 2
+    assert distances[1] < 0.7 * distances[0]
 
 
 def test_a_teacher_comes_from_a_folder(tmp_path):
