@@ -46,7 +46,9 @@ def find_lr(
     if budget is not None:
         chosen = chosen.with_changes(f"budget={budget}")
     if data is not None:
-        os.environ["HF_ACCEL_DATA"] = str(data)
+        from hf_accel.compare.workloads import DATA_ROOT
+
+        os.environ[DATA_ROOT] = str(data)
     folder = out or Path("accel_output", f"find-lr-{workload or recipe.stem}")  # type: ignore[union-attr]
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out({str(folder)!r}): is a file. Choose another --out.")

@@ -100,14 +100,10 @@ def losses_and_outputs(
     return head.losses(outputs, inputs, num_examples), outputs
 
 
-def losses_score(technique: Technique) -> Callable[[Mapping[str, Tensor], int], Tensor]:
-    """What `score_examples` takes for the mean loss of each example."""
-    head, model = head_for(technique), technique.host_.model
-
-    def score(inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
-        return losses_and_outputs(head, model, inputs, num_examples)[0].per_example(num_examples)
-
-    return score
+def mean_losses(head: Head, model: nn.Module, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
+    """The mean loss of each of a batch's examples, (B,)."""
+    losses, _ = losses_and_outputs(head, model, inputs, num_examples)
+    return losses.per_example(num_examples)
 
 
 def check_scores(scores_N: Tensor, num_examples: int, technique: Technique) -> None:

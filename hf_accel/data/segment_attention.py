@@ -84,14 +84,25 @@ AttentionInterface.register(NAME, attention)
 AttentionMaskInterface.register(NAME, mask)
 
 
+def attend_by_segment(model: Any) -> None:
+    """From now on, in a model that `can_attend_by_segment`."""
+    model.set_attn_implementation(NAME)
+
+
+def attend_as_before(model: Any) -> None:
+    """Undo `attend_by_segment`, where it was done."""
+    if model.config._attn_implementation == NAME:
+        model.set_attn_implementation("sdpa")
+
+
 def can_attend_by_segment(model: Any, num_rows: int = 1) -> bool:
     """Whether a model with ``sdpa`` attention is on a CPU and keeps examples apart in this way; tried, and undone."""
     config = model.config
     on_cpu = next(model.parameters()).device.type == "cpu"
     if not on_cpu or config._attn_implementation != "sdpa" or config.sub_configs:
         return False
-    model.set_attn_implementation(NAME)
+    attend_by_segment(model)
     try:
         return config._attn_implementation == NAME and flattening_fault(model, num_rows) is None
     finally:
-        model.set_attn_implementation("sdpa")
+        attend_as_before(model)

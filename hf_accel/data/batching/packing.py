@@ -41,8 +41,7 @@ from torch.utils.data import IterableDataset
 
 from hf_accel.data.flattening import check_kept_apart, end_to_end, unpadded
 from hf_accel.data.lengths import example_lengths
-from hf_accel.data.segment_attention import NAME as BY_SEGMENT
-from hf_accel.data.segment_attention import can_attend_by_segment
+from hf_accel.data.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
 from hf_accel.stream import ORDER
 from hf_accel.technique import State, Technique
 
@@ -115,13 +114,12 @@ class Packing(Technique):
         if limit is not None and self.width_ > limit:
             raise ValueError(f"{self!r}: rows of {self.width_} tokens, the model has {limit} positions. Give fewer.")
         if self.by_segment_ and not args.torch_compile:
-            model.set_attn_implementation(BY_SEGMENT)
+            attend_by_segment(model)
         self.in_one_row_ = "flash" in model.config._attn_implementation
         self.counts_ = {"rows": 0, "examples": 0, "tokens": 0, "positions": 0}
 
     def on_train_end(self, args, state, control, model: Any = None, **kwargs):
-        if model.config._attn_implementation == BY_SEGMENT:
-            model.set_attn_implementation("sdpa")
+        attend_as_before(model)
 
     def collate(self, features: Sequence[Mapping[str, Any]], collator: Callable) -> dict[str, Any]:
         """Each example as the collator makes it alone, in rows."""

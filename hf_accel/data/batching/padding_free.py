@@ -34,8 +34,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from hf_accel.data.flattening import check_kept_apart, end_to_end, unpadded
-from hf_accel.data.segment_attention import NAME as BY_SEGMENT
-from hf_accel.data.segment_attention import can_attend_by_segment
+from hf_accel.data.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
 from hf_accel.technique import State, Technique
 
 if TYPE_CHECKING:
@@ -62,12 +61,11 @@ class PaddingFree(Technique):
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if self.by_segment_ and not args.torch_compile:
-            model.set_attn_implementation(BY_SEGMENT)
+            attend_by_segment(model)
         self.tokens_, self.padded_ = 0, 0
 
     def on_train_end(self, args, state, control, model: Any = None, **kwargs):
-        if model.config._attn_implementation == BY_SEGMENT:
-            model.set_attn_implementation("sdpa")
+        attend_as_before(model)
 
     def collate(self, features: Sequence[Mapping[str, Any]], collator: Callable) -> dict[str, Any]:
         """Each example as the collator makes it alone, end to end."""

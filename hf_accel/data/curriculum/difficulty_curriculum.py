@@ -29,6 +29,7 @@ still running when the learning rate is already low, the model has seen the hard
 
 from __future__ import annotations
 
+import functools
 import heapq
 import zlib
 from collections.abc import Iterator, Mapping
@@ -41,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_accel.data.scores import losses_score, score_examples
+from hf_accel.data.scores import head_for, mean_losses, score_examples
 from hf_accel.technique import Fraction, State, Technique
 
 
@@ -138,7 +139,8 @@ class DifficultyCurriculum(Technique):
         elif (state := self.host_.resumed_state(self)) is not None:
             self.difficulty_N_ = state["difficulty_N"]
         else:
-            self.difficulty_N_ = score_examples(self, dataset, losses_score(self))
+            score = functools.partial(mean_losses, head_for(self), self.host_.model)
+            self.difficulty_N_ = score_examples(self, dataset, score)
         self.first_ = None
 
     def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:

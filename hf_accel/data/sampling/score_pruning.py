@@ -43,6 +43,7 @@ from hf_accel.data.scores import (
     head_for,
     keep_by_score,
     losses_and_outputs,
+    mean_losses,
     refuse_lost_classes,
     score_examples,
 )
@@ -116,8 +117,7 @@ class ScorePruning(StaticSubset):
         return score_examples(self, dataset, score, batch_size=1 if kind == "grand" else None)
 
     def _loss(self, head: Head, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
-        losses, _ = losses_and_outputs(head, self.host_.model, inputs, num_examples)
-        return losses.per_example(num_examples)
+        return mean_losses(head, self.host_.model, inputs, num_examples)
 
     def _perplexity(self, head: Head, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
         return self._loss(head, inputs, num_examples).exp()

@@ -27,7 +27,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hf_accel.optim.large_batch.trust_ratio import divided, local, norm, ratio
+from hf_accel.optim.large_batch.trust_ratio import groups_for, local, norm, ratio
 from hf_accel.technique import Technique
 
 
@@ -72,11 +72,5 @@ class Lamb(Technique):
 
     def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Each group divided into what is decayed and what is not."""
-        host: Any = self.host_
-        if host.is_deepspeed_enabled:
-            raise ValueError(f"{self!r}: under DeepSpeed ZeRO, parameters have no norms of their own. Use DDP or FSDP.")
-        parts = divided(groups, set(host.get_decay_parameter_names(model)))
-        if not any(part["adapted"] for part in parts):
-            raise ValueError(f"{self!r}: all that is trained are biases and norms. Use another optimizer.")
-        args = host.args
+        parts, args = groups_for(self, model, groups), self.host_.args
         return LambAdam(parts, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)

@@ -27,7 +27,7 @@ import annotated_types as at
 import torch
 from torch import nn
 
-from hf_accel.optim.large_batch.trust_ratio import divided, local, norm, ratio
+from hf_accel.optim.large_batch.trust_ratio import groups_for, local, norm, ratio
 from hf_accel.technique import Positive, Technique
 
 
@@ -78,10 +78,5 @@ class Lars(Technique):
 
     def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Each group divided into what is decayed and what is not; the trainer's betas are not read."""
-        host: Any = self.host_
-        if host.is_deepspeed_enabled:
-            raise ValueError(f"{self!r}: under DeepSpeed ZeRO, parameters have no norms of their own. Use DDP or FSDP.")
-        parts = divided(groups, set(host.get_decay_parameter_names(model)))
-        if not any(part["adapted"] for part in parts):
-            raise ValueError(f"{self!r}: all that is trained are biases and norms. Use another optimizer.")
-        return LarsSGD(parts, host.args.learning_rate, self.momentum, self.trust_coefficient)
+        parts, args = groups_for(self, model, groups), self.host_.args
+        return LarsSGD(parts, args.learning_rate, self.momentum, self.trust_coefficient)

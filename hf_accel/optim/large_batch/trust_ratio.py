@@ -6,8 +6,10 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from hf_accel.technique import Technique
 
 
 def norm(tensor: Tensor) -> Tensor:
@@ -25,6 +27,19 @@ def ratio(weight_norm: Tensor, update_norm: Tensor) -> Tensor:
 def local(tensor: Tensor) -> Tensor:
     """This rank's part, which shares memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def groups_for(technique: Technique, model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The groups of the trainer divided into what is decayed, which has a trust ratio, and what is not."""
+    host: Any = technique.host_
+    if host.is_deepspeed_enabled:
+        raise ValueError(
+            f"{technique!r}: under DeepSpeed ZeRO, parameters have no norms of their own. Use DDP or FSDP."
+        )
+    parts = divided(groups, set(host.get_decay_parameter_names(model)))
+    if not any(part["adapted"] for part in parts):
+        raise ValueError(f"{technique!r}: all that is trained are biases and norms. Use another optimizer.")
+    return parts
 
 
 def divided(groups: list[dict[str, Any]], adapted_names: Collection[str]) -> list[dict[str, Any]]:

@@ -6,25 +6,13 @@ import torch
 
 from hf_accel.data.curriculum.sequence_length_warmup import SequenceLengthWarmup, warmed_up_length
 from hf_accel.stream import MicroBatch, StepBatch, StepPlan
-from hf_accel.testing import tiny_trainer
+from hf_accel.testing import collate_padded, tiny_trainer
 
 ROWS = [[11, 12, 13, 14, 15], [21, 22], [31, 32, 33, 34, 35, 36, 37, 38], [41, 42, 43, 44]]
 
 
-def padded(side="right", rows=ROWS):
-    width = max(map(len, rows))
-
-    def fill(row, value):
-        rest = [value] * (width - len(row))
-        return row + rest if side == "right" else rest + row
-
-    return {
-        "input_ids": torch.tensor([fill(row, 0) for row in rows]),
-        "attention_mask": torch.tensor([fill([1] * len(row), 0) for row in rows]),
-        "labels": torch.tensor([fill(row, -100) for row in rows]),
-        "kind": torch.arange(len(rows)),
-        "embedding": torch.tensor([fill(row, 0) for row in rows]).float()[..., None].expand(-1, -1, 3),
-    }
+def padded():
+    return collate_padded([{"input_ids": row, "labels": row} for row in ROWS])
 
 
 def tokens(inputs):
