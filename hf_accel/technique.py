@@ -10,7 +10,7 @@ Shape suffixes: ``B`` examples, ``L`` positions, ``N`` examples of the data set.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_type_hints
 
@@ -176,6 +176,13 @@ class Technique(TrainerCallback):
 
     def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
         """Restore what `state_dict` gave for the same scope; called after ``on_train_begin``."""
+
+    # For the receipt; a plain Trainer has no use for these, and no need of them ------------------------------------
+
+    def computation(self) -> Hashable:
+        """What it varies of the computation of this step, beyond shapes and ``requires_grad``: the number of blocks or
+        tokens that are dropped.  Steps that are alike in it are counted once."""
+        return None
 
     def report(self) -> Mapping[str, Any]:
         """What it did, as numbers and strings, for the receipt."""
