@@ -16,6 +16,7 @@ from hf_accel.cli.find_lr import find_lr
 from hf_accel.cli.soup import soup
 from hf_accel.cli.techniques import techniques
 from hf_accel.cli.train import train
+from hf_accel.run import run
 
 
 class Commands(TyperGroup):
@@ -46,6 +47,7 @@ app = typer.Typer(
     help="Train to the same quality in less time.",
 )
 app.command()(train)
+app.command(context_settings={"allow_interspersed_args": False})(run)  # what follows the script is its own
 app.command()(compare)
 app.command("find-lr")(find_lr)
 app.command()(export)
