@@ -104,7 +104,8 @@ def attached(recipe: Recipe) -> Iterator[None]:
 
 def equip(trainer: Trainer, recipe: Recipe) -> None:
     """Attach a recipe's techniques, and give the trainer its arguments."""
-    model = type(unwrapped(trainer.model)).__name__
+    found: Any = trainer.model
+    model = type(unwrapped(found)).__name__
     models = MODELS_OF_TASKS.get(recipe.task or "")
     if models is not None and model not in models.values():
         raise RecipeError(f"task({recipe.task!r}): the script trains a {model}. Give a recipe for its task.")
