@@ -167,8 +167,7 @@ _FREE = re.compile(
     r"|_?(de)?quantize|choose_qparams|fft_(fft|rfft)(freq|shift)|_cufft"
 )
 _FREE_NAMESPACES = frozenset(
-    "c10d _c10d_functional _c10d_functional_autograd _dtensor fsdp symm_mem prim prims profiler inductor rngprims "
-    "torchvision debugprims".split()
+    "c10d _c10d_functional _c10d_functional_autograd _dtensor fsdp symm_mem prim profiler torchvision".split()
 )
 
 

@@ -320,19 +320,20 @@ def test_an_operator_of_another_library_is_named_or_has_a_formula():
         FlopMeter().measure(nn.Identity(), a, lambda: product(a, a.T))
 
 
-@pytest.mark.parametrize(
-    "name", "mm addmm bmm convolution _fft_c2c mv _grouped_mm linalg_qr _cdist_forward _thnn_fused_lstm_cell".split()
-)
+COMPUTING = """mm addmm bmm convolution _fft_c2c mv _grouped_mm linalg_qr _cdist_forward _thnn_fused_lstm_cell
+mkldnn_rnn_layer _flash_attention_forward linear"""
+FREE = """add mul sum native_layer_norm embedding embedding_dense_backward _softmax gelu_backward cat copy_
+_foreach_add_
+linalg_vector_norm _log_softmax nll_loss_forward upsample_bilinear2d slice_scatter max_pool2d_with_indices"""
+
+
+@pytest.mark.parametrize("name", COMPUTING.split())
 def test_what_computes(name):
     op = getattr(torch.ops.aten, name)
     assert is_compute(getattr(op, op.overloads()[0]))
 
 
-@pytest.mark.parametrize(
-    "name",
-    "add mul sum native_layer_norm embedding embedding_dense_backward _softmax gelu_backward cat copy_ _foreach_add_ "
-    "linalg_vector_norm _log_softmax nll_loss_forward upsample_bilinear2d slice_scatter max_pool2d_with_indices".split(),
-)
+@pytest.mark.parametrize("name", FREE.split())
 def test_what_is_free(name):
     op = getattr(torch.ops.aten, name)
     func = getattr(op, op.overloads()[0])
