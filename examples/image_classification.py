@@ -1,7 +1,7 @@
 """A vision transformer from scratch: small images first, mixed in pairs.
 
-    python examples/image_classification.py
-    python examples/image_classification.py --dataset uoft-cs/cifar10 --image img --label label
+python examples/image_classification.py
+python examples/image_classification.py --dataset uoft-cs/cifar10 --image img --label label
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """A script with options, for one process or many.
 
-    python examples/launched.py --learning_rate 3e-3 --budget 3epochs --techniques "InfoBatch(keep=0.8)"
-    accelerate launch --config_file configs/accelerate/fsdp2.yaml examples/launched.py --budget 30min
-    accelerate launch --config_file configs/accelerate/zero2.yaml examples/launched.py --recipe recipe.yaml
-    torchrun --nproc_per_node 8 examples/launched.py --deepspeed configs/deepspeed/zero3.json
+python examples/launched.py --learning_rate 3e-3 --budget 3epochs --techniques "InfoBatch(keep=0.8)"
+accelerate launch --config_file configs/accelerate/fsdp2.yaml examples/launched.py --budget 30min
+accelerate launch --config_file configs/accelerate/zero2.yaml examples/launched.py --recipe recipe.yaml
+torchrun --nproc_per_node 8 examples/launched.py --deepspeed configs/deepspeed/zero3.json
 """
 
 import random

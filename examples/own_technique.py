@@ -1,6 +1,6 @@
 """A technique of one's own: a class, its hyperparameters, and the contract that says whether it is one.
 
-    python examples/own_technique.py
+python examples/own_technique.py
 """
 
 import tempfile

@@ -1,7 +1,7 @@
 """Pre-training from scratch within a given time, on text, byte by byte.
 
-    python examples/pretrain.py --budget 10min
-    python examples/pretrain.py --budget 8h --dataset roneneldan/TinyStories
+python examples/pretrain.py --budget 10min
+python examples/pretrain.py --budget 8h --dataset roneneldan/TinyStories
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """No Trainer at all: the functions behind the techniques, in a loop of one's own.
 
-    python examples/raw_loop.py
+python examples/raw_loop.py
 """
 
 import torch

@@ -1,7 +1,7 @@
 """Sentence embeddings with sentence-transformers' trainer: batches of one length, which ends on time.
 
-    python examples/sentence_embeddings.py
-    python examples/sentence_embeddings.py --model microsoft/mpnet-base --dataset sentence-transformers/all-nli --subset pair
+python examples/sentence_embeddings.py
+python examples/sentence_embeddings.py --model microsoft/mpnet-base --dataset sentence-transformers/all-nli --subset pair
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Supervised fine-tuning with TRL's SFTTrainer: rows without padding, and an average of the last weights.
 
-    python examples/sft.py
-    python examples/sft.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara
+python examples/sft.py
+python examples/sft.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara
 """
 
 import argparse
@@ -40,7 +40,12 @@ trainer = accelerated(SFTTrainer)(
     model=model,
     processing_class=tokenizer,
     args=SFTConfig(
-        "accel_sft", per_device_train_batch_size=32, learning_rate=3e-3, save_strategy="no", report_to="none", bf16=False
+        "accel_sft",
+        per_device_train_batch_size=32,
+        learning_rate=3e-3,
+        save_strategy="no",
+        report_to="none",
+        bf16=options.model is not None,
     ),
     train_dataset=data["train"],
     eval_dataset=data["test"],
