@@ -1,7 +1,7 @@
 """Sentence embeddings with sentence-transformers' trainer: batches of one length, which ends on time.
 
 python examples/sentence_embeddings.py
-python examples/sentence_embeddings.py --model microsoft/mpnet-base --dataset sentence-transformers/all-nli --subset pair
+    python examples/sentence_embeddings.py --model microsoft/mpnet-base --dataset sentence-transformers/gooaq
 """
 
 import argparse
@@ -23,7 +23,6 @@ from hf_accel import Budget, ExponentialMovingAverage, accelerated
 parser = argparse.ArgumentParser()
 parser.add_argument("--model", help="of the Hub; without one, a small BERT that knows nothing")
 parser.add_argument("--dataset", help="of the Hub; without one, numbers and their names")
-parser.add_argument("--subset", help="of the data set")
 options = parser.parse_args()
 
 set_seed(0)
@@ -47,7 +46,7 @@ if options.dataset is None:
     random.shuffle(rows)
     data = datasets.Dataset.from_list(rows).train_test_split(32, seed=0)
 else:
-    data = datasets.load_dataset(options.dataset, options.subset, split="train").train_test_split(0.01, seed=0)
+    data = datasets.load_dataset(options.dataset, split="train").train_test_split(0.01, seed=0)
 
 trainer = accelerated(SentenceTransformerTrainer)(
     model=model,
