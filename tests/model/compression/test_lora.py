@@ -1,0 +1,158 @@
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    Trainer,
+)
+
+from hf_accel.model.compression.lora import LoRA, add_adapters, new_heads
+from hf_accel.testing import (
+    check_evaluates_what_it_returns,
+    check_resumes_bit_exactly,
+    largest_difference,
+    losses_of,
+    tiny_llama,
+    tiny_trainer,
+    weights_of,
+)
+
+SMALL = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "pad_token_id": 0}
+SMALL |= {"bos_token_id": 1, "eos_token_id": 2, "num_hidden_layers": 2}
+T5 = {"d_model": 16, "num_layers": 2, "num_heads": 2, "d_kv": 8, "d_ff": 32, "decoder_start_token_id": 0}
+VIT = {"image_size": 8, "patch_size": 4}
+MODERN = {"cls_token_id": 1, "sep_token_id": 2}
+LAYERS_OF_LLAMA = 7
+ARCHITECTURES = [
+    ("llama", AutoModelForCausalLM, {}, 2 * LAYERS_OF_LLAMA),
+    ("qwen3", AutoModelForCausalLM, {"num_key_value_heads": 2, "head_dim": 8}, 2 * LAYERS_OF_LLAMA),
+    ("llama", AutoModelForSequenceClassification, {}, 2 * LAYERS_OF_LLAMA),
+    ("gpt2", AutoModelForCausalLM, {"n_embd": 16, "n_layer": 2, "n_head": 2}, 2 * 4),
+    ("bert", AutoModelForMaskedLM, {}, 2 * 6 + 1),  # one before the projection to the vocabulary
+    ("bert", AutoModelForSequenceClassification, {}, 2 * 6 + 1),  # the pooler
+    ("roberta", AutoModelForSequenceClassification, {}, 2 * 6),
+    ("modernbert", AutoModelForSequenceClassification, MODERN, 2 * 4),
+    ("t5", AutoModelForSeq2SeqLM, T5, 2 * 6 + 2 * 10),
+    ("vit", AutoModelForImageClassification, VIT, 2 * 6),
+]
+
+
+def tiny(kind, auto, fields):
+    torch.manual_seed(0)
+    return auto.from_config(AutoConfig.for_model(kind, **(SMALL | fields)))
+
+
+def prepared(technique, model):
+    technique.host_ = SimpleNamespace(args=SimpleNamespace(seed=3, learning_rate=1e-3))
+    return technique.prepare_model(model)
+
+
+@pytest.mark.parametrize("variant", ["lora", "dora", "pissa"])
+def test_training_is_that_of_plain_peft(variant, tmp_path):
+    options = {"lora": {}, "dora": {"use_dora": True}, "pissa": {"init_lora_weights": "pissa"}}[variant]
+    ours = tiny_trainer([LoRA(rank=4, variant=variant, lr_factor=10)], tmp_path, learning_rate=1e-3)
+    ours.train()
+    model = tiny_llama()
+    torch.manual_seed(7)
+    model = get_peft_model(model, LoraConfig(r=4, lora_alpha=32, target_modules="all-linear", **options))
+    plain = tiny_trainer([], tmp_path, trainer_class=Trainer, model=model, learning_rate=1e-2)
+    plain.train()
+    assert losses_of(ours) == losses_of(plain)
+    assert largest_difference(weights_of(ours), weights_of(plain)) == 0.0
+
+
+@pytest.mark.parametrize("variant", ["lora", "rslora", "dora", "pissa"])
+def test_merged_and_adapted_models_are_the_trained_one(variant, tmp_path):
+    # peft makes PiSSA in float32 only.
+    dtype, close = (torch.float32, 1e-4) if variant == "pissa" else (torch.float64, 1e-9)
+    tiny_llama(dtype=dtype).save_pretrained(tmp_path / "base")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=dtype)
+    trainer = tiny_trainer([LoRA(rank=4, variant=variant)], tmp_path, model=base, max_steps=3)
+    trainer.train()
+
+    def logits(model):
+        with torch.no_grad():
+            return model.eval()(input_ids=torch.arange(3, 23)[None]).logits
+
+    def loaded(folder):
+        return AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=dtype)
+
+    trained = logits(trainer.model)
+    trainer.save_model(str(tmp_path / "adapter"))
+    assert sorted(path.suffix for path in (tmp_path / "adapter").glob("adapter_*")) == [".json", ".safetensors"]
+    assert (logits(loaded("base")) - trained).abs().max() > 1e-2
+    models = {"adapted": PeftModel.from_pretrained(loaded("base"), tmp_path / "adapter")}
+    if variant != "dora":  # transformers 5.23 looks for its lengths under another name
+        models["adapted without peft's class"] = loaded("adapter")
+    trainer.model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    models["merged"] = loaded("merged")
+    for model in models.values():
+        torch.testing.assert_close(logits(model), trained, rtol=close, atol=close)
+
+
+@pytest.mark.parametrize(("kind", "auto", "fields", "layers"), ARCHITECTURES)
+def test_all_layers_but_the_head_are_adapted(kind, auto, fields, layers):
+    model = tiny(kind, auto, fields)
+    heads = {name.split(".")[0] for name in ("classifier", "score", "head") if hasattr(model, name)}
+    assert set(new_heads(model)) == (heads if auto is not AutoModelForMaskedLM else set())
+    technique = LoRA(rank=4)
+    adapted = prepared(technique, model)
+    assert technique.layers_ == layers
+    trained = {name for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len([name for name in trained if ".lora_A." in name]) == layers
+    whole = {name for name in trained if ".lora_" not in name}
+    assert {name.split(".")[2] for name in whole} == heads and all(".modules_to_save." in name for name in whole)
+
+
+def test_rates_are_those_of_peft(tmp_path):
+    trainer = tiny_trainer([LoRA(rank=4, lr_factor=5, lr_ratio=16)], tmp_path, learning_rate=1e-3)
+    trainer.create_optimizer()
+    theirs = create_loraplus_optimizer(trainer.model, torch.optim.AdamW, lr=5e-3, loraplus_lr_ratio=16)
+    rates = [
+        {id(p): group["lr"] for group in o.param_groups for p in group["params"]} for o in (trainer.optimizer, theirs)
+    ]
+    assert rates[0] == pytest.approx(rates[1]) and len(set(rates[0].values())) == 2
+
+
+@pytest.mark.parametrize("variant", ["dora", "pissa"])
+def test_variants_resume_and_are_saved(variant, tmp_path):
+    check_resumes_bit_exactly(LoRA(rank=4, variant=variant), tmp_path)
+    check_evaluates_what_it_returns(LoRA(rank=4, variant=variant), tmp_path)
+
+
+def test_adapters_are_made_from_the_seed_alone():
+    state = torch.random.get_rng_state()
+    models = [add_adapters(tiny_llama(), rank=4, alpha=8, seed=seed) for seed in (1, 1, 2)]
+    assert torch.equal(torch.random.get_rng_state(), state)
+    a, b, c = (model.state_dict() for model in models)
+    assert largest_difference(a, b) == 0.0 < largest_difference(a, c)
+
+
+def test_what_it_does_to_the_rate_is_said(caplog):
+    prepared(LoRA(rank=4), tiny_llama())
+    assert "the peak learning rate is 0.01, 10 times learning_rate=0.001" in caplog.text
+    assert "adapters are saved without it" in caplog.text
+
+
+def test_what_it_cannot_do_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"LoRA\(rank=17.*rank is above.*\(16 x 16\).*Choose at most 16"):
+        prepared(LoRA(rank=17), tiny_llama())
+    with pytest.raises(ValueError, match=r"LoRA\(.*target='nothing'.*not found"):
+        prepared(LoRA(rank=4, target="nothing"), tiny_llama())
+    with pytest.raises(ValueError, match=r"has adapters already\. Give the pretrained model itself"):
+        prepared(LoRA(rank=4), add_adapters(tiny_llama(), rank=4, alpha=8))
+    resnet = tiny("resnet", AutoModelForImageClassification, {"embedding_size": 4, "hidden_sizes": [4], "depths": [1]})
+    with pytest.raises(ValueError, match=r"LoRA\(.*ResNet.* has no linear layer but its head\. Train it whole"):
+        prepared(LoRA(rank=4), resnet)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ValueError, match=r"LoRA\(.*peft: is not installed.*pip install 'hf-accel\[peft\]'"):
+        prepared(LoRA(rank=4), tiny_llama())
