@@ -1,0 +1,177 @@
+"""A budgeted run against the best fixed-step run of the same time and against a cosine that the clock cuts off.
+
+    python benchmarks/budget.py novels-lm sst2 [--seconds 120] [--seeds 5] [--data FOLDER] [--out FILE]
+
+All arms have the model, the data, the learning rate and the batches of a workload's tuned baseline, and differ in who
+says when the run ends:
+
+    budgeted   ``Budget("120s")``: the learning rate follows the time that is spent
+    fixed      a plain Trainer with the ``max_steps`` that take this time: found by hand beforehand, by a few runs of
+               another seed, as who knows the machine would
+    cut off    a plain Trainer whose cosine was planned for twice as many steps (`TOO_MANY`), stopped by the clock
+
+The clock counts CPU seconds of this process, one thread, so that other work on the machine does not count.  Each arm is
+evaluated after its time.  Arms alternate, seed by seed.  Runs that were made before are taken from the folder of
+records, so that a benchmark can be stopped and go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments, set_seed
+from transformers.utils import logging
+
+from hf_accel import AccelTrainer, Budget
+from hf_accel.compare import build_workload, cache
+from hf_accel.compare.results import machine
+from hf_accel.compare.statistics import non_inferiority
+from hf_accel.compare.worker import HARNESS, warm_up
+from hf_accel.compare.workloads.workload import DATA_ROOT, Workload
+
+SEED = 1001
+"""Of the runs by which the number of steps is found; none of the comparison."""
+
+TOO_MANY = 2.0
+"""Planned steps of the cosine over those that fit."""
+
+
+class CutOff(TrainerCallback):
+    """Stops a run when its time is over, whatever its learning rate."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.began = time.process_time()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop |= time.process_time() - self.began >= self.seconds
+
+
+def trained(workload: Workload, arm: str, seed: int, seconds: float, steps: int | None) -> dict:
+    """Train an arm and evaluate it; what it took and how good it is."""
+    set_seed(seed)
+    task = workload.build()
+    with tempfile.TemporaryDirectory() as folder:
+        args = workload.baseline_args() | HARNESS | {"seed": seed, "output_dir": folder}
+        warm_up(task, args)
+        if arm == "cut off":
+            args["lr_scheduler_type"] = "cosine"
+        if steps is not None:
+            args["max_steps"] = steps
+        arguments = TrainingArguments(**args)
+        arguments.dataloader_pin_memory = False
+        set_seed(seed)
+        if arm == "budgeted":
+            trainer: Trainer = AccelTrainer(args=arguments, techniques=[Budget(f"{seconds:g}s")], **task)
+            trainer.clock.now = time.process_time
+        else:
+            trainer = Trainer(args=arguments, callbacks=[CutOff(seconds)] * (arm == "cut off"), **task)
+        trainer.pop_callback(PrinterCallback)
+        began = time.process_time()
+        trainer.train()
+        took = time.process_time() - began
+        metrics = trainer.evaluate()
+    return {
+        "seconds": round(took, 3),
+        "steps": trainer.state.global_step,
+        "final_learning_rate": trainer.lr_scheduler.get_last_lr()[0],
+        "metrics": {name: value for name, value in metrics.items() if name in ("eval_loss", "eval_accuracy")},
+    }
+
+
+def kept(folder: Path, workload: Workload, arm: str, seed: int, seconds: float, steps: int | None = None) -> dict:
+    """The record of a run, made now if there is none."""
+    name = f"{workload.name}-{arm}-{seed}-{seconds:g}s-{steps or ''}".replace(" ", "_")
+    path = folder / f"{name}.json"
+    if not path.exists():
+        path.write_text(json.dumps(trained(workload, arm, seed, seconds, steps)) + "\n")
+        print(name, path.read_text(), end="", flush=True)
+    return json.loads(path.read_text())
+
+
+def fitting_steps(folder: Path, workload: Workload, seconds: float) -> tuple[int, list[dict]]:
+    """The steps that take so many seconds, found as one does by hand: a short run, a longer one, a whole one."""
+    steps, tried = 100, []
+    for share in (0.1, 0.5, 1.0):
+        found = kept(folder, workload, "fixed", SEED, seconds, steps)
+        tried.append({"steps": steps, "seconds": found["seconds"]})
+        steps = round(steps * share * seconds / found["seconds"])
+    return steps, tried
+
+
+def all_runs(names: list[str], seconds: float, seeds: int, folder: Path) -> dict[str, dict]:
+    """Of each workload what was tried by hand, the steps of its arms and their runs; seed by seed."""
+    found: dict[str, dict] = {}
+    for name in names:
+        steps, tried = fitting_steps(folder, build_workload(name), seconds)
+        arms = {"budgeted": None, "fixed": steps, "cut off": round(TOO_MANY * steps)}
+        found[name] = {"tried_by_hand": tried, "steps": arms, "runs": {arm: [] for arm in arms}}
+    for seed in range(1, seeds + 1):
+        for name, document in found.items():
+            for arm, steps in document["steps"].items():
+                run = kept(folder, build_workload(name), arm, seed, seconds, steps)
+                document["runs"][arm].append({"seed": seed} | run)
+    return found
+
+
+def compared(name: str, found: dict) -> dict:
+    """The record of a workload."""
+    workload = build_workload(name)
+    losses = {arm: [run["metrics"][workload.metric] for run in runs] for arm, runs in found["runs"].items()}
+    against = {
+        arm: vars(non_inferiority(losses["budgeted"], losses[arm], workload.margin)) for arm in ("fixed", "cut off")
+    }
+    return {
+        "metric": workload.metric,
+        "margin": workload.margin,
+        "mean": {arm: statistics.mean(values) for arm, values in losses.items()},
+        "mean_seconds": {arm: statistics.mean(run["seconds"] for run in runs) for arm, runs in found["runs"].items()},
+        "budgeted_against_fixed": against["fixed"],
+        "budgeted_against_cut_off": against["cut off"] | {"better": against["cut off"]["high"] < 0},
+        **found,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workloads", nargs="+")
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--data", default=os.environ.get(DATA_ROOT, "data"))
+    parser.add_argument("--records", type=Path, default=Path("accel_output/budget"))
+    parser.add_argument("--out", type=Path, default=Path("docs/evidence/budget.json"))
+    options = parser.parse_args()
+    os.environ[DATA_ROOT] = options.data
+    torch.set_num_threads(1)
+    logging.set_verbosity_error()
+    options.records.mkdir(parents=True, exist_ok=True)
+    runs = all_runs(options.workloads, options.seconds, options.seeds, options.records)
+    found = {name: compared(name, document) for name, document in runs.items()}
+    record = {
+        "what": "a budgeted run, the fixed-step run of the same time, and a cosine cut off by the clock",
+        "budget_seconds": options.seconds,
+        "seconds_are": "CPU seconds of the process, one thread: the machine had other work",
+        "workloads": found,
+        "machine": machine(),
+        "versions": cache.versions(),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+    options.out.write_text(json.dumps(record, indent=1) + "\n")
+    for name, document in found.items():
+        print(name, {key: value for key, value in document.items() if key != "runs"}, sep="\n")
+
+
+if __name__ == "__main__":
+    main()
