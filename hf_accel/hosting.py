@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -46,6 +47,9 @@ class Hosting(Host):
     nominal_steps: int | None
     steps_per_epoch: int
     clock: Clock
+    meters: Mapping[str, Any]
+    entry: Sequence[float] | None
+    """Of a run that goes on with another one: the progress and the share of the peak learning rate at its beginning."""
     stream: StepStream | None
     head: Head | None
     receipt: Receipt | None
@@ -68,6 +72,10 @@ class Hosting(Host):
         self.paced = self.streamed or self._owners["budget"] is not None or self._owners["schedule"] is not None
         self.clock = Clock({})
         self.stream = None
+        self.meters = {}
+        self.entry = None
+        self._flops_of_step = (0.0, 0.0)
+        self._joules_read = 0.0
         self._tokens_before: Tensor | int = 0
         self._tokens_of_step: Tensor | int = 0
         self._observed: list[tuple[Tensor, Tensor]] = []

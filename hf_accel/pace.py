@@ -4,13 +4,13 @@ progress at which to log, evaluate and save, and the seconds kept back for the e
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Subset
 from transformers import ProgressCallback, TrainerCallback
 
+from hf_accel.clock import CONTINUOUS
 from hf_accel.stream import keyed_random
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Pacer(TrainerCallback):
         trainer = self.trainer
         self.fired_at = trainer.clock.progress
         self.last_beat = float("-inf")
-        self.timed = "seconds" in trainer.clock.limits
+        self.timed = any(unit in trainer.clock.limits for unit in CONTINUOUS)
         if self.timed:
             self.ending = Ending(trainer)
             trainer.clock.reserve = self.ending.seconds()
@@ -138,11 +138,11 @@ def _probe_evaluation(trainer: AccelTrainerMixin) -> float:
         with keyed_random():
             durations = []
             for inputs in DataLoader(few, batch_size=size, collate_fn=collate):
-                began = time.perf_counter()
+                began = trainer.clock.now()
                 trainer.prediction_step(trainer.model, inputs, prediction_loss_only=True)
                 if torch.accelerator.is_available():
                     torch.accelerator.synchronize()
-                durations.append(time.perf_counter() - began)
+                durations.append(trainer.clock.now() - began)
         batches = -(-len(dataset) // (size * trainer.args.world_size))
         seconds += batches * min(durations)
     return seconds

@@ -59,6 +59,9 @@ class Receipt:
         samples: Examples trained on, over all ranks.
         tokens: Tokens trained on without padding, over all ranks; 0 where the input has none.
         flops: Floating-point operations by the rule 6 x parameters x input positions, padding included.
+        executed_flops: Those that ran, over all ranks, where they were counted.
+        model_flops: Those of them that the model needs: without what was computed again.
+        joules: Energy, over all ranks, where it was measured.
         peak_memory_bytes: Largest memory of this process: of the accelerator where there is one, else resident.
         techniques: For each technique its configuration, seconds spent in its hooks and its own report.
     """
@@ -75,6 +78,9 @@ class Receipt:
     device: str
     final_learning_rate: float
     progress: float
+    executed_flops: float | None = None
+    model_flops: float | None = None
+    joules: float | None = None
     budget: dict[str, float] = field(default_factory=dict)
     techniques: list[dict[str, Any]] = field(default_factory=list)
 
@@ -87,6 +93,10 @@ class Receipt:
     def tokens_per_second(self) -> float:
         """Tokens a second of the whole run."""
         return self.tokens / max(self.wall_seconds, 1e-9)
+
+    def cost(self, price_per_hour: float) -> float:
+        """What the run cost on a machine of such a price."""
+        return self.wall_seconds / 3600 * price_per_hour
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as in ``receipt.json``."""
@@ -103,7 +113,7 @@ class Receipt:
         spent.add_column(style="bold")
         spent.add_column(justify="right")
         budget = ", ".join(f"{amount:g} {unit}" for unit, amount in self.budget.items())
-        for name, value in [
+        rows = [
             ("budget", budget or "none"),
             ("wall time", f"{self.wall_seconds:.1f} s"),
             ("steps", f"{self.steps:,}" + (f" ({self.skipped_steps:,} skipped)" if self.skipped_steps else "")),
@@ -113,7 +123,13 @@ class Receipt:
             ("peak memory", f"{self.peak_memory_bytes / 2**20:,.0f} MiB"),
             ("final learning rate", f"{self.final_learning_rate:.3g}"),
             ("device", f"{self.device} x {self.world_size}"),
-        ]:
+        ]
+        measured = [
+            ("FLOPs executed", self.executed_flops),
+            ("FLOPs of the model", self.model_flops),
+            ("joules", self.joules),
+        ]
+        for name, value in [*rows, *((name, f"{value:.4g}") for name, value in measured if value is not None)]:
             spent.add_row(name, value)
         where = Table(title="Where the time went", title_justify="left")
         where.add_column("phase")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +75,8 @@ class Resuming(Stepping):
                 "states": states["global"],
                 "skipped_steps": self._skipped_steps,
                 "micro_batch_size": self.micro_batch_size,
+                "rate": self._share_of_peak(),
+                "entry": self.entry,
             }
             if self.stream is not None:
                 state["stream"] = self.stream.state_dict()
@@ -84,6 +87,12 @@ class Resuming(Stepping):
 
     def _checkpoint_to_resume(self, resume: str | bool | None) -> str | None:
         """The checkpoint to go on from: the given one, or the newest whole one."""
+        owner = self._owners["budget"]
+        if owner is not None and owner.goes_on():
+            if not resume:
+                raise ValueError(f"{owner!r}: there is no run to go on with. Name it by resume_from_checkpoint=.")
+            if resume is not True and not Path(resume, "trainer_state.json").is_file():
+                return self._checkpoint_of_run(Path(resume))
         if not resume:
             return None
         if isinstance(resume, str | os.PathLike):
@@ -103,13 +112,25 @@ class Resuming(Stepping):
             )
         return str(whole)
 
+    def _checkpoint_of_run(self, folder: Path) -> str:
+        """Where to leave a run that ended: the newest whole checkpoint at the peak of its learning rate, before it
+        cooled down; without one, the newest."""
+        whole = [path for path in ckpt.checkpoints(folder) if ckpt.has_state(path) and ckpt.whats_wrong(path) is None]
+        if not whole:
+            raise ckpt.CheckpointError(f"{folder}: there is no whole checkpoint of a run of hf_accel. Name another.")
+        at_peak = (path for path in whole if ckpt.load_state(path, ckpt.STATE).get("rate") == 1.0)
+        return str(next(at_peak, whole[0]))
+
     def _read_checkpoint(self, checkpoint: str) -> dict[str, Any]:
         """Our state in a checkpoint, after a check that it is of the same techniques."""
         state: dict[str, Any] = (
             ckpt.load_state(checkpoint, ckpt.STATE) if ckpt.has_state(checkpoint) else {"techniques": []}
         )
         here, there = [repr(t) for t in self.techniques], state["techniques"]
-        if here != there and not self.allow_changes:
+        owner = self._owners["budget"]
+        goes_on = owner is not None and owner.goes_on() and repr(owner) not in there
+        same = self._without_budget(here) == self._without_budget(there) if goes_on else here == there
+        if not same and not self.allow_changes:
             raise ckpt.CheckpointError(
                 f"{checkpoint}: it was written with techniques [{', '.join(there)}], this run has [{', '.join(here)}]. "
                 "Use the same, or allow_changes=True."
@@ -125,14 +146,46 @@ class Resuming(Stepping):
                     remaining.remove(match)
                     found.setdefault(scope, []).append((technique, match[1]))
         state["found"] = found
-        if "clock" in state:
-            self.run_id = state["run_id"]
+        if goes_on:
+            self._go_on(checkpoint, state)
+        elif "clock" in state:
+            self.run_id, self.entry = state["run_id"], state.get("entry")
+            if owner is not None and owner.goes_on():
+                self.clock.limits = state["clock"]["limits"]  # of a run that went on, and was interrupted
             self._skipped_steps = state["skipped_steps"]
             if self.requested_micro_batch_size == "auto":
                 self.micro_batch_size = state["micro_batch_size"]
             self.clock.load_state_dict(state["clock"])
             self.clock.spent["seconds"] = max(self.clock.spent["seconds"], self._heartbeat_seconds())
         return state
+
+    def _go_on(self, checkpoint: str, state: Mapping[str, Any]) -> None:
+        """Another run begins where that of the checkpoint was: with what it has spent, and more to spend."""
+        if state.get("rate") is None:
+            raise ckpt.CheckpointError(
+                f"{checkpoint}: what was spent, or at which learning rate, is not known. Name one of a budgeted run."
+            )
+        if Path(checkpoint).resolve().parent == Path(self.args.output_dir).resolve():
+            raise ckpt.CheckpointError(
+                f"{checkpoint}: lies in output_dir, where the run that goes on with it would mix with it. "
+                "Choose another output_dir."
+            )
+        further = self.clock.limits
+        self.clock.limits = {unit: state["clock"][unit] + amount for unit, amount in further.items()}
+        self.clock.load_state_dict(state["clock"])
+        self.entry = [self.clock.progress, state["rate"]]
+        self._skipped_steps = state["skipped_steps"]
+
+    def _without_budget(self, techniques: list[str]) -> list[str]:
+        """Techniques, as they are written, without what owns the budget."""
+        owner = type(self._owners["budget"]).__name__
+        return [technique for technique in techniques if not technique.startswith(f"{owner}(")]
+
+    def _share_of_peak(self) -> float | None:
+        """The present learning rate over its peak; None where it does not follow the clock."""
+        scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
+        peak = getattr(scheduler, "base_lrs", [0.0])[0]
+        return scheduler.get_last_lr()[0] / peak if self.paced and peak else None
 
     def resumed_state(self, technique: Technique) -> Any:
         """What a technique's ``state_dict("global")`` gave for the checkpoint that the run goes on from, before it is

@@ -12,7 +12,8 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from accelerate.utils import DistributedType, send_to_device
@@ -22,6 +23,8 @@ from hf_accel import losses, memory
 from hf_accel.hosting import Hosting
 from hf_accel.stream import MicroBatch, StepBatch, StepPlan
 from hf_accel.technique import Technique
+
+Result = TypeVar("Result")
 
 
 class Stepping(Hosting):
@@ -93,7 +96,8 @@ class Stepping(Hosting):
         with torch.no_grad(), memory.random_state_kept(self.args.device):
             for micro in batch.micro_batches:
                 inputs = self._prepare_inputs(_model_inputs(micro))
-                outputs = model(**self.head.without_labels(self.model, inputs))
+                forward = functools.partial(model, **self.head.without_labels(self.model, inputs))
+                outputs = self._counted(inputs, forward, needed=False)
                 per_example.append(self.head.losses(outputs, inputs, len(micro.ids_B)).per_example(len(micro.ids_B)))
         ids, values = self._gathered(torch.cat([m.ids_B for m in batch.micro_batches]), torch.cat(per_example))
         by_id = dict(zip(ids.tolist(), values.tolist(), strict=True))
@@ -159,8 +163,9 @@ class Stepping(Hosting):
 
     def training_step(self, model, inputs, num_items_in_batch=None):
         if not isinstance(inputs, StepBatch):
+            step = functools.partial(super().training_step, model, inputs, num_items_in_batch)
             with self.stopwatch.charge("backward"):  # what is not forward
-                return super().training_step(model, inputs, num_items_in_batch)
+                return self._counted(inputs, step)
         backward = functools.partial(self._accumulate, model, inputs, num_items_in_batch)
         if (owner := self._owners["objective"]) is None:
             return backward()
@@ -195,13 +200,29 @@ class Stepping(Hosting):
             self._micro = micro
             try:
                 with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
+                    inputs = _model_inputs(micro)
+                    step = functools.partial(super().training_step, model, inputs, num_items)
                     with self.stopwatch.charge("backward"):
-                        total = total + super().training_step(model, _model_inputs(micro), num_items)
+                        total = total + self._counted(inputs, step)
             finally:
                 self._micro = None
             if not last:
                 self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         return total
+
+    def _counted(self, inputs: Any, run: Callable[[], Result], *, needed: bool = True) -> Result:
+        """What ``run``, which computes the model over inputs, returns; operations are counted where they are limited.
+
+        Args:
+            needed: Whether the model needs them for its gradient.
+        """
+        if (meter := self.meters.get("flops")) is None:
+            return run()
+        varied = (needed, *(technique.computation() for technique in self.techniques))
+        result, flops = meter.measure(self.model, inputs, run, varied)
+        executed, model = self._flops_of_step
+        self._flops_of_step = (executed + flops.executed, model + flops.model * needed)
+        return result
 
     def _prepare_inputs(self, inputs):
         moved: Any = send_to_device(inputs, self.args.device, non_blocking=True)
@@ -222,18 +243,50 @@ class Stepping(Hosting):
     def count_step(self) -> None:
         """Tell the clock what the step spent; before the learning rate of the next one is set."""
         tokens = self._count_tokens() if "tokens" in self.clock.limits else 0.0
+        flops, model_flops, joules = self._measured() if self.meters else (0.0, 0.0, 0.0)
         epochs = (self.state.global_step + 1) / self.steps_per_epoch if self.stream is None else self.stream.epochs
+        self.clock.model_flops += model_flops
         self.clock.advance(
-            steps=0 if self._step_refused else 1, samples=self._trained_samples, tokens=tokens, epochs=epochs
+            steps=0 if self._step_refused else 1,
+            samples=self._trained_samples,
+            tokens=tokens,
+            flops=flops,
+            joules=joules,
+            epochs=epochs,
         )
+
+    def count_energy(self) -> None:
+        """Tell the clock the energy since the last step."""
+        if "joules" in self.meters:
+            self.clock.spent["joules"] += self._measured()[2]
+
+    def taken_by_first_step(self) -> dict[str, float]:
+        """What the first step has taken until its update, of the units that are known only afterwards."""
+        joules = self.meters["joules"]() - self._joules_read if "joules" in self.meters else 0.0
+        local = [float(self._tokens_before + self._tokens_of_step), self._flops_of_step[0], joules]
+        return dict(zip(("tokens", "flops", "joules"), self._summed(local), strict=True)) | {
+            "seconds": self.clock.seconds
+        }
 
     def _count_tokens(self) -> float:
         """Tokens since the last call, over all ranks."""
-        tokens = torch.as_tensor(float(self._tokens_before + self._tokens_of_step), dtype=torch.float64)
+        tokens = float(self._tokens_before + self._tokens_of_step)
         self._tokens_before = self._tokens_of_step = 0
+        return self._summed([tokens])[0]
+
+    def _measured(self) -> list[float]:
+        """Operations, those of them that the model needs, and joules since the last call, over all ranks."""
+        joules = self.meters["joules"]() if "joules" in self.meters else 0.0
+        local = [*self._flops_of_step, joules - self._joules_read]
+        self._flops_of_step, self._joules_read = (0.0, 0.0), joules
+        return self._summed(local)
+
+    def _summed(self, values: list[float]) -> list[float]:
+        """The sums over all ranks."""
+        sums = torch.tensor(values, dtype=torch.float64)
         if self.args.world_size > 1:
-            torch.distributed.all_reduce(tokens, group=self._cpu_group)
-        return tokens.item()
+            torch.distributed.all_reduce(sums, group=self._cpu_group)
+        return sums.tolist()
 
     # The loss -------------------------------------------------------------------------------------------------------
 

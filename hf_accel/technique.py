@@ -198,6 +198,15 @@ class Technique(TrainerCallback):
         """What may be spent, per unit of `hf_accel.clock.UNITS`; the first one reached ends the run."""
         raise NotImplementedError
 
+    def goes_on(self) -> bool:
+        """Whether the owner of ``budget`` means what may be spent beyond what the run before it has spent."""
+        return False
+
+    def meters(self) -> Mapping[str, Any]:
+        """What measures, for the owner of ``budget``, what the trainer cannot count: of ``flops`` something with
+        `hf_accel.budget.flops.FlopMeter.measure`, of ``joules`` a function that gives those of this rank until now."""
+        return {}
+
     def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Which examples an epoch trains on and with which weights: ids_N (int64, ascending, distinct unless drawn
         with replacement) and weights_N or None.  The generator is seeded by (seed, epoch)."""

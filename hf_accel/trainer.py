@@ -117,6 +117,7 @@ class AccelTrainerMixin(Updating, Resuming):
         self.callback_handler.callbacks.insert(0, Pacer(self))
         self.callback_handler.callbacks.append(Restorer(self))
         self.callback_handler.__class__ = _charging(type(self.callback_handler))
+        self.meters = {} if self._owners["budget"] is None else self._owners["budget"].meters()
         self.head = self._find_head() if self.streamed else None
         self.nominal_batch_size = self._train_batch_size * self.accumulation_steps * self.args.world_size
         self.micro_batch_size = memory.first_micro_batch_size(self)
@@ -167,16 +168,29 @@ class AccelTrainerMixin(Updating, Resuming):
         self._trained_samples = 0.0
         self._tokens_before = self._tokens_of_step = 0
         self._observed.clear()
-        self.stream = None
+        self.stream = self.entry = None
         self.run_id = uuid.uuid4().hex
         self.clock = Clock(self._limits(), now=self.clock.now, share=self._share)
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._resumed = None if checkpoint is None else self._read_checkpoint(checkpoint)
-        self.clock.start()
+        self._start_counting()
         with self.stopwatch.charge("other"):
             output = super().train(checkpoint, *args, **kwargs)
+        self.count_energy()
         self._write_receipt()
         return output
+
+    def _start_counting(self) -> None:
+        """Begin to count what is spent; the seconds of a budget that has begun before are set aside."""
+        if (passed := self.meters.get("seconds")) is None:
+            self.clock.start()
+        else:
+            self.clock.spent["seconds"] = 0.0
+            self.clock.start(ago=passed())
+            if self._resumed is None:
+                self.clock.set_aside = {"seconds": self.clock.seconds}
+        if "joules" in self.meters:
+            self._joules_read = self.meters["joules"]()
 
     def _limits(self) -> dict[str, float]:
         if self._owners["budget"] is not None:
@@ -337,6 +351,9 @@ class AccelTrainerMixin(Updating, Resuming):
             samples=self.clock.spent["samples"],
             tokens=self.clock.spent["tokens"],
             flops=self.state.total_flos,
+            executed_flops=self.clock.spent["flops"] if "flops" in self.meters else None,
+            model_flops=self.clock.model_flops if "flops" in self.meters else None,
+            joules=self.clock.spent["joules"] if "joules" in self.meters else None,
             peak_memory_bytes=peak_memory_bytes(self.args.device),
             world_size=self.args.world_size,
             device=str(self.args.device),

@@ -44,9 +44,13 @@ class Horizon(Technique):
     """How far a short run goes, per unit of the clock."""
 
     limits: Mapping[str, float] = field(default_factory=lambda: {"steps": 1.0})
+    measured_by: Mapping[str, Any] = field(default_factory=dict)
 
     def budget(self) -> Mapping[str, float]:
         return self.limits
+
+    def meters(self) -> Mapping[str, Any]:
+        return {unit: meter for unit, meter in self.measured_by.items() if unit != "seconds"}
 
 
 @dataclass
@@ -96,7 +100,7 @@ def short_run(
         probe: What is evaluated; nothing: no evaluation.
     """
     with tempfile.TemporaryDirectory() as directory, _as_found(host):
-        trial = _copy_of(host, [Horizon(limits), *techniques], without)
+        trial = _copy_of(host, [Horizon(limits, host.meters), *techniques], without)
         changes = QUIET | {"learning_rate": learning_rate, "output_dir": directory, "logging_steps": 1}
         changes["logging_strategy"] = IntervalStrategy.STEPS if each_step else IntervalStrategy.NO
         if warmup is not None:

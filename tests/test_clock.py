@@ -144,3 +144,65 @@ def test_what_is_set_aside_is_before_progress():
     now.seconds += 1
     resumed.advance()
     assert resumed.done and resumed.seconds == 40
+
+
+@pytest.mark.parametrize(
+    "text, unit, amount",
+    [
+        ("1e15flop", "flops", 1e15),
+        ("2.5 PFLOP", "flops", 2.5e15),
+        ("50kJ", "joules", 5e4),
+        ("1Wh", "joules", 3600),
+        ("0.5 kWh", "joules", 1.8e6),
+        ("300 joules", "joules", 300),
+    ],
+)
+def test_operations_and_energy_are_read(text, unit, amount):
+    assert parse_budget(text) == (unit, amount)
+
+
+@pytest.mark.parametrize("unit", ["tokens", "flops", "joules"])
+@pytest.mark.parametrize("cost", [1.0, 3.0, 7.0])
+def test_what_is_known_only_afterwards_stays_below_the_limit(unit, cost):
+    clock = Clock({unit: 100.0})
+    clock.start()
+    steps = 0
+    while not clock.done:
+        clock.advance(**{unit: cost})
+        steps += 1
+    assert steps == 100 // cost and clock.progress == 1.0
+
+
+def test_the_end_takes_energy_as_the_run_did():
+    now = FakeTime()
+    clock = Clock({"joules": 1000.0}, now=now)
+    clock.reserve = 10.0
+    clock.start()
+    while not clock.done:
+        clock.step_begins()
+        now.seconds += 0.5
+        clock.advance(joules=5.0)  # ten watts, a hundred joules for the end
+    assert clock.spent["joules"] == 900.0
+
+
+def test_ranks_that_measure_differently_do_as_the_first():
+    told = []
+
+    def first(values):
+        told.append(values)
+        return [0.25, 1.0]
+
+    clock = Clock({"seconds": 60.0, "steps": 100}, now=FakeTime(), share=first)
+    clock.start()
+    clock.advance()
+    assert len(told) == 1 and clock.done
+
+
+def test_what_operations_were_spent_survives():
+    clock = Clock({"flops": 100.0})
+    clock.start()
+    clock.advance(flops=30.0)
+    clock.model_flops = 20.0
+    other = Clock({"flops": 100.0})
+    other.load_state_dict(clock.state_dict())
+    assert other.spent["flops"] == 30.0 and other.model_flops == 20.0 and other.progress == 0.3

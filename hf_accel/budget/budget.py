@@ -5,23 +5,32 @@ learning rate and everything else that depends on "when" follow what was spent, 
 
     progress = spent / limit,   stop when the next step would not fit
 
-Seconds include compilation, evaluation and saving.
+Seconds include compilation, evaluation and saving, and so do joules.  Operations (FLOPs) are those that ran, of the
+forward and backward passes of all ranks: recomputed ones count, those of frozen blocks, dropped tokens and adapters do
+as far as they are computed.  They are counted only where they are limited; a limit that is never reached has them
+counted.  `LearningRateSearch` finds the rate within a share of the budget.
 
 Reference: Li, Yumer and Ramanan (2020), Budgeted training, https://arxiv.org/abs/1905.04753; schedules on wall-clock
 time: Izsak et al. (2021), https://arxiv.org/abs/2104.07705.  Departure: any unit, and several limits at once.
 
 When to use: whenever the time, the number of tokens or the number of epochs is given.
-When not to use: where runs must be bit-identical on machines of different speed, do not budget seconds.
+When not to use: where runs must be bit-identical on machines of different speed, do not budget seconds.  Operations of
+batches that all differ in shape are slow to count.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from hf_accel.clock import UNITS, parse_budget
-from hf_accel.technique import Technique
+import torch
+
+from hf_accel.budget.energy import EnergyMeter
+from hf_accel.budget.flops import FlopMeter, peak_flops
+from hf_accel.budget.job import job_seconds, passed_seconds
+from hf_accel.clock import CONTINUOUS, UNITS, parse_budget
+from hf_accel.technique import State, Technique
 
 
 @dataclass(eq=False)
@@ -29,8 +38,10 @@ class Budget(Technique):
     """Ends the run when the limit is reached, with everything that follows progress at its end.
 
     Args:
-        limit: An amount with a unit such as ``"30min"``, ``"2h"``, ``"500steps"``, ``"3epochs"``, ``"1e6samples"`` or
-            ``"1e9tok"``; or several, of which the first one reached ends the run.
+        limit: An amount with a unit such as ``"30min"``, ``"2h"``, ``"500steps"``, ``"3epochs"``, ``"1e6samples"``,
+            ``"1e9tok"``, ``"1e18flop"``, ``"50kJ"`` or ``"1.5kWh"``; or several, of which the first one reached ends
+            the run.  ``"job"``: what the time limit of the job leaves, under Slurm.  ``"+30min"``: so much beyond what
+            the run before it has spent, which is named by ``resume_from_checkpoint``.
     """
 
     limit: str | list[str] = "1epoch"
@@ -41,21 +52,89 @@ class Budget(Technique):
         super().__post_init__()
         self.budget()
 
+    def _texts(self) -> list[str]:
+        texts = [self.limit] if isinstance(self.limit, str) else list(self.limit)
+        return [text.strip() for text in texts]
+
     def budget(self) -> Mapping[str, float]:
         """The limits by unit."""
-        texts = [self.limit] if isinstance(self.limit, str) else list(self.limit)
-        pairs = [parse_budget(text) for text in texts]
+        texts = self._texts()
+        further = [text.startswith("+") for text in texts]
+        if len(set(further)) > 1 or "+job" in texts:
+            raise ValueError(f"{self!r}: what comes on top of an earlier run, and what does not. Write all with a '+'.")
+        pairs = [("seconds", job_seconds()) if t == "job" else parse_budget(t.removeprefix("+")) for t in texts]
         limits = dict(pairs)
         if not pairs or len(limits) < len(pairs):
             raise ValueError(f"{self!r}: each unit may be limited once, and at least one must be. Give other limits.")
         return limits
 
-    def report(self) -> Mapping[str, Any]:
-        """The share of the budget that was spent, by unit."""
+    def goes_on(self) -> bool:
+        return any(text.startswith("+") for text in self._texts())
+
+    def meters(self) -> Mapping[str, Any]:
+        """What counts operations, energy, and the seconds of a job."""
+        limits, args = self.budget(), self.host_.args  # type: ignore[union-attr]
+        meters: dict[str, Any] = {}
+        if "flops" in limits:
+            meters["flops"] = FlopMeter()
+        if "joules" in limits:
+            meters["joules"] = EnergyMeter(args.device, machine=args.local_process_index == 0)
+        if "job" in self._texts():
+            meters["seconds"] = passed_seconds
+        return meters
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        host: Any = self.host_
+        clock = host.clock
+        if "flops" in clock.limits:
+            self.peak_ = peak_flops(args.device, _dtype_of(host))
+        if host._resumed is not None:
+            over = clock.done or clock.seconds > clock.limits.get("seconds", float("inf"))
+            if any(clock.share([float(over)])):
+                raise ValueError(f"{self!r}: the run has spent it already. Give more.")
+        else:
+            self._refuse_too_little({"seconds": clock.seconds})
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            self._refuse_too_little(self.host_.taken_by_first_step())  # type: ignore[union-attr]
+
+    def _refuse_too_little(self, taken: Mapping[str, float]) -> None:
+        """Raise before the first update where it would be late, on every rank."""
         clock = self.host_.clock  # type: ignore[union-attr]
-        spent = clock.spent | {u: clock.spent[u] + amount for u, amount in clock.set_aside.items() if u != "seconds"}
-        return {f"{unit}_share": spent[unit] / limit for unit, limit in self.budget().items()}
+        fits = all(clock.has(unit, amount) for unit, amount in taken.items() if unit in clock.limits)
+        if not all(clock.share([float(fits)])):
+            raise ValueError(
+                f"{self!r}: one step, and the evaluation and the checkpoint after it, do not fit into it. Give more."
+            )
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        meter = self.host_.meters.get("flops") if scope == "rank" else None  # type: ignore[union-attr]
+        return {} if meter is None else {"flops": meter.state_dict()}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        if "flops" in state:
+            self.host_.meters["flops"].load_state_dict(state["flops"])  # type: ignore[union-attr]
+
+    def report(self) -> Mapping[str, Any]:
+        """The share of the budget that was spent, by unit; where operations are counted, the share of what the device
+        can do that the model needed."""
+        host: Any = self.host_
+        clock = host.clock
+        spent = clock.spent | {u: clock.spent[u] + a for u, a in clock.set_aside.items() if u not in CONTINUOUS}
+        report = {f"{unit}_share": spent[unit] / limit for unit, limit in clock.limits.items()}
+        if "flops" in clock.limits:
+            report["utilisation"] = clock.model_flops / (self.peak_ * host.args.world_size * clock.seconds)
+        return report
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:
         """A limit was reached, and none was passed by more than a step."""
         return any(report.get(f"{unit}_share", 0.0) > 0.9 for unit in UNITS)
+
+
+def _dtype_of(host: Any) -> torch.dtype:
+    """What matrices are multiplied in."""
+    if host.args.bf16:
+        return torch.bfloat16
+    return torch.float16 if host.args.fp16 else next(host.model.parameters()).dtype

@@ -5,9 +5,33 @@ from __future__ import annotations
 from fractions import Fraction
 
 import pytest
+import torch
 
-from hf_accel import Budget
+from hf_accel import Budget, LayerFreezing, LearningRateSearch, SharpnessAware
 from hf_accel.clock import Clock
+from hf_accel.testing import collate_padded, losses_of, tiny_trainer
+
+
+def of_one_length(features):
+    """Batches of 8 rows of 24 positions, so that all steps cost the same."""
+    batch = collate_padded(features)
+    return {k: torch.nn.functional.pad(v, (0, 24 - v.shape[1]), value=-100 * (k == "labels")) for k, v in batch.items()}
+
+
+def counted(techniques, directory, **args):
+    trainer = tiny_trainer(techniques, directory, **args)
+    trainer.data_collator = of_one_length
+    return trainer
+
+
+def matrices(trainer, rows=8, positions=24):
+    """Operations of a forward pass, by hand: two for each weight of a matrix and position, and attention's two products
+    of the whole square."""
+    config = trainer.model.config
+    weights = sum(p.numel() for name, p in trainer.model.named_parameters() if p.dim() == 2 and "embed" not in name)
+    attention = config.num_hidden_layers * 2 * positions * config.hidden_size
+    return 2 * rows * positions * (weights + attention)
+
 
 HAND_WRITTEN = {
     "500steps": {"steps": 500},
@@ -32,13 +56,13 @@ def test_a_unit_is_limited_once_and_one_is(limit):
 
 def test_the_first_limit_that_is_reached_ends_the_run():
     """Steps of 4, 8, 12 ... samples and 30 tokens each, against a count that shares no code with the clock."""
-    limits = Budget(["100samples", "200tok", "9steps"]).budget()
+    limits = Budget(["100samples", "250tok", "9steps"]).budget()
     clock = Clock(limits)
     samples, tokens, steps, seen = 0, 0, 0, []
     while not clock.done:
         clock.advance(samples=4 * (steps + 1), tokens=30)
         samples, tokens, steps = samples + 4 * (steps + 1), tokens + 30, steps + 1
-        exact = max(Fraction(samples, 100), Fraction(tokens, 200), Fraction(steps, 9))
+        exact = max(Fraction(samples, 100), Fraction(tokens, 250), Fraction(steps, 9))
         seen.append(clock.progress == pytest.approx(float(min(exact, 1))))
     assert all(seen) and (samples, tokens, steps) == (112, 210, 7)
 
@@ -52,3 +76,67 @@ def test_going_on_under_another_limit_is_another_share():
     same = Clock(Budget("12steps").budget())
     same.load_state_dict(short.state_dict())
     assert (same.progress, same.done) == (1.0, True)
+
+
+def test_operations_are_spent_and_shown(tmp_path):
+    probe = counted([Budget(["1step", "1e15flop"])], tmp_path)
+    probe.train()
+    step = probe.clock.spent["flops"]
+    assert step == pytest.approx(3 * matrices(probe), rel=0.02)
+    trainer = counted([Budget(f"{20.5 * step:.0f}flop")], tmp_path)
+    trainer.train()
+    receipt = trainer.receipt
+    assert trainer.state.global_step == 20 and receipt.final_learning_rate == 0.0
+    assert receipt.executed_flops == receipt.model_flops == 20 * step
+    assert 0 < receipt.techniques[0]["report"]["utilisation"] < 1
+    assert counted([Budget("1step")], tmp_path).meters == {}
+
+
+def test_what_is_frozen_is_not_spent_and_what_is_done_twice_is(tmp_path):
+    plain, frozen, twice = (
+        counted([Budget(["4steps", "1e15flop"]), *others], tmp_path / str(i))
+        for i, others in enumerate([[], [LayerFreezing(start=0.0)], [SharpnessAware(every=1)]])
+    )
+    for trainer in (plain, frozen, twice):
+        trainer.train()
+    assert frozen.receipt.executed_flops < plain.receipt.executed_flops
+    assert twice.receipt.executed_flops == 2 * plain.receipt.executed_flops
+
+
+@pytest.mark.parametrize("limit", ["5e8flop", "2000tok"])
+def test_stopped_and_resumed_they_end_at_the_same_step(limit, tmp_path):
+    whole = counted([Budget(limit)], tmp_path / "whole", save_strategy="steps", save_steps=7)
+    whole.train()
+    resumed = counted([Budget(limit)], tmp_path / "resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-7"))
+    assert losses_of(resumed) == losses_of(whole)
+    assert resumed.clock.spent["flops"] == whole.clock.spent["flops"]
+    assert resumed.clock.spent["tokens"] == whole.clock.spent["tokens"]
+    assert resumed.state.global_step == whole.state.global_step > 7
+
+
+@pytest.mark.parametrize("limit", ["1e5flop", "10tok", "0.02s"])
+def test_too_little_for_a_step(limit, tmp_path):
+    trainer = counted([Budget(limit)], tmp_path)
+    before = [p.clone() for p in trainer.model.parameters()]
+    sentence = (
+        rf"Budget\(limit='{limit}'\): one step, and the evaluation and the checkpoint after it, do not fit into it"
+    )
+    with pytest.raises(ValueError, match=sentence):
+        trainer.train()
+    assert all(map(torch.equal, before, trainer.model.parameters()))
+
+
+def test_a_budget_that_is_spent_already(tmp_path):
+    tiny_trainer([Budget("6steps")], tmp_path, save_strategy="steps", save_steps=6).train()
+    with pytest.raises(ValueError, match=r"Budget\(limit='6steps'\): the run has spent it already. Give more."):
+        tiny_trainer([Budget("6steps")], tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_a_search_of_the_rate_takes_its_share_of_operations(tmp_path):
+    technique = LearningRateSearch(share=0.8)
+    trainer = counted([Budget("3e9flop"), technique], tmp_path)
+    trainer.train()
+    assert trainer.clock.set_aside["flops"] == 0.8 * 3e9
+    assert 0.9 * 0.2 * 3e9 < trainer.clock.spent["flops"] <= 0.2 * 3e9
+    assert trainer.receipt.final_learning_rate == 0.0

@@ -25,6 +25,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
+from hf_accel.clock import CONTINUOUS
 from hf_accel.optim.learning_rate.search import FoundRate, search
 from hf_accel.technique import Positive, State, Technique
 
@@ -55,7 +56,7 @@ class LearningRateSearch(Technique):
             self.report_ = dict(state)
         else:
             budgeted = host._owners["budget"] is not None
-            limits = host.clock.limits
+            limits = {u: limit - host.clock.set_aside.get(u, 0.0) for u, limit in host.clock.limits.items()}
             if budgeted and self.share >= 1:
                 raise ValueError(f"{self!r}: nothing of {host._owners['budget']!r} is left to train. Give less than 1.")
             found = search(host, self.share, limits, kept=budgeted, asking=repr(self), without=[self])
@@ -68,8 +69,9 @@ class LearningRateSearch(Technique):
                 "evaluated": found.evaluated,
             }
             if budgeted:
-                rest = {u: self.share * limit for u, limit in limits.items() if u != "seconds"}
-                host.clock.set_aside = rest | {"seconds": host.clock.seconds}
+                rest = {u: self.share * limit for u, limit in limits.items() if u not in CONTINUOUS}
+                host.count_energy()
+                host.clock.set_aside = rest | {"seconds": host.clock.seconds, "joules": host.clock.spent["joules"]}
         host.args.learning_rate = self.report_["learning_rate"]
 
     def state_dict(self, scope: Literal["global", "rank"]) -> State:

@@ -20,6 +20,7 @@ from accelerate.utils.memory import clear_device_cache
 from transformers import SchedulerType
 from transformers.trainer_utils import has_length
 
+from hf_accel.clock import CONTINUOUS
 from hf_accel.host import nominal_steps
 from hf_accel.technique import Technique
 from hf_accel.trial import ShortRun, many_runs, probe_of, short_run
@@ -268,7 +269,7 @@ def search(
 
     if known is not None:
         shortest(known, steps)  # raises before anything is trained
-    unlimited = dict.fromkeys(limits, 1e12)
+    unlimited = dict.fromkeys(limits, 1e30)
     run = counted(
         short_run(
             host,
@@ -290,7 +291,7 @@ def search(
     # The horizon in updates, judging from those of the range test where the limits do not say it.
     pace = {u: run.step_seconds if u == "seconds" else run.spent[u] / run.steps for u in limits}
     whole, lost = known or min(limit / max(pace[u], 1e-12) for u, limit in limits.items()), float(steps)
-    if "seconds" in limits:  # beside its updates, every run has a beginning and an end
+    if any(u in limits for u in CONTINUOUS):  # beside its updates, every run has a beginning and an end
         passed = host.clock.now() - began
         lost = (passed + sum(MOST_RUNS) * (passed - run.steps * run.step_seconds)) / max(run.step_seconds, 1e-12)
     whole, lost = host._share([float(whole), lost])
@@ -300,7 +301,7 @@ def search(
 
     def loss(index: int, length: int) -> float:
         part = length * unit
-        own = {u: part * limit for u, limit in limits.items() if u != "seconds"} or {"steps": part * whole}
+        own = {u: part * limit for u, limit in limits.items() if u not in CONTINUOUS} or {"steps": part * whole}
         examples = max(round(EVALUATED * part * whole * host.nominal_batch_size), 1)
         probe = probe_of(host, examples)
         run = counted(short_run(host, rate_at(index), own, without=without, warmup=warmup, probe=probe))
