@@ -1,10 +1,12 @@
-"""The repeated blocks of a model: the lists of modules that it declares, in ``_no_split_modules``, not to be split."""
+"""The repeated blocks of a model: the lists of modules that it declares, in ``_no_split_modules``, not to be split; and
+the linear layers in them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 
 def block_lists(model: Any) -> dict[str, nn.ModuleList]:
@@ -26,3 +28,15 @@ def block_lists(model: Any) -> dict[str, nn.ModuleList]:
             f"({', '.join(sorted(names)) or 'none'}). Leave it out for this model."
         )
     return lists
+
+
+def linear_layers(model: Any) -> dict[str, Any]:
+    """The linear layers in its blocks by path, as far as their parameters are a weight and a bias."""
+    paths = block_lists(model)
+    return {
+        path: module
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D)
+        and any(path.startswith(f"{blocks}.") for blocks in paths)
+        and {name for name, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
+    }
