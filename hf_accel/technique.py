@@ -64,7 +64,7 @@ HOOKS = (
 
 STREAM = frozenset(
     "prepare_dataset select order batch collate step_select objective loss_head transform_batch "
-    "example_weights token_weights extra_loss observe".split()
+    "example_weights token_weights extra_loss observe synchronise".split()
 )
 """Hooks and slots for which batches come from the `StepStream`."""
 

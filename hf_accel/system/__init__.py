@@ -1,0 +1,7 @@
+"""System-centric techniques and tools."""
+
+from hf_accel.system import synchronise
+from hf_accel.system.synchronise import *
+
+__all__ = []
+__all__ += synchronise.__all__
