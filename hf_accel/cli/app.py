@@ -13,6 +13,7 @@ import hf_accel
 from hf_accel.cli.compare import compare
 from hf_accel.cli.export import export
 from hf_accel.cli.find_lr import find_lr
+from hf_accel.cli.plan import plan
 from hf_accel.cli.soup import soup
 from hf_accel.cli.techniques import techniques
 from hf_accel.cli.train import train
@@ -51,5 +52,6 @@ app.command(context_settings={"allow_interspersed_args": False})(run)  # what fo
 app.command()(compare)
 app.command("find-lr")(find_lr)
 app.command()(export)
+app.command()(plan)
 app.command()(soup)
 app.command()(techniques)

@@ -5,3 +5,4 @@ from hf_accel.system.synchronise import *
 
 __all__ = []
 __all__ += synchronise.__all__
+"""System-centric: what runs where, and what it takes."""
