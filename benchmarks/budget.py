@@ -1,11 +1,11 @@
 """A budgeted run against the best fixed-step run of the same time and against a cosine that the clock cuts off.
 
-    python benchmarks/budget.py novels-lm sst2 [--seconds 120] [--seeds 5] [--data FOLDER] [--out FILE]
+    python benchmarks/budget.py novels-lm=120 novels-lm=60 sst2=60 [--seeds 5] [--data FOLDER] [--out FILE]
 
 All arms have the model, the data, the learning rate and the batches of a workload's tuned baseline, and differ in who
 says when the run ends:
 
-    budgeted   ``Budget("120s")``: the learning rate follows the time that is spent
+    budgeted   ``Budget("120s")``, for example: the learning rate follows the time that is spent
     fixed      a plain Trainer with the ``max_steps`` that take this time: found by hand beforehand, by a few runs of
                another seed, as who knows the machine would
     cut off    a plain Trainer whose cosine was planned for twice as many steps (`TOO_MANY`), stopped by the clock
@@ -111,43 +111,46 @@ def fitting_steps(folder: Path, workload: Workload, seconds: float) -> tuple[int
     return steps, tried
 
 
-def all_runs(names: list[str], seconds: float, seeds: int, folder: Path) -> dict[str, dict]:
-    """Of each workload what was tried by hand, the steps of its arms and their runs; seed by seed."""
-    found: dict[str, dict] = {}
-    for name in names:
-        steps, tried = fitting_steps(folder, build_workload(name), seconds)
+def all_runs(budgets: list[str], seeds: int, folder: Path) -> list[dict]:
+    """Of each workload and budget what was tried by hand, the steps of its arms and their runs; seed by seed."""
+    found: list[dict] = []
+    for budget in budgets:
+        name, _, seconds = budget.partition("=")
+        steps, tried = fitting_steps(folder, build_workload(name), float(seconds))
         arms = {"budgeted": None, "fixed": steps, "cut off": round(TOO_MANY * steps)}
-        found[name] = {"tried_by_hand": tried, "steps": arms, "runs": {arm: [] for arm in arms}}
+        document = {"workload": name, "budget_seconds": float(seconds), "tried_by_hand": tried, "steps": arms}
+        found.append(document | {"runs": {arm: [] for arm in arms}})
     for seed in range(1, seeds + 1):
-        for name, document in found.items():
+        for document in found:
+            workload, seconds = build_workload(document["workload"]), document["budget_seconds"]
             for arm, steps in document["steps"].items():
-                run = kept(folder, build_workload(name), arm, seed, seconds, steps)
+                run = kept(folder, workload, arm, seed, seconds, steps)
                 document["runs"][arm].append({"seed": seed} | run)
     return found
 
 
-def compared(name: str, found: dict) -> dict:
-    """The record of a workload."""
-    workload = build_workload(name)
+def compared(found: dict) -> dict:
+    """The record of a workload and a budget."""
+    workload = build_workload(found["workload"])
     losses = {arm: [run["metrics"][workload.metric] for run in runs] for arm, runs in found["runs"].items()}
     against = {
         arm: vars(non_inferiority(losses["budgeted"], losses[arm], workload.margin)) for arm in ("fixed", "cut off")
     }
-    return {
+    runs = found.pop("runs")
+    return found | {
         "metric": workload.metric,
         "margin": workload.margin,
         "mean": {arm: statistics.mean(values) for arm, values in losses.items()},
-        "mean_seconds": {arm: statistics.mean(run["seconds"] for run in runs) for arm, runs in found["runs"].items()},
+        "mean_seconds": {arm: statistics.mean(run["seconds"] for run in own) for arm, own in runs.items()},
         "budgeted_against_fixed": against["fixed"],
         "budgeted_against_cut_off": against["cut off"] | {"better": against["cut off"]["high"] < 0},
-        **found,
+        "runs": runs,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("workloads", nargs="+")
-    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("budgets", nargs="+", metavar="WORKLOAD=SECONDS")
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--data", default=os.environ.get(DATA_ROOT, "data"))
     parser.add_argument("--records", type=Path, default=Path("accel_output/budget"))
@@ -157,20 +160,18 @@ def main() -> None:
     torch.set_num_threads(1)
     logging.set_verbosity_error()
     options.records.mkdir(parents=True, exist_ok=True)
-    runs = all_runs(options.workloads, options.seconds, options.seeds, options.records)
-    found = {name: compared(name, document) for name, document in runs.items()}
+    found = [compared(document) for document in all_runs(options.budgets, options.seeds, options.records)]
     record = {
         "what": "a budgeted run, the fixed-step run of the same time, and a cosine cut off by the clock",
-        "budget_seconds": options.seconds,
         "seconds_are": "CPU seconds of the process, one thread: the machine had other work",
-        "workloads": found,
+        "compared": found,
         "machine": machine(),
         "versions": cache.versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
     options.out.write_text(json.dumps(record, indent=1) + "\n")
-    for name, document in found.items():
-        print(name, {key: value for key, value in document.items() if key != "runs"}, sep="\n")
+    for document in found:
+        print({key: value for key, value in document.items() if key != "runs"})
 
 
 if __name__ == "__main__":

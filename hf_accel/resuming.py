@@ -128,7 +128,8 @@ class Resuming(Stepping):
         )
         here, there = [repr(t) for t in self.techniques], state["techniques"]
         owner = self._owners["budget"]
-        goes_on = owner is not None and owner.goes_on() and repr(owner) not in there
+        own = Path(checkpoint).resolve().parent == Path(self.args.output_dir).resolve()
+        goes_on = owner is not None and owner.goes_on() and not (own and repr(owner) in there)
         same = self._without_budget(here) == self._without_budget(there) if goes_on else here == there
         if not same and not self.allow_changes:
             raise ckpt.CheckpointError(
@@ -147,6 +148,11 @@ class Resuming(Stepping):
                     found.setdefault(scope, []).append((technique, match[1]))
         state["found"] = found
         if goes_on:
+            if own:
+                raise ckpt.CheckpointError(
+                    f"{checkpoint}: lies in output_dir, where the run that goes on with it would mix with it. "
+                    "Choose another output_dir."
+                )
             self._go_on(checkpoint, state)
         elif "clock" in state:
             self.run_id, self.entry = state["run_id"], state.get("entry")
@@ -164,11 +170,6 @@ class Resuming(Stepping):
         if state.get("rate") is None:
             raise ckpt.CheckpointError(
                 f"{checkpoint}: what was spent, or at which learning rate, is not known. Name one of a budgeted run."
-            )
-        if Path(checkpoint).resolve().parent == Path(self.args.output_dir).resolve():
-            raise ckpt.CheckpointError(
-                f"{checkpoint}: lies in output_dir, where the run that goes on with it would mix with it. "
-                "Choose another output_dir."
             )
         further = self.clock.limits
         self.clock.limits = {unit: state["clock"][unit] + amount for unit, amount in further.items()}

@@ -29,7 +29,8 @@ class EnergyMeter:
         powercap: Folder of the kernel's counters.
     """
 
-    def __init__(self, device: torch.device, *, machine: bool = True, powercap: Path = POWERCAP):
+    def __init__(self, device: torch.device, *, machine: bool = True, powercap: Path | None = None):
+        powercap = powercap or POWERCAP
         self._counters: list[Counter] = []
         if device.type == "cuda":
             self._counters.append(_card(device))

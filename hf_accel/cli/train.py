@@ -26,9 +26,12 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, as args.seed=1."),
     ] = None,
-    budget: Annotated[str | None, typer.Option(help="What may be spent: 30min, 500steps, 3epochs, 1e9tok.")] = None,
+    budget: Annotated[str | None, typer.Option(help="What may be spent: 30min, 3epochs, 1e9tok, 50kJ, job.")] = None,
     output: Annotated[Path | None, typer.Option(help="Folder of checkpoints, model and receipt.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    going_on: Annotated[
+        Path | None, typer.Option("--continue", help="Go on with the run in this folder, for --budget +30min more.")
+    ] = None,
     allow_changes: Annotated[
         bool, typer.Option("--allow-changes", help="Resume although the techniques differ.")
     ] = False,
@@ -40,7 +43,11 @@ def train(
     if output is not None:
         chosen.args["output_dir"] = str(output)
     args = chosen.training_arguments()
-    chosen.build_techniques()  # a mistake shows before any data are read
+    techniques = chosen.build_techniques()  # a mistake shows before any data are read
+    if going_on is not None and not any("budget" in t.answers() and t.goes_on() for t in techniques):
+        raise ValueError(f"continue({str(going_on)!r}): how much more may be spent? Say it, as --budget +30min.")
+    if going_on is not None and resume:
+        raise ValueError("resume: an interrupted run is resumed without --continue. Leave one of the two out.")
     folder = Path(str(args.output_dir))
     if resume and not checkpoints(folder):
         raise ValueError(f"output({str(folder)!r}): there is no checkpoint to resume from. Leave --resume out.")
@@ -51,7 +58,7 @@ def train(
     trainer = AccelTrainer(args=args, recipe=chosen, allow_changes=allow_changes, **build_task(chosen))
     logging.disable_progress_bar()  # one bar is enough
     with progress_bar(trainer):
-        trainer.train(resume_from_checkpoint=resume or None)
+        trainer.train(resume_from_checkpoint=resume or (going_on and str(going_on)))
     trainer.save_model()
     if trainer.is_world_process_zero():
         assert trainer.receipt is not None

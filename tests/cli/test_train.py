@@ -182,3 +182,43 @@ def test_the_default_recipe_is_complete():
     assert recipe.task == "causal-lm" and recipe.data["source"] == "stdlib" and recipe.budget == "2min"
     assert recipe.training_arguments().save_strategy == "steps"
     assert run("--help").exit_code == 0 and run("train", "--help").exit_code == 0
+
+
+def test_a_finished_run_goes_on(recipe, tmp_path):
+    assert run("train", recipe).exit_code == 0
+    result = run("train", recipe, "--continue", tmp_path / "out", "--budget", "+4steps", "--output", tmp_path / "more")
+    assert result.exit_code == 0, result.output
+    receipt = json.loads((tmp_path / "more" / "receipt.json").read_text())
+    assert (receipt["steps"], receipt["budget"], receipt["final_learning_rate"]) == (12, {"steps": 12.0}, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (("--budget", "3 parsecs"), "there is no unit 'parsecs'"),
+        (("--budget", "0.01s"), "one step, and the evaluation and the checkpoint after it, do not fit into it"),
+        (("--budget", "10tok"), "one step, and the evaluation and the checkpoint after it, do not fit into it"),
+        (("--budget", "1e4flop"), "one step, and the evaluation and the checkpoint after it, do not fit into it"),
+        (("--budget", "1kWh"), "joules: "),
+        (("--budget", "job"), "SLURM_JOB_START_TIME is not set"),
+        (("--set", "args.max_steps=5"), "max_steps=5: Budget(limit='8steps') says already when the run ends"),
+        (("--budget", "+4steps"), "there is no run to go on with"),
+        (("--continue", "elsewhere"), "how much more may be spent? Say it, as --budget +30min."),
+        (("--continue", "elsewhere", "--budget", "+4steps"), "elsewhere: there is no whole checkpoint"),
+    ],
+)
+def test_budgets_that_cannot_be_kept_are_one_sentence_before_training(options, sentence, recipe, tmp_path, monkeypatch):
+    monkeypatch.delenv("SLURM_JOB_START_TIME", raising=False)
+    monkeypatch.setattr("hf_accel.budget.energy.POWERCAP", tmp_path)
+    result = run("train", recipe, *options)
+    said = " ".join(result.output.split())
+    assert result.exit_code == 2 and sentence in said, result.output
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+    assert said.count("error:") == 1
+
+
+def test_a_budget_that_is_spent_is_one_sentence(recipe):
+    assert run("train", recipe).exit_code == 0
+    result = run("train", recipe, "--resume")
+    assert result.exit_code == 2
+    assert "Budget(limit='8steps'): the run has spent it already. Give more." in " ".join(result.output.split())
