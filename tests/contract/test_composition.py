@@ -5,6 +5,7 @@
 
 import datetime
 import math
+import re
 from collections import Counter
 from dataclasses import replace
 from itertools import combinations, permutations
@@ -27,8 +28,11 @@ OTHERS = {
 OWNERS = {slot: [name for name, kind in KINDS.items() if slot in kind.answers()] for slot in SLOTS}
 # No slots: one does away with what the other reads; each says what the weights are.
 OWNERS["logits"] = ["ChunkedCrossEntropy", "Distillation"]
-OWNERS["weights"] = ["LoRA", "SparseTraining"]
-RULES = {"logits": "reads the logits, which are not there. Leave one", "weights": "Leave one out"}
+OWNERS["weights"] = ["LoRA", "LowRankTraining", "SparseTraining"]
+RULES = {
+    "logits": "reads the logits, which are not there. Leave one",
+    "weights": "Leave one out|no trainable linear layer",
+}
 FREE = [name for name in KINDS if not any(name in owners for owners in OWNERS.values())]
 RUNS = covering_array(OWNERS, FREE)
 SLOT_OF_CLASH = {frozenset(pair): slot for slot, owners in reversed(OWNERS.items()) for pair in combinations(owners, 2)}
@@ -181,7 +185,7 @@ def test_two_owners_of_a_slot_are_refused(names, tmp_path):
             if slot not in SLOTS:
                 trainer.train()
         rule = f"{first!r} and {second!r} both own the slot {slot!r}. Keep one."
-        assert (rule if slot in SLOTS else RULES[slot]) in str(caught.value)
+        assert rule in str(caught.value) if slot in SLOTS else re.search(RULES[slot], str(caught.value))
 
 
 def test_the_table_is_current(request):

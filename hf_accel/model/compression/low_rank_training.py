@@ -1,0 +1,241 @@
+"""Low-rank training: full matrices at first, products of two thin ones once their spectra have settled.
+
+The stable rank of a matrix W says how many of its directions matter,
+
+    stable_rank(W) = sum of the squared singular values / the largest of them
+
+It falls early in training and then hardly moves.  When over one ``interval`` of progress the stable ranks of the linear
+layers in the blocks have changed by less than the share ``tolerance``, on average, or at progress ``latest``, each
+weight of shape (out, in) is replaced by the best product of its rank,
+
+    W ~ left @ right        left: (out, rank);  right: (rank, in);  rank = rank_ratio * min(out, in)
+
+which is trained from there on, with fresh moments of the optimizer.  A layer then costs rank * (out + in) instead of
+out * in, forward and backward.  Layers in which this is no less stay whole, as do embeddings and heads.  The product is
+multiplied out after each step: evaluations, averages and checkpoints have ordinary weights, which ``from_pretrained``
+loads; so memory does not shrink but for the moments.
+
+Reference: Wang et al. (2021), Pufferfish, https://arxiv.org/abs/2103.03936 (the ratio, whole matrices first); Wang et
+al. (2023), Cuttlefish, https://arxiv.org/abs/2305.02538 (when to change).  Departures: the moment of change is a share
+of progress at the latest; Cuttlefish's choice of ranks and of layers by profiling is left out.
+
+When to use: wide models, for which the authors measured up to 1.2 times the speed on one GPU; others found no gain.
+When not to use: narrow models, whose thin products are no faster than whole ones; with `Lookahead`, whose slow weights
+know nothing of the factors before the change; with activation checkpointing under DDP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import annotated_types as at
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_accel.model.blocks import linear_layers
+from hf_accel.technique import Fraction, State, Technique
+
+Share = Annotated[float, at.Interval(gt=0, lt=1)]
+
+
+def stable_rank(matrix: Tensor) -> float:
+    """Sum of the squared singular values over the largest one, at least 1 and at most the rank."""
+    singular = torch.linalg.svdvals(matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32)))
+    return float((singular / singular[0].clamp(min=1e-30)).square().sum())
+
+
+def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best product of a rank: (out, rank) and (rank, in), of the same norm."""
+    exact = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
+    left, singular, right = torch.linalg.svd(exact, full_matrices=False)
+    root = singular[:rank].sqrt()
+    return (left[:, :rank] * root).to(matrix.dtype), (root[:, None] * right[:rank]).to(matrix.dtype)
+
+
+class Factorised(nn.Module):
+    """Mixed into a linear layer: two thin matrices beside its weight, by which it trains once they are in use.
+
+    They are no part of its state: what is saved and loaded is the layer's weight.
+    """
+
+    left: nn.Parameter
+    right: nn.Parameter
+    in_use: bool
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_use and self.training:
+            return F.linear(F.linear(x, self.right), self.left, self.bias)  # type: ignore[arg-type]
+        return super().forward(x)  # type: ignore[misc]
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars):
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        del destination[f"{prefix}left"], destination[f"{prefix}right"]
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing_keys, *lists):
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing_keys, *lists)
+        missing_keys[:] = [key for key in missing_keys if key not in (f"{prefix}left", f"{prefix}right")]
+
+
+class FactorisedLinear(Factorised, nn.Linear):
+    """A `torch.nn.Linear` that can train by factors."""
+
+
+class FactorisedConv1D(Factorised, Conv1D):
+    """A ``Conv1D`` of GPT-2, whose weight is stored as (in, out), that can train by factors."""
+
+
+KINDS: Mapping[type, type] = {nn.Linear: FactorisedLinear, Conv1D: FactorisedConv1D}
+
+
+def whole(layer: Any) -> Tensor:
+    """A layer's weight as (out, in)."""
+    return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
+
+
+def give_factors(layer: Any, rank: int) -> None:
+    """Make a linear layer, in place, one that can train by factors; they are not in use yet."""
+    num_out, num_in = whole(layer).shape
+    layer.left = nn.Parameter(layer.weight.new_zeros(num_out, rank))
+    layer.right = nn.Parameter(layer.weight.new_zeros(rank, num_in))
+    layer.in_use = False
+    layer.__class__ = KINDS[type(layer)]
+
+
+@torch.no_grad()
+def use_factors(layer: Any, left: Tensor, right: Tensor) -> None:
+    """From now on, train a layer by factors with these values."""
+    layer.left.copy_(left)
+    layer.right.copy_(right)
+    layer.in_use = True
+    multiply_out(layer)
+
+
+@torch.no_grad()
+def multiply_out(layer: Any) -> None:
+    """Set a layer's weight to the product of its factors."""
+    whole(layer).copy_(layer.left @ layer.right)
+
+
+@dataclass(eq=False)
+class LowRankTraining(Technique):
+    """Trains the linear layers in blocks as products of thin matrices, once their stable ranks have settled.
+
+    Args:
+        rank_ratio: Rank of the products as a share of the full rank, in (0, 1).
+        interval: Progress between two looks at the stable ranks, in (0, 1).
+        tolerance: Mean change of the stable ranks over an interval, as a share of them, below which they have settled.
+        latest: Progress, in [0, 1], at which the products begin whether or not they have.
+    """
+
+    rank_ratio: Share = 0.25  # Pufferfish
+    interval: Share = 0.05
+    tolerance: Annotated[float, at.Ge(0)] = 0.01
+    latest: Fraction = 0.5
+    neutral: ClassVar = {"tolerance": 0.0, "latest": 1.0}
+    variations: ClassVar = {"interval": 0.2, "tolerance": 10.0}
+    refused_backends: ClassVar = {
+        "fsdp2": "matrices are decomposed whole",
+        "zero": "matrices are decomposed whole",
+    }
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        """Factors beside the weights, for the optimizer to know them from the start."""
+        assert self.host_ is not None
+        args = self.host_.args
+        if args.deepspeed_plugin is not None or args.fsdp:
+            raise ValueError(f"{self!r}: matrices are decomposed whole, and FSDP and ZeRO cut them. Use DDP.")
+        find_unused = args.ddp_find_unused_parameters
+        if args.world_size > 1 and (args.gradient_checkpointing if find_unused is None else not find_unused):
+            raise ValueError(
+                f"{self!r}: DDP must look for unused parameters, of which there are some before and after the change. "
+                "Set ddp_find_unused_parameters=True and activation_checkpointing=False."
+            )
+        if hasattr(model, "peft_config"):
+            raise ValueError(f"{self!r}: {type(model).__name__} trains adapters, which are thin. Leave one out.")
+        try:
+            layers = linear_layers(model)
+        except ValueError as error:
+            raise ValueError(f"{self!r}: {error}") from None
+        for layer in layers.values():
+            num_out, num_in = whole(layer).shape
+            rank = max(round(self.rank_ratio * min(num_out, num_in)), 1)
+            if type(layer) in KINDS and layer.weight.requires_grad and rank * (num_out + num_in) < num_out * num_in:
+                give_factors(layer, rank)
+        if not any(isinstance(layer, Factorised) for layer in layers.values()):
+            raise ValueError(
+                f"{self!r}: {type(model).__name__} has no trainable linear layer in a block that would have fewer "
+                "weights as a product. Lower rank_ratio, or drop it."
+            )
+        return model
+
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, Factorised)}
+        self.layers_ = layers
+        if not all(layer.weight.requires_grad for layer in self.layers_.values()):
+            raise ValueError(f"{self!r}: its layers do not train, as others have frozen them. Leave one out.")
+        for layer in self.layers_.values():
+            layer.in_use = False
+        self.looks_, self.ranks_, self.change_, self.changed_at_ = 0, {}, float("inf"), -1.0
+
+    def on_step_begin(self, args, state, control, optimizer: Any = None, **kwargs):
+        if self.changed_at_ >= 0:
+            return
+        progress = self.progress(state)
+        if (looks := 1 + int(progress / self.interval)) > self.looks_:
+            self.looks_ = looks
+            ranks = {path: stable_rank(whole(layer)) for path, layer in self.layers_.items()}
+            changes = [abs(ranks[path] / before - 1) for path, before in self.ranks_.items()]
+            self.change_ = sum(changes) / len(changes) if changes else float("inf")
+            self.ranks_ = ranks
+        if progress >= self.latest or self.change_ < self.tolerance:
+            self.changed_at_ = progress
+            for layer in self.layers_.values():
+                use_factors(layer, *factors(whole(layer), layer.left.shape[1]))
+                optimizer.state.pop(layer.weight, None)
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        if self.changed_at_ >= 0:
+            for layer in self.layers_.values():
+                multiply_out(layer)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for layer in self.layers_.values():
+            layer.in_use = False
+
+    def computation(self) -> Hashable:
+        return self.changed_at_ >= 0
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        if scope == "rank":
+            return {}
+        used = self.layers_ if self.changed_at_ >= 0 else {}
+        return {
+            "looks": self.looks_,
+            "ranks": self.ranks_,
+            "change": self.change_,
+            "changed_at": self.changed_at_,
+            "factors": {path: {"left": layer.left, "right": layer.right} for path, layer in used.items()},
+        }
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        if scope == "rank":
+            return
+        self.looks_, self.ranks_ = state["looks"], dict(state["ranks"])
+        self.change_, self.changed_at_ = state["change"], state["changed_at"]
+        for path, values in state["factors"].items():
+            use_factors(self.layers_[path], values["left"], values["right"])
+
+    def report(self) -> Mapping[str, Any]:
+        """Progress at the change (negative: there was none), what the stable ranks had changed by when they were last
+        looked at, and the share of the layers' weights that the products have."""
+        sizes = [(layer.left.numel() + layer.right.numel(), layer.weight.numel()) for layer in self.layers_.values()]
+        thin, full = map(sum, zip(*sizes, strict=True))
+        return {"changed_at": self.changed_at_, "change": self.change_, "layers": len(sizes), "weights": thin / full}
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["changed_at"] >= 0
