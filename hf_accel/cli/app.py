@@ -11,6 +11,7 @@ from typer.core import TyperGroup
 
 import hf_accel
 from hf_accel.cli.compare import compare
+from hf_accel.cli.doctor import doctor
 from hf_accel.cli.export import export
 from hf_accel.cli.find_lr import find_lr
 from hf_accel.cli.plan import plan
@@ -54,4 +55,5 @@ app.command("find-lr")(find_lr)
 app.command()(export)
 app.command()(plan)
 app.command()(soup)
+app.command(context_settings={"allow_interspersed_args": False})(doctor)
 app.command()(techniques)
