@@ -46,12 +46,24 @@ def causal_lm(model: str | dict[str, Any], data: dict[str, Any]) -> dict[str, An
     """Model, data and collator for language modelling."""
     check_fields("data", data, TextData)
     options = TextData(**data)
+    tokenizer = load_tokenizer(options.tokenizer, model)
+    train, validation = read_examples(options, tokenizer)
+    return {
+        "model": load_model(AutoModelForCausalLM, model, tokenizer),
+        "train_dataset": train,
+        "eval_dataset": validation,
+        "processing_class": tokenizer,
+        "data_collator": DataCollatorForSeq2Seq(tokenizer),
+    }
+
+
+def read_examples(options: TextData, tokenizer: Any) -> tuple[Dataset, Dataset]:
+    """Training and validation examples, whose labels are their tokens."""
     train = read_documents(options.source, options.text_column)
     if options.validation is None:
         train, validation = split(train, options.validation_share)
     else:
         validation = read_documents(options.validation, options.text_column)
-    tokenizer = load_tokenizer(options.tokenizer, model)
     cut = cut_blocks if options.blocks else cut_texts
     sets = []
     for name, documents in (("training", train), ("validation", validation)):
@@ -64,13 +76,7 @@ def causal_lm(model: str | dict[str, Any], data: dict[str, Any]) -> dict[str, An
         sets.append(examples)
     if options.validation_limit is not None and len(sets[1]) > options.validation_limit:
         sets[1] = sets[1].select(np.linspace(0, len(sets[1]) - 1, options.validation_limit).astype(int))
-    return {
-        "model": load_model(AutoModelForCausalLM, model, tokenizer),
-        "train_dataset": sets[0],
-        "eval_dataset": sets[1],
-        "processing_class": tokenizer,
-        "data_collator": DataCollatorForSeq2Seq(tokenizer),
-    }
+    return sets[0], sets[1]
 
 
 def split(documents: list[str], share: float) -> tuple[list[str], list[str]]:

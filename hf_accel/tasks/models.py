@@ -30,7 +30,8 @@ def load_tokenizer(name: str | None, model: str | dict[str, Any]) -> Any:
 
 
 def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options: Any) -> PreTrainedModel:
-    """A model of an auto class: the weights of a path or name, or new ones of ``{config: {model_type: ...}}``."""
+    """A model of an auto class: the weights of a path or name, or new ones of ``{config: {model_type: ...}}``;
+    ``options`` are what the data say of its configuration."""
     if isinstance(model, str):
         try:
             return kind.from_pretrained(model, **options)
@@ -50,8 +51,10 @@ def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options
     for key in given:
         if key not in known:
             raise RecipeError(f"model.config: {type(default).__name__} has no {key!r}. {nearest(str(key), known)}")
-    tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos")}
-    values = {"vocab_size": len(tokenizer), **tokens, **options, **given}
+    values = {**{name: value for name, value in options.items() if name in known}, **given}
+    if tokenizer is not None:
+        tokens = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("pad", "bos", "eos")}
+        values = {"vocab_size": len(tokenizer), **tokens, **values}
     try:
         return kind.from_config(AutoConfig.for_model(name, **values))
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:

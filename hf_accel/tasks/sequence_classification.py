@@ -46,27 +46,34 @@ def sequence_classification(model: str | dict[str, Any], data: dict[str, Any]) -
     columns = [options.text_column, options.label_column]
     tables = {source: read_table(source, columns) for source in (options.train, options.validation)}
     found = {source: table[options.label_column].to_pylist() for source, table in tables.items()}
-    classes = sorted_classes(found[options.train], options.train)
-    numbers = {label: number for number, label in enumerate(classes)}
+    classes, names = numbered(found, options.train)
     tokenizer = load_tokenizer(options.tokenizer, model)
     sets = {}
     for source, table in tables.items():
-        if unknown := set(found[source]) - numbers.keys():
-            raise RecipeError(
-                f"data({source!r}): label {sorted(map(repr, unknown))[0]} is in no training example. Drop it."
-            )
         encoded = tokenizer(texts(table, source, options.text_column), truncation=True, max_length=options.context)
-        sets[source] = Dataset.from_dict({**encoded, "labels": [numbers[label] for label in found[source]]})
-    names = {number: str(label) for number, label in enumerate(classes)}
-    labels = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+        sets[source] = Dataset.from_dict({**encoded, "labels": classes[source]})
     return {
-        "model": load_model(AutoModelForSequenceClassification, model, tokenizer, **labels),
+        "model": load_model(AutoModelForSequenceClassification, model, tokenizer, **names),
         "train_dataset": sets[options.train],
         "eval_dataset": sets[options.validation],
         "processing_class": tokenizer,
         "data_collator": DataCollatorWithPadding(tokenizer),
         "compute_metrics": accuracy,
     }
+
+
+def numbered(labels: dict[str, list[Any]], train: str) -> tuple[dict[str, list[int]], dict[str, Any]]:
+    """The numbers of the classes by source, and what a model's configuration says of them."""
+    classes = sorted_classes(labels[train], train)
+    numbers = {label: number for number, label in enumerate(classes)}
+    for source, own in labels.items():
+        if unknown := set(own) - numbers.keys():
+            raise RecipeError(
+                f"data({source!r}): label {sorted(map(repr, unknown))[0]} is in no training example. Drop it."
+            )
+    names = {number: str(label) for number, label in enumerate(classes)}
+    said = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    return {source: [numbers[label] for label in own] for source, own in labels.items()}, said
 
 
 def sorted_classes(labels: list[Any], source: str) -> list[Any]:

@@ -7,12 +7,19 @@ from typing import Any
 from hf_accel.notation import nearest
 from hf_accel.recipe import Recipe, RecipeError
 from hf_accel.tasks.causal_lm import causal_lm
+from hf_accel.tasks.image_classification import image_classification
+from hf_accel.tasks.masked_lm import masked_lm
 from hf_accel.tasks.sequence_classification import sequence_classification
 
 Task = dict[str, Any]
 """Keyword arguments of a Trainer: model, data sets, collator, processing class, metrics."""
 
-TASKS = {"causal-lm": causal_lm, "sequence-classification": sequence_classification}
+TASKS = {
+    "causal-lm": causal_lm,
+    "masked-lm": masked_lm,
+    "sequence-classification": sequence_classification,
+    "image-classification": image_classification,
+}
 """``(model, data) -> Task`` by the name that a recipe gives."""
 
 

@@ -4,6 +4,7 @@ import numpy as np
 import pandas
 import pytest
 import torch
+from PIL import Image
 from transformers import ByT5Tokenizer
 
 from hf_accel import Recipe, RecipeError
@@ -108,7 +109,10 @@ def bad(task="causal-lm", model=None, **data):
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (bad(task=None), "recipe: it names no task. Write 'task:' with one of causal-lm, sequence-classification."),
+        (
+            bad(task=None),
+            "recipe: it names no task. Write 'task:' with one of causal-lm, masked-lm, sequence-",
+        ),
         (bad(task="causal"), "task('causal'): there is none of this name. Did you mean 'causal-lm'?"),
         (("causal-lm", None, {}), "recipe: it names no model."),
         (bad(sauce="x"), "data: there is no option 'sauce'. Did you mean 'source'?"),
@@ -145,3 +149,39 @@ def test_mistakes_are_named(recipe, message, text, tmp_path):
     with pytest.raises(RecipeError, match=re.escape(message)) as error:
         build_task(Recipe(task, model, data))
     assert "\n" not in str(error.value)
+
+
+def test_masked_lm_hides_bytes_behind_what_is_no_byte(text):
+    data = {"source": text, "context": 32, "masked": 0.3}
+    task = build_task(Recipe("masked-lm", {"config": BERT}, data))
+    train, unknown = task["train_dataset"], task["processing_class"].unk_token_id
+    batch = task["data_collator"]([train[i] for i in range(len(train))])
+    predicted = batch["labels"] != -100
+    assert predicted.float().mean().item() == pytest.approx(0.3, abs=0.05)
+    assert (batch["input_ids"][predicted] == unknown).float().mean().item() == pytest.approx(0.8, abs=0.1)
+    assert not (batch["input_ids"][~predicted] == unknown).any()
+    loss = task["model"](**batch).loss
+    assert abs(loss.item() - np.log(259)) < 1
+
+
+@pytest.mark.parametrize("kind", ["table", "folder"])
+def test_image_classification(kind, tmp_path):
+    data = {"size": 8}
+    for name in ("train", "validation"):
+        rows = []
+        for i in range(4):
+            image = Image.fromarray(np.full((6, 10, 3), 255 * (i % 2), np.uint8))
+            path = tmp_path / name / ("black", "white")[i % 2] / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            image.save(path)
+            rows.append({"image": path.read_bytes(), "label": path.parent.name})
+        pandas.DataFrame(rows).to_parquet(tmp_path / f"{name}.parquet")
+        data[name] = str(tmp_path / (f"{name}.parquet" if kind == "table" else name))
+    vit = {"model_type": "vit", "patch_size": 4, "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
+    task = build_task(Recipe("image-classification", {"config": vit}, data))
+    assert task["model"].config.id2label == {0: "black", 1: "white"} and task["model"].config.image_size == 8
+    batch = task["data_collator"]([task["train_dataset"][i] for i in range(4)])
+    assert batch["pixel_values"].shape == (4, 3, 8, 8)
+    colours = batch["pixel_values"].mean((1, 2, 3))
+    assert torch.allclose(colours, 2.0 * batch["labels"] - 1) and sorted(batch["labels"].tolist()) == [0, 0, 1, 1]
+    assert torch.isfinite(task["model"](**batch).loss)
