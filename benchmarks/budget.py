@@ -1,18 +1,20 @@
 """A budgeted run against the best fixed-step run of the same time and against a cosine that the clock cuts off.
 
-    python benchmarks/budget.py novels-lm=120 novels-lm=60 sst2=60 [--seeds 5] [--data FOLDER] [--out FILE]
+    python benchmarks/budget.py novels-lm=60 sst2=10 [--seeds 5] [--data FOLDER] [--out FILE]
 
 All arms have the model, the data, the learning rate and the batches of a workload's tuned baseline, and differ in who
 says when the run ends:
 
     budgeted   ``Budget("120s")``, for example: the learning rate follows the time that is spent
     fixed      a plain Trainer with the ``max_steps`` that take this time: found by hand beforehand, by a few runs of
-               another seed, as who knows the machine would
+               another seed, as who knows the machine would; and half as many, for what a little less time is worth
     cut off    a plain Trainer whose cosine was planned for twice as many steps (`TOO_MANY`), stopped by the clock
 
-The clock counts CPU seconds of this process, one thread, so that other work on the machine does not count.  Each arm is
-evaluated after its time.  Arms alternate, seed by seed.  Runs that were made before are taken from the folder of
-records, so that a benchmark can be stopped and go on.
+The clock counts CPU seconds of this process, one thread, so that other work on the machine does not count, but for what
+it costs in caches: the same number of steps takes some percent more or less.  So the loss of a fixed-step run is taken
+at the seconds of the budgeted run of the same seed, on the line through its two lengths, of loss against log seconds.
+Each arm is evaluated after its time.  Arms alternate, seed by seed.  Runs that were made before are taken from the
+folder of records, so that a benchmark can be stopped and go on.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import math
 import os
 import statistics
 import tempfile
@@ -117,7 +120,7 @@ def all_runs(budgets: list[str], seeds: int, folder: Path) -> list[dict]:
     for budget in budgets:
         name, _, seconds = budget.partition("=")
         steps, tried = fitting_steps(folder, build_workload(name), float(seconds))
-        arms = {"budgeted": None, "fixed": steps, "cut off": round(TOO_MANY * steps)}
+        arms = {"budgeted": None, "fixed": steps, "half": steps // 2, "cut off": round(TOO_MANY * steps)}
         document = {"workload": name, "budget_seconds": float(seconds), "tried_by_hand": tried, "steps": arms}
         found.append(document | {"runs": {arm: [] for arm in arms}})
     for seed in range(1, seeds + 1):
@@ -129,19 +132,29 @@ def all_runs(budgets: list[str], seeds: int, folder: Path) -> list[dict]:
     return found
 
 
+def at_seconds(seconds: float, half: dict, whole: dict, metric: str) -> float:
+    """The loss of fixed-step runs of so many seconds, from two lengths, on a line against log seconds."""
+    (a, at_a), (b, at_b) = ((math.log(run["seconds"]), run["metrics"][metric]) for run in (half, whole))
+    return at_b + (at_a - at_b) * (b - math.log(seconds)) / (b - a)
+
+
 def compared(found: dict) -> dict:
     """The record of a workload and a budget."""
     workload = build_workload(found["workload"])
-    losses = {arm: [run["metrics"][workload.metric] for run in runs] for arm, runs in found["runs"].items()}
-    against = {
-        arm: vars(non_inferiority(losses["budgeted"], losses[arm], workload.margin)) for arm in ("fixed", "cut off")
-    }
     runs = found.pop("runs")
+    losses = {arm: [run["metrics"][workload.metric] for run in own] for arm, own in runs.items()}
+    pairs = zip(runs["budgeted"], runs["half"], runs["fixed"], strict=True)
+    losses["fixed at equal time"] = [at_seconds(b["seconds"], h, f, workload.metric) for b, h, f in pairs]
+    against = {
+        arm: vars(non_inferiority(losses["budgeted"], losses[arm], workload.margin))
+        for arm in ("fixed at equal time", "fixed", "cut off")
+    }
     return found | {
         "metric": workload.metric,
         "margin": workload.margin,
         "mean": {arm: statistics.mean(values) for arm, values in losses.items()},
         "mean_seconds": {arm: statistics.mean(run["seconds"] for run in own) for arm, own in runs.items()},
+        "budgeted_against_fixed_at_equal_time": against["fixed at equal time"],
         "budgeted_against_fixed": against["fixed"],
         "budgeted_against_cut_off": against["cut off"] | {"better": against["cut off"]["high"] < 0},
         "runs": runs,

@@ -88,6 +88,8 @@ class Clock:
     spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(UNITS, 0.0))
     reserve: float = 0.0
     """Seconds kept back for what follows the last update: evaluation and saving."""
+    evaluation_seconds: float = 0.0
+    """Of these, those of an evaluation at the present speed."""
     set_aside: dict[str, float] = field(default_factory=dict)
     """Of the limits, what was for other things than training, before the first update.  ``spent`` holds it of the
     `CONTINUOUS` units, and of no other."""
@@ -149,6 +151,14 @@ class Clock:
         """Whether so much of one unit can be spent, with what was set aside and what follows the last update."""
         aside = 0.0 if unit in CONTINUOUS else self.set_aside.get(unit, 0.0)
         return amount + aside <= self.limits[unit] - self._reserved(unit)
+
+    def has_time_for(self, seconds: float) -> bool:
+        """Whether so much time can pass, a step and what follows the last update fit after it; alike on every rank."""
+        seconds += self.seconds + self.step_seconds
+        joules = self.spent["joules"] / max(self.spent["seconds"], 1e-9) * seconds
+        amounts = {"seconds": seconds, "joules": joules}
+        fits = all(self.has(unit, amount) for unit, amount in amounts.items() if unit in self.limits)
+        return bool(self.share([float(fits)])[0])
 
     def _update(self) -> None:
         shares = {unit: self._share(unit) for unit in self.limits}

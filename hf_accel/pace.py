@@ -75,7 +75,8 @@ class Pacer(TrainerCallback):
 
 
 class Restorer(TrainerCallback):
-    """Last among the callbacks: techniques get their state after their own ``on_train_begin``."""
+    """Last among the callbacks: techniques get their state after their own ``on_train_begin``, and what all others
+    want to be evaluated is left out where it would make the run late."""
 
     def __init__(self, trainer: AccelTrainerMixin):
         self.trainer = trainer
@@ -83,6 +84,15 @@ class Restorer(TrainerCallback):
     def on_train_begin(self, args, state, control, **kwargs):
         self.trainer.restore_techniques()
         self.trainer.fit_memory()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        clock = self.trainer.clock
+        timed = any(unit in clock.limits for unit in CONTINUOUS)
+        if timed and control.should_evaluate and not clock.done:
+            control.should_evaluate = clock.has_time_for(clock.evaluation_seconds)
+        return control
+
+    on_epoch_end = on_step_end
 
 
 class Ending:
@@ -107,6 +117,7 @@ class Ending:
         """The reserve: what is kept back of the budget."""
         trainer = self.trainer
         seconds = trainer.evaluation_seconds * self._slowdown() if self.evaluates else 0.0
+        trainer.clock.evaluation_seconds = seconds
         if self.saves:
             seconds += trainer.saving_seconds * (2 if trainer.args.load_best_model_at_end else 1)
         return seconds + 0.05

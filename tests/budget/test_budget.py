@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_accel import Budget, LayerFreezing, LearningRateSearch, SharpnessAware
 from hf_accel.clock import Clock
@@ -140,3 +142,71 @@ def test_a_search_of_the_rate_takes_its_share_of_operations(tmp_path):
     assert trainer.clock.set_aside["flops"] == 0.8 * 3e9
     assert 0.9 * 0.2 * 3e9 < trainer.clock.spent["flops"] <= 0.2 * 3e9
     assert trainer.receipt.final_learning_rate == 0.0
+
+
+class Machine:
+    """A clock that moves as a machine works: so much for a step and an evaluated batch, and slower from a time on."""
+
+    def __init__(self, trainer, step, batch, slower=1.0, since=math.inf):
+        self.seconds, self.slower, self.since = 0.0, slower, since
+        trainer.clock.now = lambda: self.seconds
+        trainer.training_step = self.working(trainer.training_step, step)
+        trainer.prediction_step = self.working(trainer.prediction_step, batch)
+
+    def working(self, method, seconds):
+        def work(*args, **kwargs):
+            self.seconds += seconds * (self.slower if self.seconds >= self.since else 1.0)
+            return method(*args, **kwargs)
+
+        return work
+
+
+EVALUATED = {"per_device_eval_batch_size": 1, "eval_strategy": "steps", "eval_steps": 0.25}
+"""16 batches."""
+
+
+def test_on_a_steady_machine_time_is_kept_with_the_last_evaluation(tmp_path):
+    trainer = tiny_trainer([Budget("60s")], tmp_path, **EVALUATED)
+    Machine(trainer, step=0.5, batch=0.25)
+    trainer.train()
+    assert 60 * 0.95 < trainer.clock.seconds <= 60
+    assert trainer.receipt.final_learning_rate == 0.0
+    evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
+    assert len(evaluations) == 4 and evaluations[-1]["step"] == trainer.state.global_step
+
+
+def test_an_evaluation_that_would_make_the_run_late_is_left_out(tmp_path):
+    trainer = tiny_trainer([Budget("60s")], tmp_path, **EVALUATED | {"eval_steps": 0.19})
+    Machine(trainer, step=0.5, batch=0.25)
+    trainer.train()
+    assert 60 * 0.95 < trainer.clock.seconds <= 60
+    steps = [e["step"] for e in trainer.state.log_history if "eval_loss" in e]
+    assert len(steps) == 5 and steps[-1] == trainer.state.global_step  # at 19, 38, 57, 76 and 100, but not at 95 %
+
+
+@pytest.mark.parametrize("slower", [2.0, 4.0])
+@pytest.mark.parametrize("since", [20, 30, 45])
+def test_a_machine_that_slows_down_is_late_by_a_step_and_half_an_evaluation_at_most(slower, since, tmp_path):
+    trainer = tiny_trainer([Budget("60s")], tmp_path, **EVALUATED)
+    Machine(trainer, step=0.5, batch=0.25, slower=slower, since=since)
+    trainer.train()
+    assert 60 * 0.9 < trainer.clock.seconds <= 60 + slower * (0.5 + 16 * 0.25 / 2)
+    assert trainer.receipt.final_learning_rate == 0.0
+
+
+def test_seconds_of_a_run_that_was_stopped_and_resumed_are_kept(tmp_path):
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop |= state.global_step == 50
+
+    saving = {"save_strategy": "steps", "save_steps": 40}
+    first = tiny_trainer([Budget("60s")], tmp_path, **EVALUATED, **saving)
+    first.add_callback(Stops())
+    Machine(first, step=0.5, batch=0.25)
+    first.train()
+    spent = first.clock.seconds
+    second = tiny_trainer([Budget("60s")], tmp_path, **EVALUATED, **saving)
+    Machine(second, step=0.5, batch=0.25)
+    second.train(resume_from_checkpoint=True)
+    assert spent - 2.1 < second.clock.seconds - second.clock.now() <= spent  # but for what is after the last heartbeat
+    assert 60 * 0.95 < second.clock.seconds <= 60 and second.receipt.final_learning_rate == 0.0
