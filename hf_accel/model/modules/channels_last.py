@@ -1,0 +1,72 @@
+"""Channels last: the memory format that convolutions are fastest in.
+
+An image batch (B, C, H, W) may lie in memory as B, C, H, W or as B, H, W, C.  Kernels for convolutions, on CPUs and on
+tensor cores, work in the second order, and reorder a batch of the first one around every layer:
+
+    address of x[b, c, h, w] = ((b H + h) W + w) C + c
+
+Here weights and inputs are put into that order once; shapes, names and results stay, up to rounding.
+
+Reference: the memory formats of PyTorch, https://pytorch.org/tutorials/intermediate/memory_format_tutorial.html;
+Mosaic's Composer, https://docs.mosaicml.com/projects/composer/en/stable/method_cards/channels_last.html.
+
+When to use: convolutional networks, with mixed precision on GPUs first of all.
+When not to use: vision transformers, whose one convolution cuts the image into patches; networks of depthwise
+convolutions or with other norms than batch norm should be measured first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from hf_accel.technique import Technique
+
+
+def images_last(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """A forward pre-hook: images, (B, C, H, W), reach the model with their channels last in memory."""
+
+    def reordered(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
+            return value.contiguous(memory_format=torch.channels_last)
+        return value
+
+    return tuple(map(reordered, args)), {name: reordered(value) for name, value in kwargs.items()}
+
+
+@dataclass(eq=False)
+class ChannelsLast(Technique):
+    """Keeps weights and images with their channels last in memory; needs no more than a plain Trainer."""
+
+    fidelity: ClassVar = "exact"
+    modality: ClassVar = "image"
+    refused_backends: ClassVar = {"zero": "its partitions are flat, and have no order of dimensions"}
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if args.deepspeed_plugin is not None:
+            raise ValueError(f"{self!r}: under DeepSpeed ZeRO, {self.refused_backends['zero']}. Leave it out.")
+        self.convolutions_ = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+        if not self.convolutions_:
+            raise ValueError(f"{self!r}: {type(model).__name__} has no convolutions of images. Leave it out.")
+        self._lay_out(torch.channels_last)
+        self.hook_ = model.register_forward_pre_hook(images_last, with_kwargs=True)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.hook_.remove()
+        self._lay_out(torch.contiguous_format)
+
+    def _lay_out(self, memory_format: torch.memory_format) -> None:
+        for convolution in self.convolutions_:
+            convolution.to(memory_format=memory_format)
+
+    def report(self) -> Mapping[str, Any]:
+        """Convolutions whose weights were reordered."""
+        return {"convolutions": len(self.convolutions_)}
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["convolutions"] > 0

@@ -1,0 +1,156 @@
+"""Sparse masked head: a masked language model's projection to the vocabulary at masked positions only.
+
+Only masked positions have a label, about 15 % of them, but the last transform and the projection to the vocabulary are
+made everywhere.  With h_i the encoder's output at position i, y_i its label and M the positions that have one,
+
+    loss = 1/|M| sum over i in M of CE(head(h_i), y_i)         head: transform, norm, projection
+
+so here only the rows of M leave the encoder.  Losses and gradients are the same; evaluation is left alone.
+
+Reference: Geiping & Goldstein (2022), Cramming, https://arxiv.org/abs/2212.14034 (sparse prediction); Warner et al.
+(2024), ModernBERT, https://arxiv.org/abs/2412.13663.  Departure: for any masked language model whose head treats each
+position by itself, which is tried before training.
+
+When to use: masked language models of small or medium width, where the vocabulary is a large share of the computation.
+When not to use: with ``torch.compile`` of the whole model, for the number of masked positions differs from batch to
+batch; where logits do not fit beside all else even so, take `ChunkedCrossEntropy`, which projects masked positions only
+as well, but in chunks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers.utils import ModelOutput
+
+from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead, unwrapped
+from hf_accel.technique import State, Technique
+
+if TYPE_CHECKING:
+    from hf_accel.stream import StepBatch
+
+
+def rows_at(output: ModelOutput, chosen_BL: Tensor) -> ModelOutput:
+    """An encoder's output whose ``last_hidden_state`` has only the chosen positions of all examples, (1, N, H)."""
+    rows_1NH = output["last_hidden_state"][chosen_BL][None]
+    return type(output)(**{**output, "last_hidden_state": rows_1NH})
+
+
+@dataclass(frozen=True)
+class SparseTokenHead(TokenHead):
+    """A masked language model's loss from logits at labelled positions, (1, N, V), which it gives while it trains."""
+
+    def without_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """With labels, which say where to project, and which the technique takes out at the model's door."""
+        return super().without_labels(model, inputs) | {"labels": inputs["labels"]}
+
+    def losses(
+        self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
+    ) -> ExampleLosses:
+        targets_BL = self._targets(inputs)
+        mask_BL = targets_BL.ne(IGNORED)
+        logits_NV = outputs["logits"][0]
+        if outputs["logits"].shape[:2] == targets_BL.shape:  # of a model in evaluation, or of another one
+            logits_NV = outputs["logits"][mask_BL]
+        logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+        losses_N = F.cross_entropy(logits_NV, targets_BL[mask_BL], reduction="none", label_smoothing=label_smoothing)
+        losses_BL = losses_N.new_zeros(targets_BL.shape).masked_scatter(mask_BL, losses_N)
+        return ExampleLosses(losses_BL, mask_BL, self._examples(inputs, num_examples).to(losses_BL.device))
+
+
+@dataclass(eq=False)
+class SparseMaskedHead(Technique):
+    """Projects a masked language model's hidden states to the vocabulary at masked positions only."""
+
+    fidelity: ClassVar = "exact"
+    modality: ClassVar = "masked text"
+
+    def loss_head(self, head: Head) -> Head:
+        """The model's own, from logits at labelled positions."""
+        host: Any = self.host_
+        model = unwrapped(host.model)
+        if not isinstance(head, TokenHead) or head.kind != "masked LM":
+            raise ValueError(
+                f"{self!r}: {type(model).__name__} is no masked language model ({head.kind}). Leave it out."
+            )
+        for hook in ("loss_head", "extra_loss"):
+            if others := [t for t in host.techniques if t is not self and hook in t.answers()]:
+                raise ValueError(f"{self!r}: {others[0]!r} reads the outputs as well. Leave one of them out.")
+        if not _is_by_position(model):
+            raise ValueError(
+                f"{self!r}: the head of {type(model).__name__} does not treat each position by itself. Leave it out."
+            )
+        return SparseTokenHead(head.kind, head.shift)
+
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.positions_, self.projected_ = 0, 0
+        self.labels_: Tensor | None = None
+        self.hooks_ = [
+            # Functions of their own, for copies of the model are not to copy the technique as well.
+            model.register_forward_pre_hook(
+                lambda module, args, inputs: self._take(module, args, inputs), with_kwargs=True
+            ),
+            unwrapped(model).base_model.register_forward_hook(lambda module, args, output: self._choose(output)),
+        ]
+
+    def on_train_end(self, args, state, control, **kwargs):
+        for hook in self.hooks_:
+            hook.remove()
+
+    def _take(self, model: nn.Module, args: tuple, inputs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+        if not model.training:
+            return args, inputs
+        self.labels_ = inputs["labels"]
+        return args, {name: value for name, value in inputs.items() if name != "labels"}
+
+    def _choose(self, output: ModelOutput) -> ModelOutput:
+        labels_BL, self.labels_ = self.labels_, None
+        return output if labels_BL is None else rows_at(output, labels_BL != IGNORED)
+
+    def transform_batch(self, batch: StepBatch) -> StepBatch:
+        """Counts positions, and those with a label."""
+        for micro in batch.micro_batches:
+            self.positions_ += micro.inputs["labels"].numel()
+            self.projected_ += int(micro.inputs["labels"].ne(IGNORED).sum())
+        return batch
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        return {"positions": self.positions_, "projected": self.projected_} if scope == "rank" else {}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        if scope == "rank":
+            self.positions_, self.projected_ = state["positions"], state["projected"]
+
+    def report(self) -> Mapping[str, Any]:
+        """The share of the positions that was projected to the vocabulary, on this rank."""
+        return {"projected": self.projected_ / self.positions_ if self.positions_ else 1.0}
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["projected"] < 1
+
+
+@torch.no_grad()
+def _is_by_position(model: Any) -> bool:
+    """Whether a model's head gives of some positions' hidden states the logits that it gives of all; tried."""
+    device = next(model.parameters()).device
+    ids_BL = torch.arange(8, device=device).view(2, 4) % model.config.vocab_size
+    chosen_BL = torch.tensor([[False, True, True, False], [True, False, False, False]], device=device)
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        every_BLV = model.eval()(input_ids=ids_BL).logits
+        hook = model.base_model.register_forward_hook(lambda module, args, output: rows_at(output, chosen_BL))
+        try:
+            some_1NV = model(input_ids=ids_BL).logits
+        finally:
+            hook.remove()
+    finally:
+        for module, mode in modes:
+            module.training = mode
+    expected_1NV = every_BLV[chosen_BL][None]
+    return some_1NV.shape == expected_1NV.shape and torch.allclose(some_1NV, expected_1NV, rtol=1e-2, atol=1e-3)
