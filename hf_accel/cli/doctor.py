@@ -60,7 +60,7 @@ def show(console: Console, found: Examination) -> None:
     where.add_column("ms", justify="right")
     where.add_column("share", justify="right")
     for name, seconds in sorted(found.seconds.items(), key=lambda item: -item[1]):
-        if seconds > 0:
+        if seconds / total >= 0.005:
             where.add_row(
                 "Trainer and Python" if name == "other" else name, f"{1000 * seconds:.1f}", f"{seconds / total:.0%}"
             )

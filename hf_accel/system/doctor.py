@@ -41,6 +41,8 @@ STEPS = 25
 """Steps that are measured."""
 NOTABLE = 0.05
 """The share of the run below which a finding is none."""
+ENOUGH = 10
+"""Evaluations that show how a run goes."""
 
 
 @dataclass
@@ -259,14 +261,11 @@ def _of_evaluation(evaluations: int, seconds: float, run_seconds: float | None) 
     if not evaluations or run_seconds is None or evaluations * seconds / run_seconds < NOTABLE:
         return []
     share = evaluations * seconds / run_seconds
-    enough = max(min(evaluations, 10), 1)
-    return [
-        Finding(
-            f"Evaluation: {evaluations} of {_s(seconds)} each take {share:.0%} of the run.",
-            f"Evaluate {enough} times (eval_strategy='steps', eval_steps={1 / enough:.2g}), or on fewer examples.",
-            share * (1 - enough / evaluations) if evaluations > enough else share / 2,
-        )
-    ]
+    what = f"Evaluation: {evaluations} of {_s(seconds)} each take {share:.0%} of the run."
+    if evaluations > ENOUGH:
+        remedy = f"Evaluate {ENOUGH} times (eval_strategy='steps', eval_steps={1 / ENOUGH:g}), or on fewer examples."
+        return [Finding(what, remedy, share * (1 - ENOUGH / evaluations))]
+    return [Finding(what, "Evaluate on fewer examples, or less often.", share / 2)]
 
 
 def _of_checkpointing(trainer: Any, step: float) -> list[Finding]:
