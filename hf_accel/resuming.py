@@ -70,6 +70,7 @@ class Resuming(Stepping):
                 ckpt.save_averaged(directory, averages)
             state: dict[str, Any] = {
                 "run_id": self.run_id,
+                "world_size": self.args.world_size,
                 "clock": self.clock.state_dict(),
                 "techniques": [repr(t) for t in self.techniques],
                 "states": states["global"],
@@ -136,8 +137,7 @@ class Resuming(Stepping):
                 f"{checkpoint}: it was written with techniques [{', '.join(there)}], this run has [{', '.join(here)}]. "
                 "Use the same, or allow_changes=True."
             )
-        rank = f"accel_rank{self.args.process_index}"
-        ranked = ckpt.load_state(checkpoint, rank) if Path(checkpoint, f"{rank}.json").is_file() else {}
+        ranked = self._state_of_rank(checkpoint, state.get("world_size", self.args.world_size))
         found: dict[str, list[tuple[Technique, Any]]] = {}
         for scope, states in (("global", state.get("states", [])), ("rank", ranked.get("states", []))):
             remaining = list(zip(there, states, strict=False))
@@ -187,6 +187,22 @@ class Resuming(Stepping):
         scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
         peak = getattr(scheduler, "base_lrs", [0.0])[0]
         return scheduler.get_last_lr()[0] / peak if self.paced and peak else None
+
+    def _state_of_rank(self, checkpoint: str, world_size: int) -> dict[str, Any]:
+        """What the techniques said for this rank; nothing on another number of ranks."""
+        here = self.args.world_size
+        if world_size != here and self.is_deepspeed_enabled:
+            raise ckpt.CheckpointError(
+                f"{checkpoint}: DeepSpeed wrote it on {world_size} ranks, its optimizer in as many parts, and here are "
+                f"{here}. Resume on {world_size}, or convert it with DeepSpeed's ds_to_universal.py."
+            )
+        if world_size != here and list(Path(checkpoint).glob("accel_rank*.json")):
+            logger.warning(
+                f"{checkpoint}: written on {world_size} ranks; what techniques kept for each of them is left behind."
+            )
+        rank = f"accel_rank{self.args.process_index}"
+        own = world_size == here and Path(checkpoint, f"{rank}.json").is_file()
+        return ckpt.load_state(checkpoint, rank) if own else {}
 
     def resumed_state(self, technique: Technique) -> Any:
         """What a technique's ``state_dict("global")`` gave for the checkpoint that the run goes on from, before it is

@@ -54,9 +54,8 @@ class Stepping(Hosting):
                 selected = functools.partial(self._selected, owner)
                 batch = memory.fitting(self, self.model_wrapped, batch, selected)
         self._trained_samples = batch.num_examples
-        inputs = [micro.inputs for micro in batch.micro_batches]
-        self._trained_positions = sum(map(self._num_positions, inputs))
-        self._begin_counting_tokens(inputs)
+        self._trained_positions = sum(self._num_positions(micro.inputs) for micro in batch.micro_batches)
+        self._begin_counting_tokens([micro.inputs for micro in batch.without_fillers])
         return [batch], self._count_items(batch)
 
     def read_again(self, plan: StepPlan) -> StepBatch:
@@ -131,7 +130,7 @@ class Stepping(Hosting):
         if not self._own_loss:
             return self._get_num_items_in_batch([micro.inputs for micro in batch.micro_batches], self.args.device)
         assert self.head is not None
-        counts = [self.head.count(m.inputs, len(m.ids_B)) for m in batch.micro_batches if m.ids_B[0] >= 0]
+        counts = [self.head.count(m.inputs, len(m.ids_B)) for m in batch.without_fillers]
         items_K = sum(counts[1:], counts[0]) if counts else torch.zeros(self.head.terms)
         items_K = items_K.to(self.args.device, torch.float32)
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
@@ -179,7 +178,7 @@ class Stepping(Hosting):
         def attempt(batch: StepBatch) -> Tensor:
             if self.micro_batch_size == size:
                 return self._accumulate_once(model, batch, num_items)
-            self._tokens_of_step = sum(self._num_tokens(micro.inputs) for micro in batch.micro_batches)
+            self._tokens_of_step = sum(self._num_tokens(micro.inputs) for micro in batch.without_fillers)
             return self._accumulate_once(model, batch, self._count_items(batch))
 
         return memory.fitting(self, model, batch, attempt)

@@ -104,6 +104,11 @@ class StepBatch:
         """Examples of the step over all ranks."""
         return len(self.plan.ids_N)
 
+    @property
+    def without_fillers(self) -> list[MicroBatch]:
+        """The micro-batches of examples that count."""
+        return [micro for micro in self.micro_batches if micro.ids_B[0] >= 0]
+
     def pin_memory(self) -> StepBatch:
         """A copy in page-locked memory; called by the loader."""
         pinned = [
