@@ -163,7 +163,8 @@ KINDS = {
 
 
 def make(name):
-    return known_techniques()[name](**({"limit": "3epochs"} if name == "Budget" else {}))
+    kind = known_techniques()[name]
+    return kind(**kind.probe_fields, **({"limit": "3epochs"} if name == "Budget" else {}))
 
 
 def outcome(column, technique, directory):

@@ -43,7 +43,8 @@ PAIRS = [pair for pair in permutations(KINDS, 2) if frozenset(pair) not in SLOT_
 def build(names):
     """Fresh techniques with their defaults; budgets of which a search leaves the length of the other runs, for effects
     take time."""
-    techniques = [known_techniques()[name]() for name in names]
+    kinds = [known_techniques()[name] for name in names]
+    techniques = [kind(**kind.probe_fields) for kind in kinds]
     searched = 21 if "LearningRateSearch" in names else 0
     values = {"Budget": {"limit": f"{EPOCHS + searched}epochs"}}
     if "Budget" in names and searched:

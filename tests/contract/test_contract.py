@@ -12,4 +12,4 @@ def test_contract(name, check, tmp_path, request):
     kind = known_techniques()[name]
     if reason := kind.expected_failed_checks.get(check.__name__):
         request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
-    check(kind(), tmp_path)
+    check(kind(**kind.probe_fields), tmp_path)

@@ -61,7 +61,7 @@ def test_two_ranks(name, backend, tmp_path):
     kind = known_techniques()[name]
 
     def make():
-        return kind(**FIELDS.get(name, {}))
+        return kind(**(kind.probe_fields | FIELDS.get(name, {})))
 
     zero = backend.startswith("zero")
     if refused(kind, backend):
