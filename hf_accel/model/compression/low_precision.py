@@ -1,0 +1,50 @@
+"""What `Float8Training` and `Int8Training` share: linear layers that multiply in fewer bits while they train."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_accel.model.blocks import linear_layers
+
+SCALES = "the scales of a product depend on the examples in it"
+UNEQUAL = {"check_micro_batch_invariant": SCALES} | {
+    f"two_ranks_equal_one[{backend}]": SCALES for backend in ("ddp", "fsdp2", "zero2", "zero3")
+}
+"""Checks of the contract that fail where examples are divided in another way."""
+
+MULTIPLE = 16
+"""Of which both sides of a layer's matrix must be multiples, for the hardware."""
+
+
+def convertible_layers(model: Any) -> dict[str, nn.Linear]:
+    """The plain linear layers in blocks by path; of a model with adapters, those that it had before."""
+    adapted = hasattr(model, "peft_config")
+    layers = {
+        path: layer
+        for path, layer in linear_layers(model).items()
+        if type(layer) is nn.Linear
+        and all(side % MULTIPLE == 0 for side in layer.weight.shape)
+        and (path.endswith(".base_layer") or not adapted)
+    }
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no plain nn.Linear in a block, with sides that are multiples of {MULTIPLE}. "
+            "Leave it out for this model."
+        )
+    return layers
+
+
+def evaluate_plainly(layer: nn.Linear) -> None:
+    """Let a converted layer compute in fewer bits only while it trains: evaluations show what a saved model does."""
+    layer.__class__ = _plain_in_evaluation(type(layer))
+
+
+@functools.cache
+def _plain_in_evaluation(kind: type[nn.Linear]) -> type[nn.Linear]:
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        return kind.forward(self, x) if self.training else nn.Linear.forward(self, x)
+
+    return type(kind.__name__, (kind,), {"forward": forward})
