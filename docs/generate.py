@@ -8,6 +8,7 @@ README's tables are renewed between their markers; the column "what it saves" is
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -37,6 +38,7 @@ def documents() -> dict[Path, str]:
     docs[ROOT / "docs" / "techniques.md"] = index(records)
     text = (ROOT / "README.md").read_text()
     text = renewed(text, "techniques", readme_table(text, records))
+    text = renewed(text, "budgets", budgets_table(evidence.folder() / "budget.json"))
     docs[ROOT / "README.md"] = renewed(text, "results", results_table(records))
     return docs
 
@@ -109,6 +111,32 @@ def results_table(records: Records) -> str:
     costs = dict.fromkeys(evidence.said(document["cost"]) for _, document, _ in found)
     header = ("technique or recipe", "workload", "speed-up at equal quality (95 % interval)", "verdict", "seeds")
     return f"{table(header, rows)}\n\nSpeed-ups are in {', '.join(costs)}. Machine: {'; '.join(machines)}."
+
+
+def budgets_table(path: Path) -> str:
+    """The README's table of budgeted runs against others of the same time, recorded by ``benchmarks/budget.py``."""
+    if not path.is_file():
+        return "No comparison is recorded yet."
+    rows = []
+    for found in json.loads(path.read_text())["compared"]:
+        fixed, cut_off = found["budgeted_against_fixed_at_equal_time"], found["budgeted_against_cut_off"]
+        rows.append(
+            (
+                found["workload"],
+                f"{found['budget_seconds']:g} s",
+                f"{found['mean']['budgeted']:.4f}",
+                f"{found['mean']['fixed at equal time']:.4f}",
+                f"{fixed['difference']:+.4f} [{fixed['low']:+.4f}, {fixed['high']:+.4f}], margin {fixed['margin']:.4f}",
+                fixed["verdict"],
+                f"{found['mean']['cut off']:.4f}",
+                "better" if cut_off["better"] else "not shown to be better",
+            )
+        )
+    header = (
+        *("workload", "budget", "loss of the budgeted run", "fixed steps", "difference [90 % interval]", "verdict"),
+        *("cosine cut off by the clock", "budgeted is"),
+    )
+    return table(header, rows)
 
 
 def value(document: Record, arm: Arm) -> float:

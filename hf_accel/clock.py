@@ -155,7 +155,7 @@ class Clock:
     def has_time_for(self, seconds: float) -> bool:
         """Whether so much time can pass, a step and what follows the last update fit after it; alike on every rank."""
         seconds += self.seconds + self.step_seconds
-        joules = self.spent["joules"] / max(self.spent["seconds"], 1e-9) * seconds
+        joules = self.spent["joules"] / max(self.seconds, 1e-9) * seconds
         amounts = {"seconds": seconds, "joules": joules}
         fits = all(self.has(unit, amount) for unit, amount in amounts.items() if unit in self.limits)
         return bool(self.share([float(fits)])[0])
@@ -179,7 +179,7 @@ class Clock:
     def _reserved(self, unit: str) -> float:
         """What the end of the run will take of one unit; of energy, as much a second as the run until now."""
         if unit == "joules":
-            return self.reserve * self.spent["joules"] / max(self.spent["seconds"], 1e-9)
+            return self.reserve * self.spent["joules"] / max(self.seconds, 1e-9)
         return self.reserve if unit == "seconds" else 0.0
 
     def _share(self, unit: str) -> float:

@@ -90,7 +90,6 @@ class Restorer(TrainerCallback):
         timed = any(unit in clock.limits for unit in CONTINUOUS)
         if timed and control.should_evaluate and not clock.done:
             control.should_evaluate = clock.has_time_for(clock.evaluation_seconds)
-        return control
 
     on_epoch_end = on_step_end
 

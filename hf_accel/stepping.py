@@ -263,9 +263,9 @@ class Stepping(Hosting):
         """What the first step has taken until its update, of the units that are known only afterwards."""
         joules = self.meters["joules"]() - self._joules_read if "joules" in self.meters else 0.0
         local = [float(self._tokens_before + self._tokens_of_step), self._flops_of_step[0], joules]
-        return dict(zip(("tokens", "flops", "joules"), self._summed(local), strict=True)) | {
-            "seconds": self.clock.seconds
-        }
+        tokens, flops, joules = self._summed(local)
+        earlier = self.clock.spent["joules"]  # before the first step
+        return {"tokens": tokens, "flops": flops, "joules": earlier + joules, "seconds": self.clock.seconds}
 
     def _count_tokens(self) -> float:
         """Tokens since the last call, over all ranks."""

@@ -135,12 +135,12 @@ def test_a_budget_that_is_spent_already(tmp_path):
         tiny_trainer([Budget("6steps")], tmp_path).train(resume_from_checkpoint=True)
 
 
-def test_a_search_of_the_rate_takes_its_share_of_operations(tmp_path):
-    technique = LearningRateSearch(share=0.8)
-    trainer = counted([Budget("3e9flop"), technique], tmp_path)
+@pytest.mark.parametrize(("limit", "unit", "amount"), [("3e9flop", "flops", 3e9), ("24000tok", "tokens", 24000)])
+def test_a_search_of_the_rate_takes_its_share(limit, unit, amount, tmp_path):
+    trainer = counted([Budget(limit), LearningRateSearch(share=0.8)], tmp_path)
     trainer.train()
-    assert trainer.clock.set_aside["flops"] == 0.8 * 3e9
-    assert 0.9 * 0.2 * 3e9 < trainer.clock.spent["flops"] <= 0.2 * 3e9
+    assert trainer.clock.set_aside[unit] == 0.8 * amount
+    assert 0.9 * 0.2 * amount < trainer.clock.spent[unit] <= 0.2 * amount
     assert trainer.receipt.final_learning_rate == 0.0
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 import torch
-from transformers import TrainerCallback
 
-from hf_accel import Budget
+from hf_accel import Budget, LearningRateSearch, Technique
 from hf_accel.budget.energy import EnergyMeter
 from hf_accel.testing import tiny_trainer
 
@@ -69,14 +71,12 @@ class Metered(Budget):
         return {"joules": EnergyMeter(self.host_.args.device, powercap=self.folder)}
 
 
-class Draws(TrainerCallback):
+@dataclass(eq=False)
+class Draws(Technique):
     """What the machine draws: so many joules a step."""
 
-    def __init__(self, folder, joules):
-        self.folder, self.joules = folder, joules
-
-    def on_substep_end(self, args, state, control, **kwargs):
-        self.on_pre_optimizer_step(args, state, control, **kwargs)
+    folder: Path = Path()
+    joules: float = 50.0
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         move(self.folder, "0", self.joules)
@@ -84,18 +84,25 @@ class Draws(TrainerCallback):
 
 def test_a_budget_in_joules_is_kept(powercap, tmp_path, monkeypatch):
     monkeypatch.setattr(Metered, "folder", powercap)
-    trainer = tiny_trainer([Metered("5kJ")], tmp_path)
-    trainer.add_callback(Draws(powercap, 50))
+    trainer = tiny_trainer([Draws(powercap), Metered("5kJ")], tmp_path)
     trainer.train()
-    assert 0.9 * 5000 < trainer.receipt.joules <= 5000
+    assert 0.8 * 5000 < trainer.receipt.joules <= 5000
     assert trainer.receipt.final_learning_rate == 0.0
     assert trainer.receipt.to_dict()["joules"] == trainer.state.global_step * 50
 
 
+def test_a_search_of_the_rate_takes_its_share_of_energy(powercap, tmp_path, monkeypatch):
+    monkeypatch.setattr(Metered, "folder", powercap)
+    trainer = tiny_trainer([Draws(powercap), Metered("15kJ"), LearningRateSearch(share=0.6)], tmp_path)
+    trainer.train()
+    assert 0 < trainer.clock.set_aside["joules"] <= 0.6 * 15_000
+    assert 0.8 * 15_000 < trainer.receipt.joules <= 15_000
+    assert trainer.receipt.final_learning_rate == 0.0
+
+
 def test_a_budget_in_joules_that_holds_no_step(powercap, tmp_path, monkeypatch):
     monkeypatch.setattr(Metered, "folder", powercap)
-    trainer = tiny_trainer([Metered("40J")], tmp_path)
-    trainer.callback_handler.callbacks.insert(0, Draws(powercap, 50))
+    trainer = tiny_trainer([Draws(powercap), Metered("40J")], tmp_path)
     with pytest.raises(ValueError, match="one step, and the evaluation and the checkpoint after it, do not fit"):
         trainer.train()
     assert trainer.state.global_step == 0
