@@ -30,6 +30,7 @@ from hf_accel.technique import SLOTS, Technique
 
 QUIET = {
     "eval_strategy": IntervalStrategy.NO,
+    "eval_on_start": False,
     "save_strategy": SaveStrategy.NO,
     "load_best_model_at_end": False,
     "push_to_hub": False,
@@ -64,6 +65,7 @@ class ShortRun:
         spent: What the clock counted, per unit.
         step_seconds: Of a step, of about the last ten.
         evaluated: Examples of the evaluation.
+        evaluation_seconds: What it took.
         flops: As Trainer counts them, without the evaluation's.
     """
 
@@ -73,6 +75,7 @@ class ShortRun:
     spent: dict[str, float]
     step_seconds: float
     evaluated: int
+    evaluation_seconds: float
     flops: float
 
 
@@ -119,6 +122,7 @@ def short_run(
             spent=dict(trial.clock.spent),
             step_seconds=trial.clock.step_seconds,
             evaluated=0 if probe is None else len(probe),
+            evaluation_seconds=0.0 if probe is None else trial.evaluation_seconds,
             flops=trial.state.total_flos,
         )
 

@@ -55,7 +55,7 @@ def find_lr(
     logging.set_verbosity_error()
     told = Console(stderr=True)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = _of_recipe(chosen, scratch) if workload is None else of_workload(workload, chosen, scratch)
+        trainer = of_recipe(chosen, scratch) if workload is None else of_workload(workload, chosen, scratch)
         found = search(trainer, share=share, follow=lambda line: told.print(line, highlight=False))
     if not trainer.is_world_process_zero():
         return
@@ -89,7 +89,7 @@ def table(found: FoundRate) -> Table:
     return shown
 
 
-def _of_recipe(recipe: Recipe, scratch: str) -> Any:
+def of_recipe(recipe: Recipe, scratch: str) -> Any:
     """The trainer of a recipe."""
     args = recipe.training_arguments()
     recipe.build_techniques()  # a mistake shows before any data are read

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import tempfile
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+from transformers.utils import logging
 
-from hf_accel.system.planning import KEPT_BACK, Planner, Setting, parse_bytes, subject_of, write_configs
+from hf_accel.budget.calibration import Forecast, calibrate
+from hf_accel.cli.find_lr import of_recipe
+from hf_accel.optim.learning_rate.learning_rate_scaling import rate_factor
+from hf_accel.optim.learning_rate.learning_rate_search import LearningRateSearch
+from hf_accel.recipe import Recipe
+from hf_accel.system.planning import KEPT_BACK, Footprint, Planner, Setting, parse_bytes, subject_of, write_configs
 
 WAYS = {
     (False, False): "all weights",
-    (False, True): "+ checkpointing",
+    (False, True): "+ check-\npointing",
     (True, False): "LoRA",
     (True, True): "LoRA + ch.",
 }
@@ -29,11 +37,18 @@ def plan(
     batch: Annotated[int | None, typer.Option(min=1, help="Examples of a forward pass on a device.")] = None,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16.")] = True,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
+    budget: Annotated[
+        str | None, typer.Option(help="Of a recipe: say what fits in 2h, or how long 3epochs take, by a trial.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the configuration files.")] = Path("accel_plan"),
     as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
 ) -> None:
     """Say what fits on the devices, recommend a setting, and write its configuration files."""
     limit = parse_bytes(memory)
+    if budget is not None and Path(model).suffix not in (".yaml", ".yml"):
+        raise ValueError(f"budget({budget!r}): takes the data of a recipe, and {model} is none. Give a recipe.")
+    if budget is not None:
+        Recipe.load(model).with_changes(f"budget={budget}").build_techniques()  # a mistake shows at once
     if output.exists() and not output.is_dir():
         raise ValueError(f"output({str(output)!r}): is a file. Choose another --output.")
     subject = subject_of(model, rows=batch, length=length)
@@ -41,15 +56,18 @@ def plan(
     settings = list(planner.settings())
     chosen = planner.recommend(limit, settings)
     written = [] if chosen is None else write_configs(output, chosen, devices, bf16)
+    timed = None if budget is None else what_fits(Recipe.load(model), budget, subject.rows, devices)
     if as_json:
-        _print_json(planner, settings, chosen, limit)
+        _print_json(planner, settings, chosen, limit, timed)
         raise typer.Exit(0 if chosen is not None else 1)
     console = Console()
     examples = f"{subject.rows} images" if subject.length is None else f"{subject.rows} x {subject.length} tokens"
     console.print(f"[bold]{subject.name}[/]: {examples} a device, {devices} x {memory}, AdamW", highlight=False)
+    if timed is not None:
+        console.print(schedule(timed, budget))
     console.print(totals(planner, settings, limit))
     shown = chosen or min(settings, key=lambda setting: planner.footprint(setting).device)
-    console.print(parts(planner, settings, shown))
+    console.print(parts(planner, settings, shown, console.width))
     if chosen is None:
         smallest = planner.footprint(shown).device
         console.print(
@@ -59,6 +77,78 @@ def plan(
         )
         raise typer.Exit(1)
     console.print(advice(planner, chosen, limit, written), highlight=False)
+
+
+CALIBRATION_SECONDS = 30.0
+"""Of the short run that is timed; the evaluations of some batches, and the copies of the model, come on top."""
+
+
+def what_fits(recipe: Recipe, budget: str, rows: int, devices: int) -> dict[str, Any]:
+    """Steps, data, learning rate and seconds of a run, by a trial on this machine in one process."""
+    tuned_for = int(recipe.args.get("per_device_train_batch_size", 8))
+    chosen = recipe.with_changes(f"budget={budget}", f"args.per_device_train_batch_size={rows}")
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer = of_recipe(chosen, scratch)
+        searches = [t for t in trainer.techniques if isinstance(t, LearningRateSearch)]
+        forecast = calibrate(trainer, seconds=CALIBRATION_SECONDS, without=searches)
+        left = 1 - sum(search.share for search in searches)
+        limits = {unit: limit * left for unit, limit in trainer._limits().items()}
+    forecast.spent = {unit: spent * (1 if unit == "steps" else devices) for unit, spent in forecast.spent.items()}
+    steps = forecast.steps(limits)
+    rule = "linear" if "sgd" in trainer.args.optim else "sqrt"
+    kappa = rows * devices / tuned_for
+    return {
+        "steps": steps,
+        **{unit: steps * forecast.spent[unit] for unit in ("epochs", "samples", "tokens")},
+        "batch": forecast.batch * devices,
+        "rule": rule,
+        "times_the_batch": kappa,
+        "learning_rate": trainer.args.learning_rate * rate_factor(kappa, rule),
+        "seconds": forecast.seconds(steps),
+        "forecast": forecast,
+    }
+
+
+def schedule(timed: dict[str, Any], budget: str | None) -> Table:
+    """What fits in a budget."""
+    forecast: Forecast = timed["forecast"]
+    table = Table(title=f"What fits in {budget}", title_justify="left", show_header=False, caption_justify="left")
+    table.add_column(style="bold")
+    table.add_column(justify="right")
+    table.add_row("updates", f"{timed['steps']:,}")
+    for unit in ("epochs", "samples", "tokens"):
+        if timed[unit]:
+            table.add_row(unit, f"{timed[unit]:,.3g}" if unit == "epochs" else f"{timed[unit]:,.0f}")
+    table.add_row("examples of an update", f"{timed['batch']:,}")
+    scaled = (
+        "" if timed["times_the_batch"] == 1 else f" ({timed['rule']} rule, {timed['times_the_batch']:g} x the batch)"
+    )
+    table.add_row("peak learning rate", f"{timed['learning_rate']:.3g}{scaled}")
+    table.add_row("duration", _duration(timed["seconds"]))
+    parts = (
+        ("updates", timed["steps"], 1.0, forecast.step),
+        ("evaluations", forecast.evaluations.once, forecast.evaluations.each_step, forecast.evaluation),
+        ("checkpoints", forecast.checkpoints.once, forecast.checkpoints.each_step, forecast.checkpoint),
+    )
+    for name, once, each_step, seconds in parts:
+        times = once if name == "updates" else once + each_step * timed["steps"]
+        if times and seconds:
+            table.add_row(f"  of {name}", f"{times:,.0f} x {seconds:.3g} s")
+    table.caption = (
+        f"By {forecast.measured_steps:,} updates on this machine in one process, {forecast.cost:.0f} s; "
+        "other devices take other times."
+    )
+    return table
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
 def totals(planner: Planner, settings: list[Setting], limit: float) -> Table:
@@ -79,17 +169,18 @@ def totals(planner: Planner, settings: list[Setting], limit: float) -> Table:
     return table
 
 
-def parts(planner: Planner, settings: list[Setting], shown: Setting) -> Table:
-    """What the memory is for, by engine, in the way of one setting."""
-    way = WAYS[shown.lora, False] + (", activation checkpointing" if shown.checkpointing else "")
+def parts(planner: Planner, settings: list[Setting], shown: Setting, width: int) -> Table:
+    """What the memory is for, by engine, in the way of one setting; of its engine alone on a narrow terminal."""
+    way = "LoRA" if shown.lora else "all weights"
+    way += ", activation checkpointing" if shown.checkpointing else ""
     table = Table(title=f"What it is for, in GB ({way})", title_justify="left", caption_justify="left")
-    table.add_column("engine", no_wrap=True)
-    for name in ("weights", "grads", "AdamW", "activ.", "logits", "buffers", "host"):
-        table.add_column(name, justify="right")
-    for engine in dict.fromkeys(s.engine for s in settings):
-        found = planner.footprint(Setting(engine, shown.checkpointing, shown.lora))
-        row = [_gigabytes(size) if size else "-" for size in found]
-        table.add_row(engine, *row, style="bold" if engine == shown.engine else None)
+    table.add_column("")
+    engines = dict.fromkeys(s.engine for s in settings if width >= 80 or s.engine == shown.engine)
+    for engine in engines:
+        table.add_column(engine.replace("-", "\n"), justify="right", style="bold" if engine == shown.engine else None)
+    found = [planner.footprint(Setting(engine, shown.checkpointing, shown.lora)) for engine in engines]
+    for name in Footprint._fields:
+        table.add_row(name, *(_gigabytes(size) if (size := getattr(f, name)) else "-" for f in found))
     table.caption = "When most is alive: gradients grow while activations go. Buffers: what is gathered or sent."
     return table
 
@@ -100,12 +191,7 @@ def advice(planner: Planner, chosen: Setting, limit: float, written: list[Path])
     rows = planner.largest_rows(chosen, limit)
     options = "" if not chosen.checkpointing or chosen.engine.startswith("fsdp") else " --gradient_checkpointing"
     options += " --bf16" if planner.bf16 else ""
-    adapters = (
-        f"\nGive Trainer a model with adapters: get_peft_model(model, LoraConfig(r={planner.lora_rank}, "
-        'target_modules="all-linear")).'
-        if chosen.lora
-        else ""
-    )
+    adapters = f"\nGive AccelTrainer the technique LoRA(rank={planner.lora_rank})." if chosen.lora else ""
     return (
         f"Take {chosen}: {_gigabytes(size)} of {_gigabytes(limit)} GB; the largest --batch that fits is "
         f"{rows:,}.{adapters}\n"
@@ -115,7 +201,7 @@ def advice(planner: Planner, chosen: Setting, limit: float, written: list[Path])
     )
 
 
-def _print_json(planner: Planner, settings: list[Setting], chosen: Setting | None, limit: float) -> None:
+def _print_json(planner: Planner, settings: list[Setting], chosen: Setting | None, limit: float, timed: Any) -> None:
     def described(setting: Setting) -> dict[str, object]:
         found = planner.footprint(setting)
         fits = found.device <= limit * (1 - KEPT_BACK)
@@ -128,6 +214,8 @@ def _print_json(planner: Planner, settings: list[Setting], chosen: Setting | Non
         "settings": [described(setting) for setting in settings],
         "recommended": None if chosen is None else vars(chosen),
     }
+    if timed is not None:
+        document["budget"] = timed | {"forecast": dataclasses.asdict(timed["forecast"])}
     print(json.dumps(document))
 
 

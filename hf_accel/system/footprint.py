@@ -111,6 +111,7 @@ def trace(
     autocast: bool = False,
     checkpointing: bool = False,
     lora_rank: int | None = None,
+    single_adapters: bool = True,
 ) -> Trace:
     """A forward and backward pass, on fake tensors, of the model that ``build`` makes.
 
@@ -118,12 +119,13 @@ def trace(
         autocast: Whether the pass is computed in bfloat16, whatever the weights are in.
         checkpointing: Whether the activations of blocks are computed again in the backward pass.
         lora_rank: Of adapters on all linear layers, which are then all that is trained; None: no adapters.
+        single_adapters: Whether adapters are in single precision, as peft makes them, whatever the weights are in.
     """
     with _told_nothing(), torch.device("meta"):
         model: Any = build().train()
         if checkpointing:
             checkpoint_blocks(model)
-        adapted = model if lora_rank is None else with_adapters(model, lora_rank)
+        adapted = model if lora_rank is None else with_adapters(model, lora_rank, single_adapters)
     with _told_nothing(), FakeTensorMode():
         _put_on_cpu(adapted)
         inputs = make_inputs()
@@ -172,11 +174,12 @@ def _alive(changes: list[tuple[int, int]], logits: set[int], gradients: set[int 
     return changes_TC.cumsum(0)
 
 
-def with_adapters(model: Any, rank: int) -> nn.Module:
-    """A model with LoRA adapters on all its linear layers but the head."""
+def with_adapters(model: Any, rank: int, single: bool) -> nn.Module:
+    """A model with LoRA adapters on all its linear layers but the head, made in single precision."""
     from peft import LoraConfig, get_peft_model
 
-    return get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
+    adapted = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
+    return adapted if single else adapted.to(model.dtype)
 
 
 def checkpoint_blocks(model: Any) -> None:

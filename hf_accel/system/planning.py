@@ -251,10 +251,10 @@ class Planner:
         """What a setting takes."""
         sharded = setting.engine not in ("single", "ddp")
         traced = self._traced(setting, sharded, rows or self.subject.rows)
+        itemsize = self.subject.dtype.itemsize
         if setting.engine.startswith("zero"):
-            return _zero(traced, setting.engine, self.devices)
+            return _zero(traced, setting.engine, self.devices, 2 if self.bf16 else itemsize)
         if setting.engine.startswith("fsdp2"):
-            itemsize = self.subject.dtype.itemsize
             return _fsdp2(traced, setting.engine, self.devices, itemsize, 4 if self.bf16 else itemsize)
         return _copies(traced, self.devices)
 
@@ -269,8 +269,9 @@ class Planner:
         return next((s for s in settings if self.footprint(s).device <= memory * (1 - KEPT_BACK)), None)
 
     def _traced(self, setting: Setting, sharded: bool, rows: int) -> Trace:
+        # Engines that shard cast weights themselves; copies are left as they are and computed with under autocast.
         dtype = torch.bfloat16 if sharded and self.bf16 else self.subject.dtype
-        autocast = self.bf16 and dtype is not torch.bfloat16
+        autocast = self.bf16 and not sharded
         key = (dtype, autocast, setting.checkpointing, setting.lora, rows)
         if key not in self._traces:
             self._traces[key] = trace(
@@ -279,6 +280,7 @@ class Planner:
                 autocast=autocast,
                 checkpointing=setting.checkpointing,
                 lora_rank=self.lora_rank if setting.lora else None,
+                single_adapters=not (sharded and self.bf16),
             )
         return self._traces[key]
 
@@ -290,9 +292,8 @@ def _copies(traced: Trace, devices: int) -> Footprint:
     return Footprint(traced.weights, worst[2], 2.0 * traced.gradients, worst[0], worst[1], buffers, 0)
 
 
-def _zero(traced: Trace, engine: str, devices: int) -> Footprint:
+def _zero(traced: Trace, engine: str, devices: int, itemsize: int) -> Footprint:
     stage, offload = int(engine[4]), engine.endswith("offload")
-    itemsize = traced.weights / traced.parameters
     share = 1.0 if stage == 1 else 0.0 if offload else 1 / devices
     in_single = 0 if offload else 4 * traced.trained / devices  # the gradients of the update
     worst = _worst(traced, share, share * traced.gradients + in_single)
