@@ -13,7 +13,8 @@ Variants: ``rslora`` scales by alpha / sqrt(rank), for ranks of 64 and above; ``
 output's weights apart from its direction, 26 % slower than ``lora`` in peft's benchmark, and is to be loaded with
 peft's own classes (transformers 5.23 leaves the lengths out); ``pissa`` starts from the largest singular directions of
 W instead of from zero, which takes a singular value decomposition of each matrix.  Once the learning rate is tuned,
-such variants differ by one or two per cent.
+such variants differ by one or two per cent.  Trainer takes quantised models only with adapters that are there already:
+for those (QLoRA), call ``add_adapters(model, rank=16, alpha=32)`` first and leave the technique out.
 
 The best learning rate of LoRA is about ten times that of full fine-tuning, whatever the rank, and ``lr_factor``
 multiplies ``args.learning_rate`` by that.  So a tuned script of full fine-tuning stays as it is.  A rate that was
@@ -143,21 +144,20 @@ class LoRA(Technique):
         if not shapes:
             raise ValueError(f"{self!r}: {type(model).__name__} has no linear layer but its head. Train it whole.")
         options: Any = {"rank": self.rank, "alpha": self.alpha, "variant": self.variant, "target": self.target}
-        total = sum(p.numel() for p in model.parameters())
         try:
-            model = add_adapters(model, **options, seed=args.seed)
+            adapted = add_adapters(model, **options, seed=args.seed)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self!r}: {' '.join(str(error).split())}") from None
-        adapted = [path for path in shapes if hasattr(model.get_submodule(f"base_model.model.{path}"), "lora_A")]
-        smallest = min(adapted, key=lambda path: min(shapes[path]), default="")
+        layers = [path for path in shapes if hasattr(adapted.get_submodule(f"base_model.model.{path}"), "lora_A")]
+        smallest = min(layers, key=lambda path: min(shapes[path]))
         if self.rank > min(shapes[smallest]):
             out, width = shapes[smallest]
             raise ValueError(
                 f"{self!r}: rank is above what {smallest} ({out} x {width}) can have. "
                 f"Choose at most {min(out, width)}, or another target."
             )
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self.layers_, self.trained_share_ = len(adapted), trained / total
+        trained, total = adapted.get_nb_trainable_parameters()
+        self.layers_, self.trained_share_ = len(layers), trained / total
         if self.lr_factor != 1:
             logger.warning(
                 f"{self!r}: the peak learning rate is {self.lr_factor * args.learning_rate:g}, {self.lr_factor:g} "
@@ -169,7 +169,7 @@ class LoRA(Technique):
                 f"{self!r}: the model was not loaded from anywhere, and adapters are saved without it. "
                 "Save it, too, or merge them in the end: trainer.model.merge_and_unload()."
             )
-        return model
+        return adapted
 
     def parameter_rules(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
         """``lr_factor`` for what is trained, and ``lr_ratio`` on top for B."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_accel.model.blocks import linear_layers
@@ -37,6 +38,18 @@ def convertible_layers(model: Any) -> dict[str, nn.Linear]:
     return layers
 
 
+class ContiguousGradient(torch.autograd.Function):
+    """The identity, whose gradient lies in memory as torchao wants it: it takes a view of what may be transposed."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+        return grad.contiguous()
+
+
 def evaluate_plainly(layer: nn.Linear) -> None:
     """Let a converted layer compute in fewer bits only while it trains: evaluations show what a saved model does."""
     layer.__class__ = _plain_in_evaluation(type(layer))
@@ -45,6 +58,8 @@ def evaluate_plainly(layer: nn.Linear) -> None:
 @functools.cache
 def _plain_in_evaluation(kind: type[nn.Linear]) -> type[nn.Linear]:
     def forward(self: nn.Linear, x: Tensor) -> Tensor:
-        return kind.forward(self, x) if self.training else nn.Linear.forward(self, x)
+        if not self.training:
+            return nn.Linear.forward(self, x)
+        return ContiguousGradient.apply(kind.forward(self, x.contiguous()))  # type: ignore[return-value]
 
     return type(kind.__name__, (kind,), {"forward": forward})

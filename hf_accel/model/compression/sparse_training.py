@@ -118,10 +118,8 @@ class SparseTraining(Technique):
         if not layers:
             raise ValueError(f"{self!r}: {type(model).__name__} has no trainable linear layer in a block. Drop it.")
         self.weights_ = {path: layer.weight for path, layer in layers.items()}
-        self.seed_, self.changes_, self.risen_, self.dense_gradient_ = args.seed, 0, 0, False
-        self.masks_ = {path: torch.ones_like(weight, dtype=torch.bool) for path, weight in self.weights_.items()}
-        if self.method != "magnitude":
-            self._prune(self.sparsity)
+        self.seed_, self.changes_, self.risen_, self.dense_gradient_ = args.seed, 0, 0, True
+        self.masks_: dict[str, Tensor] = {}  # made at the first step, or restored
         self.handles_ = [
             weight.register_post_accumulate_grad_hook(self._masking(path)) for path, weight in self.weights_.items()
         ]
@@ -134,6 +132,9 @@ class SparseTraining(Technique):
         return mask_gradient
 
     def on_step_begin(self, args, state, control, **kwargs):
+        if not self.masks_:
+            self.masks_ = {path: torch.ones_like(weight, dtype=torch.bool) for path, weight in self.weights_.items()}
+            self._prune(0.0 if self.method == "magnitude" else self.sparsity)
         self.progress_ = min(self.progress(state), self.stop)
         self.due_ = int(self.progress_ / self.interval) > self.changes_
         self.dense_gradient_ = self.due_ and self.method == "rigl"

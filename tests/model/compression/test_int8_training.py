@@ -4,7 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_accel.model.compression.int8_training import Int8Training, multiply_in_int8
@@ -40,6 +40,18 @@ def test_products_are_those_of_integers(grad_weight):
     expected = product(grad.T, values) if grad_weight else grad.T @ values
     np.testing.assert_allclose(layer.weight.grad, expected, **close)
     np.testing.assert_allclose(layer.bias.grad, grad.sum(0), **close)
+
+
+def test_inputs_and_gradients_may_be_transposed():
+    layer = nn.Linear(32, 16)
+    x, grad = torch.randn(32, 3, 48), torch.randn(16, 3, 48)
+    multiply_in_int8(layer)
+    grads = []
+    for arrange in (Tensor.clone, Tensor.contiguous):
+        inputs = arrange(x.transpose(0, 2)).requires_grad_()
+        layer(inputs).backward(arrange(grad.transpose(0, 2)))
+        grads.append(inputs.grad)
+    assert torch.equal(*grads)
 
 
 def test_evaluation_and_state_are_those_of_the_plain_model():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
+from torchao.quantization import Int8WeightOnlyConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -12,6 +13,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    TorchAoConfig,
     Trainer,
 )
 
@@ -135,6 +137,20 @@ def test_adapters_are_made_from_the_seed_alone():
     assert torch.equal(torch.random.get_rng_state(), state)
     a, b, c = (model.state_dict() for model in models)
     assert largest_difference(a, b) == 0.0 < largest_difference(a, c)
+
+
+def test_a_quantised_model_trains_with_adapters_that_are_there_first(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "base")
+    quantised = TorchAoConfig(Int8WeightOnlyConfig())
+    models = [AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantised) for _ in range(2)]
+    trainer = tiny_trainer([], tmp_path, model=add_adapters(models[0], rank=4, alpha=8), learning_rate=1e-2)
+    adapters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
+    before = {name: p.detach().clone() for name, p in adapters.items()}
+    trainer.train()
+    assert len(adapters) == 2 * 4 * LAYERS_OF_LLAMA and all(".lora_" in name for name in adapters)
+    assert not any(torch.equal(before[name], p) for name, p in adapters.items())
+    with pytest.raises(ValueError, match="attach trainable adapters"):
+        tiny_trainer([LoRA(rank=4)], tmp_path, model=models[1])
 
 
 def test_what_it_does_to_the_rate_is_said(caplog):
