@@ -16,6 +16,7 @@ from transformers.utils import logging
 
 from hf_accel import batch_norm, weights
 from hf_accel import checkpoint as ckpt
+from hf_accel.clock import CONTINUOUS
 from hf_accel.stepping import Stepping
 from hf_accel.technique import Technique
 
@@ -162,7 +163,8 @@ class Resuming(Stepping):
             if self.requested_micro_batch_size == "auto":
                 self.micro_batch_size = state["micro_batch_size"]
             self.clock.load_state_dict(state["clock"])
-            self.clock.spent["seconds"] = max(self.clock.spent["seconds"], self._heartbeat_seconds())
+            for unit, spent in self._heartbeat().items():
+                self.clock.spent[unit] = max(self.clock.spent[unit], spent)
         return state
 
     def _go_on(self, checkpoint: str, state: Mapping[str, Any]) -> None:
@@ -219,18 +221,19 @@ class Resuming(Stepping):
     def _heartbeat_path(self) -> Path:
         return Path(self.args.output_dir, "accel_heartbeat.json")
 
-    def _heartbeat_seconds(self) -> float:
-        """Seconds that a run which was killed had spent when last heard of."""
+    def _heartbeat(self) -> dict[str, float]:
+        """Seconds and joules that a run which was killed had spent when last heard of."""
         try:
             beat = json.loads(self._heartbeat_path().read_text())
         except (OSError, json.JSONDecodeError):
-            return 0.0
-        return beat["seconds"] if beat["run_id"] == self.run_id else 0.0
+            return {}
+        return {unit: beat[unit] for unit in CONTINUOUS} if beat["run_id"] == self.run_id else {}
 
     def beat(self) -> None:
-        """Write down the seconds spent, for a run that is killed before its next checkpoint."""
+        """Write down the seconds and joules spent, for a run that is killed before its next checkpoint."""
+        spent = {"seconds": self.clock.seconds, "joules": self.clock.spent["joules"]}
         scratch = self._heartbeat_path().with_suffix(".tmp")
-        scratch.write_text(json.dumps({"run_id": self.run_id, "seconds": self.clock.seconds}))
+        scratch.write_text(json.dumps({"run_id": self.run_id, **spent}))
         scratch.replace(self._heartbeat_path())
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):

@@ -207,7 +207,8 @@ class Technique(TrainerCallback):
 
     def meters(self) -> Mapping[str, Any]:
         """What measures, for the owner of ``budget``, what the trainer cannot count: of ``flops`` something with
-        `hf_accel.budget.flops.FlopMeter.measure`, of ``joules`` a function that gives those of this rank until now."""
+        `hf_accel.budget.flops.FlopMeter.measure`, of ``joules`` a function that gives those of this rank until now, and
+        of ``seconds``, where they count from another moment than the entry into ``train()``, those since then."""
         return {}
 
     def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from hf_accel import Budget, LearningRateSearch, Technique
 from hf_accel.budget.energy import EnergyMeter
@@ -106,3 +107,23 @@ def test_a_budget_in_joules_that_holds_no_step(powercap, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="one step, and the evaluation and the checkpoint after it, do not fit"):
         trainer.train()
     assert trainer.state.global_step == 0
+
+
+def test_energy_since_the_last_checkpoint_counts_after_a_kill(powercap, tmp_path, monkeypatch):
+    monkeypatch.setattr(Metered, "folder", powercap)
+    monkeypatch.setattr("hf_accel.pace.BEAT_SECONDS", 0.0)
+
+    class Killed(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            if state.global_step == 30:
+                raise KeyboardInterrupt
+
+    saving = {"save_strategy": "steps", "save_steps": 20}
+    killed = tiny_trainer([Draws(powercap), Metered("5kJ")], tmp_path, **saving)
+    killed.add_callback(Killed())
+    with pytest.raises(KeyboardInterrupt):
+        killed.train()
+    resumed = tiny_trainer([Draws(powercap), Metered("5kJ")], tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.receipt.joules == 50 * (resumed.state.global_step + 10)  # ten steps were made twice
+    assert 0.8 * 5000 < resumed.receipt.joules <= 5000
