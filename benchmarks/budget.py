@@ -7,12 +7,13 @@ says when the run ends:
 
     budgeted   ``Budget("120s")``, for example: the learning rate follows the time that is spent
     fixed      a plain Trainer with the ``max_steps`` that take this time: found by hand beforehand, by a few runs of
-               another seed, as who knows the machine would; and half as many, for what a little less time is worth
+               another seed, as who knows the machine would
     cut off    a plain Trainer whose cosine was planned for twice as many steps (`TOO_MANY`), stopped by the clock
 
 The clock counts CPU seconds of this process, one thread, so that other work on the machine does not count, but for what
-it costs in caches: the same number of steps takes some percent more or less.  So the loss of a fixed-step run is taken
-at the seconds of the budgeted run of the same seed, on the line through its two lengths, of loss against log seconds.
+it costs in caches: the same number of steps takes some percent more or less.  So the loss of a fixed-step run is moved
+to the seconds of the budgeted run of the same seed, along the slope of loss against log seconds between the run of half
+the length, of those that were tried by hand, and the mean of the whole ones.
 Each arm is evaluated after its time.  Arms alternate, seed by seed.  Runs that were made before are taken from the
 folder of records, so that a benchmark can be stopped and go on.
 """
@@ -109,7 +110,7 @@ def fitting_steps(folder: Path, workload: Workload, seconds: float) -> tuple[int
     steps, tried = 100, []
     for share in (0.1, 0.5, 1.0):
         found = kept(folder, workload, "fixed", SEED, seconds, steps)
-        tried.append({"steps": steps, "seconds": found["seconds"]})
+        tried.append({"steps": steps, "seconds": found["seconds"], "loss": found["metrics"][workload.metric]})
         steps = round(steps * share * seconds / found["seconds"])
     return steps, tried
 
@@ -120,7 +121,7 @@ def all_runs(budgets: list[str], seeds: int, folder: Path) -> list[dict]:
     for budget in budgets:
         name, _, seconds = budget.partition("=")
         steps, tried = fitting_steps(folder, build_workload(name), float(seconds))
-        arms = {"budgeted": None, "fixed": steps, "half": steps // 2, "cut off": round(TOO_MANY * steps)}
+        arms = {"budgeted": None, "fixed": steps, "cut off": round(TOO_MANY * steps)}
         document = {"workload": name, "budget_seconds": float(seconds), "tried_by_hand": tried, "steps": arms}
         found.append(document | {"runs": {arm: [] for arm in arms}})
     for seed in range(1, seeds + 1):
@@ -132,10 +133,11 @@ def all_runs(budgets: list[str], seeds: int, folder: Path) -> list[dict]:
     return found
 
 
-def at_seconds(seconds: float, half: dict, whole: dict, metric: str) -> float:
-    """The loss of fixed-step runs of so many seconds, from two lengths, on a line against log seconds."""
-    (a, at_a), (b, at_b) = ((math.log(run["seconds"]), run["metrics"][metric]) for run in (half, whole))
-    return at_b + (at_a - at_b) * (b - math.log(seconds)) / (b - a)
+def slope(half: dict, whole: list[dict], metric: str) -> float:
+    """Loss against log seconds, from a run of half the length to the mean of the whole ones."""
+    losses = statistics.mean(run["metrics"][metric] for run in whole)
+    logs = statistics.mean(math.log(run["seconds"]) for run in whole)
+    return (half["loss"] - losses) / (math.log(half["seconds"]) - logs)
 
 
 def compared(found: dict) -> dict:
@@ -143,8 +145,11 @@ def compared(found: dict) -> dict:
     workload = build_workload(found["workload"])
     runs = found.pop("runs")
     losses = {arm: [run["metrics"][workload.metric] for run in own] for arm, own in runs.items()}
-    pairs = zip(runs["budgeted"], runs["half"], runs["fixed"], strict=True)
-    losses["fixed at equal time"] = [at_seconds(b["seconds"], h, f, workload.metric) for b, h, f in pairs]
+    along = slope(found["tried_by_hand"][-1], runs["fixed"], workload.metric)
+    losses["fixed at equal time"] = [
+        fixed["metrics"][workload.metric] + along * math.log(budgeted["seconds"] / fixed["seconds"])
+        for budgeted, fixed in zip(runs["budgeted"], runs["fixed"], strict=True)
+    ]
     against = {
         arm: vars(non_inferiority(losses["budgeted"], losses[arm], workload.margin))
         for arm in ("fixed at equal time", "fixed", "cut off")
@@ -152,6 +157,7 @@ def compared(found: dict) -> dict:
     return found | {
         "metric": workload.metric,
         "margin": workload.margin,
+        "loss_by_log_seconds": along,
         "mean": {arm: statistics.mean(values) for arm, values in losses.items()},
         "mean_seconds": {arm: statistics.mean(run["seconds"] for run in own) for arm, own in runs.items()},
         "budgeted_against_fixed_at_equal_time": against["fixed at equal time"],

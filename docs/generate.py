@@ -14,6 +14,7 @@ from pathlib import Path
 
 from hf_accel import evidence
 from hf_accel.cards import FIDELITY, NOTE, area, card, in_order, owned, source, table
+from hf_accel.clock import parse_budget
 from hf_accel.evidence import Arm, Record, Records
 from hf_accel.technique import Technique
 
@@ -38,6 +39,7 @@ def documents() -> dict[Path, str]:
     docs[ROOT / "docs" / "techniques.md"] = index(records)
     text = (ROOT / "README.md").read_text()
     text = renewed(text, "techniques", readme_table(text, records))
+    text = renewed(text, "kept", kept_table(evidence.folder() / "budget-kept.json"))
     text = renewed(text, "budgets", budgets_table(evidence.folder() / "budget.json"))
     docs[ROOT / "README.md"] = renewed(text, "results", results_table(records))
     return docs
@@ -137,6 +139,21 @@ def budgets_table(path: Path) -> str:
         *("cosine cut off by the clock", "budgeted is"),
     )
     return table(header, rows)
+
+
+def kept_table(path: Path) -> str:
+    """The README's table of what was spent of budgets, as ``benchmarks/budget_kept.py`` recorded it."""
+    events = {"": "-", "load": "from half-way on as many other processes as cores", "kill": "killed half-way, resumed"}
+    rows = []
+    for run in json.loads(path.read_text())["runs"]:
+        limit, _, event = run["case"].partition("+")
+        unit, amount = parse_budget(limit)
+        share = run["seconds"] / amount if unit == "seconds" else run["shares"][f"{unit}_share"]
+        evaluation = f"{run['last_evaluation_seconds']:.1f} s"
+        rows.append(
+            (limit, events[event], f"{share:.1%}", str(run["steps"]), evaluation, f"{run['final_learning_rate']:g}")
+        )
+    return table(("budget", "meanwhile", "spent", "steps", "last evaluation", "final learning rate"), rows)
 
 
 def value(document: Record, arm: Arm) -> float:

@@ -123,6 +123,7 @@ class Budget(Technique):
         host: Any = self.host_
         clock = host.clock
         spent = clock.spent | {u: clock.spent[u] + a for u, a in clock.set_aside.items() if u not in CONTINUOUS}
+        spent["seconds"] = clock.seconds
         report = {f"{unit}_share": spent[unit] / limit for unit, limit in clock.limits.items()}
         if "flops" in clock.limits:
             report["utilisation"] = clock.model_flops / (self.peak_ * host.args.world_size * clock.seconds)
