@@ -40,3 +40,58 @@ def linear_layers(model: Any) -> dict[str, Any]:
         and any(path.startswith(f"{blocks}.") for blocks in paths)
         and {name for name, _ in module.named_parameters(recurse=False)} <= {"weight", "bias"}
     }
+
+
+def residual_projections(model: Any) -> dict[str, nn.Module]:
+    """By path, the layers whose outputs are added to the residual stream: the last linear layer of each attention of a
+    block and of what is beside its attentions, or in networks with batch norm the last norm beside each shortcut.
+
+    ValueError where a block has something else in their place.
+    """
+    if norms := _last_batch_norms(model):
+        return norms
+    found: dict[str, nn.Module] = {}
+    width = getattr(model.config, "hidden_size", None)
+    for path, blocks in block_lists(model).items():
+        for index, block in enumerate(blocks):
+            for name, layer in _last_layers(block).items():
+                whole = f"{path}.{index}.{name}"
+                outputs = layer.nf if isinstance(layer, Conv1D) else layer.out_features
+                if width is not None and outputs != width:
+                    raise ValueError(
+                        f"{type(model).__name__}: {whole} ends a branch of its block with {outputs} outputs, and the "
+                        f"residual stream has {width}. Leave it out for this model."
+                    )
+                found[whole] = layer
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no linear layer in its blocks. Leave it out for this model.")
+    return found
+
+
+def _last_layers(block: nn.Module) -> dict[str, Any]:
+    """The last linear layer of each branch of a block, by its path in the block."""
+    attentions: list[str] = []
+    last: dict[str, tuple[str, Any]] = {}
+    for name, module in block.named_modules():
+        branch = next((path for path in attentions if name.startswith(f"{path}.")), "")
+        if name and not branch and "attention" in type(module).__name__.lower():
+            attentions.append(name)
+        elif isinstance(module, nn.Linear | Conv1D):
+            last[branch] = name, module
+    return dict(last.values())
+
+
+def _last_batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+    """The last batch norm beside each shortcut, by path."""
+    found: dict[str, nn.Module] = {}
+    for path, block in model.named_modules():
+        shortcuts = [name for name, _ in block.named_children() if name in ("shortcut", "downsample")]
+        norms = {
+            f"{path}.{name}": module
+            for name, module in block.named_modules()
+            if isinstance(module, nn.BatchNorm2d) and name.partition(".")[0] not in shortcuts
+        }
+        if shortcuts and norms:
+            last = list(norms)[-1]
+            found[last] = norms[last]
+    return found

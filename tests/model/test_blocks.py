@@ -1,0 +1,40 @@
+"""What a model's blocks are made of, where architectures name it differently."""
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, inputs_for, tiny, used
+from torch import nn
+
+from hf_accel.model.blocks import residual_projections
+
+ENDS = {
+    "Llama": {"self_attn.o_proj", "mlp.down_proj"},
+    "Qwen": {"self_attn.o_proj", "mlp.down_proj"},
+    "GPT-2": {"attn.c_proj", "mlp.c_proj"},
+    "BERT": {"attention.output.dense", "output.dense"},
+    "RoBERTa": {"attention.output.dense", "output.dense"},
+    "ModernBERT": {"attn.Wo", "mlp.Wo"},
+    "T5": {"0.SelfAttention.o", "1.DenseReluDense.wo", "1.EncDecAttention.o", "2.DenseReluDense.wo"},
+    "ViT": {"attention.o_proj", "mlp.fc2"},
+    "ResNet": {"layer.1.normalization"},
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_residual_projections_are_the_ends_of_all_branches(name):
+    found = residual_projections(tiny(name))
+    branches = {"T5": 2 * 2 + 2 * 3, "ResNet": 4}.get(name, 4 * 2)
+    assert len(found) == branches
+    assert {max((end for end in ENDS[name] if path.endswith(f".{end}")), key=len) for path in found} == ENDS[name]
+
+
+@pytest.mark.parametrize("name", ["Llama", "Qwen", "GPT-2", "ModernBERT", "ViT"])
+def test_without_them_a_block_computes_the_identity(name):
+    model = used(tiny(name)).eval()
+    for layer in residual_projections(model).values():
+        for parameter in layer.parameters():
+            nn.init.zeros_(parameter)
+    with torch.no_grad():
+        states = model(**inputs_for(name), output_hidden_states=True).hidden_states
+    for state in states[1 : len(states) - 1]:  # a final norm follows the last one
+        assert torch.equal(state, states[0])
