@@ -105,12 +105,14 @@ def test_training_is_a_loop_by_hand(tmp_path):
 
 def test_it_changes_when_stable_ranks_settle_or_at_the_latest(tmp_path):
     def changed_at(learning_rate, **fields):
-        technique = LowRankTraining(interval=0.25, **fields)
+        technique = LowRankTraining(**({"interval": 0.25} | fields))
         trainer = tiny_trainer([technique], tmp_path, learning_rate=learning_rate)
         trainer.train()
         return trainer.receipt.techniques[0]["report"]["changed_at"], trainer
 
-    assert changed_at(1e-9)[0] == 0.25  # nothing moves, which the second look sees
+    # Nothing moves, which the second look sees.
+    assert changed_at(1e-9, earliest=0.0)[0] == 0.25
+    assert changed_at(1e-9, earliest=0.25, interval=0.05)[0] == pytest.approx(8 / 24)
     at, trainer = changed_at(1e-2, tolerance=1e-9, latest=0.4)
     assert at == pytest.approx(10 / 24)
     trainer.save_model(str(tmp_path / "saved"))
@@ -124,6 +126,8 @@ def test_it_changes_when_stable_ranks_settle_or_at_the_latest(tmp_path):
 
 
 def test_what_it_cannot_do_is_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"LowRankTraining\(.*earliest=0\.6.*earliest is after latest\. Lower it"):
+        LowRankTraining(earliest=0.6)
     with pytest.raises(ValueError, match=r"LowRankTraining\(.*PeftModel trains adapters.*Leave one out"):
         prepared(LowRankTraining(), add_adapters(tiny_llama(), rank=4, alpha=8))
     with pytest.raises(ValueError, match=r"rank_ratio=0\.9.*has no trainable linear layer.*Lower rank_ratio"):
