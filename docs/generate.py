@@ -19,6 +19,11 @@ from hf_accel.evidence import Arm, Record, Records
 from hf_accel.technique import Technique
 
 ROOT = Path(__file__).parents[1]
+NOT_ON_FSDP2 = {
+    "image": "accelerate asks the model for embeddings of tokens, which ConvNeXt lacks",
+    "masked text": "FSDP2 takes no tied bias, as that of BERT's head is",
+}
+"""Modalities whose probes FSDP2 cannot train, with the reason."""
 
 
 def main() -> None:
@@ -37,6 +42,7 @@ def documents() -> dict[Path, str]:
     records = evidence.load_records()
     docs = {card_path(kind): card(kind, records) for _, kind in in_order()}
     docs[ROOT / "docs" / "techniques.md"] = index(records)
+    docs[ROOT / "docs" / "sharding.md"] = sharding()
     text = (ROOT / "README.md").read_text()
     text = renewed(text, "techniques", readme_table(text, records))
     text = renewed(text, "kept", kept_table(evidence.folder() / "budget-kept.json"))
@@ -70,6 +76,26 @@ def index(records: Records) -> str:
         + ". *Evidence*: `reported` by others, until a record in [evidence](evidence) says `proven here` or "
         "`no gain shown`; each card has the figures.",
         table(("technique", "perspective", "slot", "fidelity", "evidence"), rows),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def sharding() -> str:
+    """The table of techniques on several ranks, from what their classes declare."""
+    rows = []
+    for name, kind in in_order():
+        cells = [kind.refused_backends.get(backend) for backend in ("ddp", "fsdp2", "zero")]
+        words = ["works" if reason is None else f"refused: {reason}" for reason in cells]
+        if kind.refused_backends.get("fsdp2") is None and kind.modality in NOT_ON_FSDP2:
+            words[1] = f"not tested: {NOT_ON_FSDP2[kind.modality]}"
+        rows.append((f"[{name}](techniques/{source(kind).stem}.md)", *words))
+    parts = [
+        "# Techniques on several ranks",
+        NOTE,
+        "*Works*: two ranks end with the weights of one process (but for rounding), stay in step with each other, and a "
+        "resumed run is the uninterrupted one bit for bit. *Refused*: in one sentence, before the first step. Each cell "
+        "is a test (`tests/distributed/test_contract.py`, on CPUs with gloo; ZeRO with stages 2 and 3).",
+        table(("technique", "DDP", "FSDP2", "ZeRO"), rows),
     ]
     return "\n\n".join(parts) + "\n"
 

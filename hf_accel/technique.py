@@ -100,7 +100,7 @@ class Technique(TrainerCallback):
     """What the contract trains it on; ``text`` also where it does not matter."""
 
     probe_fields: ClassVar[dict[str, Any]] = {}
-    """Hyperparameters with which the contract trains it, where the defaults need a device that few machines have."""
+    """Hyperparameters with which the contract trains it, where the defaults need a rare device or a long run."""
 
     probe_micro_batch_size: ClassVar[int | None] = None
     """Examples of the micro-batches in which the contract trains it; None: whole steps."""

@@ -32,6 +32,7 @@ class Rounds(Technique):
         "zero": "no rank has weights of its own",
     }
 
+    probe_fields: ClassVar = {"every": 4}
     expected_failed_checks: ClassVar = {"two_ranks_equal_one[ddp]": "each rank takes steps of its own"}
 
     def meet(self, weights: Mapping[str, Tensor]) -> None:
