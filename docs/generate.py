@@ -92,9 +92,9 @@ def sharding() -> str:
     parts = [
         "# Techniques on several ranks",
         NOTE,
-        "*Works*: two ranks end with the weights of one process (but for rounding), stay in step with each other, and a "
-        "resumed run is the uninterrupted one bit for bit. *Refused*: in one sentence, before the first step. Each cell "
-        "is a test (`tests/distributed/test_contract.py`, on CPUs with gloo; ZeRO with stages 2 and 3).",
+        "*Works*: two ranks end with the weights of one process (but for rounding), stay in step with each other, and "
+        "a resumed run is the uninterrupted one bit for bit. *Refused*: in one sentence, before the first step. Each "
+        "cell is a test (`tests/distributed/test_contract.py`, on CPUs with gloo; ZeRO with stages 2 and 3).",
         table(("technique", "DDP", "FSDP2", "ZeRO"), rows),
     ]
     return "\n\n".join(parts) + "\n"
