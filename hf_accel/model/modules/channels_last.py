@@ -11,7 +11,8 @@ Reference: the memory formats of PyTorch, https://pytorch.org/tutorials/intermed
 Mosaic's Composer, https://docs.mosaicml.com/projects/composer/en/stable/method_cards/channels_last.html.
 
 When to use: convolutional networks, with mixed precision on GPUs first of all.
-When not to use: vision transformers, whose one convolution cuts the image into patches; networks of depthwise
+When not to use: on CPUs without measuring: on one thread in float32, forward and backward pass of ResNet-18 took 1.02
+[0.97, 1.06] of the time, and of a small ConvNeXt 0.96 [0.91, 1.02]; vision transformers, whose one convolution cuts the image into patches; networks of depthwise
 convolutions or with other norms than batch norm should be measured first.
 """
 

