@@ -12,8 +12,8 @@ Mosaic's Composer, https://docs.mosaicml.com/projects/composer/en/stable/method_
 
 When to use: convolutional networks, with mixed precision on GPUs first of all.
 When not to use: on CPUs without measuring: on one thread in float32, forward and backward pass of ResNet-18 took 1.02
-[0.97, 1.06] of the time, and of a small ConvNeXt 0.96 [0.91, 1.02]; vision transformers, whose one convolution cuts the image into patches; networks of depthwise
-convolutions or with other norms than batch norm should be measured first.
+[0.97, 1.06] of the usual time, and of a small ConvNeXt 0.96 [0.91, 1.02]; vision transformers, whose one convolution
+cuts the image into patches.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ in masked language modelling) are not projected at all.
 
 Reference: Wijmans et al. (2024), Cut Your Losses in Large-Vocabulary Language Models,
 https://arxiv.org/abs/2411.09009; Hsu et al. (2024), Liger Kernel, https://arxiv.org/abs/2410.10989 (gradients with the
-losses).  Departure: plain PyTorch, no kernel of its own.  Liger's is not used: for losses of tokens that may be weighted
-it makes all logits a second time, and earlier releases give a wrong gradient.
+losses).  Departure: plain PyTorch, no kernel of its own; and Liger's is not used, for it makes all logits a second time
+for losses of tokens, which may be weighted.
 
 When to use: language models with a large vocabulary, where the logits are what limits the batch; masked language
 modelling and answers to long prompts, where most positions have no label.

@@ -110,7 +110,8 @@ class RegionalCompile(Technique):
     def report(self) -> Mapping[str, Any]:
         """Compiled blocks, and how often something was compiled since training began or went on."""
         why = {"why": f"fewer than {self.min_steps} steps"} if self.short_ else {}
-        return {"blocks": len(self.blocks_), "compilations": self.compilations_, **why}
+        code = f"{self.shapes}, {self.backend}"
+        return {"blocks": len(self.blocks_), "compilations": self.compilations_, "code": code, **why}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:
         return report["compilations"] > 0 or "why" in report
