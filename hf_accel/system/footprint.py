@@ -98,9 +98,9 @@ class Trace:
     outside: int
     alive_TC: np.ndarray
 
-    def peak(self, gradient_share: float = 1.0) -> Peak:
-        """The worst moment, if of each gradient only a share is kept."""
-        scaled_TC = self.alive_TC * np.array([1.0, 1.0, gradient_share])
+    def peak(self, gradient_share: float = 1.0, *, past: float = 0.0) -> Peak:
+        """The worst moment, if of each gradient only a share is kept, of those with so many bytes of gradients."""
+        scaled_TC = self.alive_TC[self.alive_TC[:, 2] >= past] * np.array([1.0, 1.0, gradient_share])
         return Peak(*scaled_TC[scaled_TC.sum(1).argmax()].tolist())
 
 
