@@ -15,7 +15,7 @@ it costs in caches: the same number of steps takes some percent more or less.  S
 to the seconds of the budgeted run of the same seed, along the slope of loss against log seconds between the run of half
 the length, of those that were tried by hand, and the mean of the whole ones.
 Each arm is evaluated after its time.  Arms alternate, seed by seed.  Runs that were made before are taken from the
-folder of records, so that a benchmark can be stopped and go on.
+folder of records, so that a benchmark can be stopped and go on; a record that is there keeps what is not made anew.
 """
 
 from __future__ import annotations
@@ -180,10 +180,13 @@ def main() -> None:
     logging.set_verbosity_error()
     options.records.mkdir(parents=True, exist_ok=True)
     found = [compared(document) for document in all_runs(options.budgets, options.seeds, options.records)]
+    there = json.loads(options.out.read_text())["compared"] if options.out.exists() else []
+    new = {(document["workload"], document["budget_seconds"]) for document in found}
+    kept_ones = [old for old in there if (old["workload"], old["budget_seconds"]) not in new]
     record = {
         "what": "a budgeted run, the fixed-step run of the same time, and a cosine cut off by the clock",
         "seconds_are": "CPU seconds of the process, one thread: the machine had other work",
-        "compared": found,
+        "compared": sorted(kept_ones + found, key=lambda document: document["workload"]),
         "machine": machine(),
         "versions": cache.versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),

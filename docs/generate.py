@@ -152,6 +152,7 @@ def budgets_table(path: Path) -> str:
             (
                 found["workload"],
                 f"{found['budget_seconds']:g} s",
+                str(len(found["runs"]["budgeted"])),
                 f"{found['mean']['budgeted']:.4f}",
                 f"{found['mean']['fixed at equal time']:.4f}",
                 f"{fixed['difference']:+.4f} [{fixed['low']:+.4f}, {fixed['high']:+.4f}], margin {fixed['margin']:.4f}",
@@ -161,7 +162,15 @@ def budgets_table(path: Path) -> str:
             )
         )
     header = (
-        *("workload", "budget", "loss of the budgeted run", "fixed steps", "difference [90 % interval]", "verdict"),
+        *(
+            "workload",
+            "budget",
+            "seeds",
+            "loss of the budgeted run",
+            "fixed steps",
+            "difference [90 % interval]",
+            "verdict",
+        ),
         *("cosine cut off by the clock", "budgeted is"),
     )
     return table(header, rows)
