@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.trainer_utils import rotate_checkpoints
@@ -28,27 +29,40 @@ class Resuming(Stepping):
 
     def _save_checkpoint(self, model, trial):
         began = self.clock.seconds
+        run_dir = self._get_output_dir(trial=trial)
+        directory = Path(run_dir, f"checkpoint-{self.state.global_step}")
         with self.stopwatch.charge("saving"):
             self._flush_observations()
             self.clock.spent["tokens"] += self._count_tokens()
-            run_dir = self._get_output_dir(trial=trial)
-            directory = Path(run_dir, f"checkpoint-{self.state.global_step}")
-            if self.args.should_save:
-                ckpt.mark_incomplete(directory)
-            self.accelerator.wait_for_everyone()
-            limit, self.args.save_total_limit = self.args.save_total_limit, None
             try:
-                super()._save_checkpoint(model, trial)  # rotates nothing: the new checkpoint is not complete yet
-            finally:
-                self.args.save_total_limit = limit
-            self._save_state(directory)
-            self.accelerator.wait_for_everyone()
-            if self.args.should_save:
-                ckpt.mark_complete(directory)
-                if self.args.push_to_hub:
-                    self._push_from_checkpoint(str(directory))
-                rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+                self._write_checkpoint(model, trial, run_dir, directory)
+            except (OSError, SafetensorError, RuntimeError) as error:
+                raise ckpt.CheckpointError(self._not_written(directory, error)) from error
         self.saving_seconds = self.clock.seconds - began
+
+    def _write_checkpoint(self, model: Any, trial: Any, run_dir: str, directory: Path) -> None:
+        if self.args.should_save:
+            ckpt.mark_incomplete(directory)
+        self.accelerator.wait_for_everyone()
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            super()._save_checkpoint(model, trial)  # rotates nothing: the new checkpoint is not complete yet
+        finally:
+            self.args.save_total_limit = limit
+        self._save_state(directory)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            ckpt.mark_complete(directory)
+            if self.args.push_to_hub:
+                self._push_from_checkpoint(str(directory))
+            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+
+    def _not_written(self, directory: Path, error: Exception) -> str:
+        """The sentence for a checkpoint that a full disk, say, has kept from being written."""
+        whole, _ = ckpt.newest_complete(directory.parent)
+        remedy = f"resume from {whole}, which is whole" if whole else "start anew: there is no whole one yet"
+        why = " ".join(str(error).split())[:200]
+        return f"{directory}: the checkpoint could not be written ({why}). Make room, and {remedy}."
 
     def _averages(self) -> dict[str, Tensor] | None:
         """This rank's part of the averages, weights and their statistics; None while there are none."""
