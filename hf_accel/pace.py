@@ -4,11 +4,13 @@ progress at which to log, evaluate and save, and the seconds kept back for the e
 
 from __future__ import annotations
 
+import signal
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, Subset
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_accel.clock import CONTINUOUS
 from hf_accel.stream import keyed_random
@@ -72,6 +74,32 @@ class Pacer(TrainerCallback):
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.total = state.max_steps
+
+
+class Terminator(TrainerCallback):
+    """Saves and stops at the end of the step in which SIGTERM came, where ``enable_jit_checkpoint`` asks for it.
+
+    Trainer's own callback, whose place it takes, saves in the middle of a step, when the step's examples count as
+    trained on and the update is still to come.
+    """
+
+    def __init__(self, trainer: AccelTrainerMixin, replaced: JITCheckpointCallback):
+        assert replaced.jit_manager is not None
+        self.trainer, self.asked = trainer, False
+        signal.signal(signal.SIGTERM, replaced.jit_manager._original_sigterm_handler)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.asked = False
+        self.before = signal.signal(signal.SIGTERM, lambda number, frame: setattr(self, "asked", True))
+
+    def on_step_end(self, args, state, control, **kwargs):
+        (asked,) = self.trainer._share([float(self.asked)])  # ranks do not hear of it in the same step
+        if asked:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def on_train_end(self, args, state, control, **kwargs):
+        signal.signal(signal.SIGTERM, self.before)
 
 
 class Restorer(TrainerCallback):

@@ -24,11 +24,12 @@ import torch
 from torch import nn
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import has_length
 
 from hf_accel import batch_norm, host, losses, memory, weights
 from hf_accel.clock import Clock
-from hf_accel.pace import Pacer, Restorer
+from hf_accel.pace import Pacer, Restorer, Terminator
 from hf_accel.receipt import Receipt, peak_memory_bytes
 from hf_accel.recipe import Recipe
 from hf_accel.resuming import Resuming
@@ -114,6 +115,12 @@ class AccelTrainerMixin(Updating, Resuming):
         self._replace_model()
         if self._owners["averaging"] is not None:
             batch_norm.refuse_iterables(self)
+        if (
+            self.techniques
+            and self.args.enable_jit_checkpoint
+            and (replaced := self.pop_callback(JITCheckpointCallback))
+        ):
+            self.callback_handler.callbacks.insert(0, Terminator(self, replaced))
         self.callback_handler.callbacks.insert(0, Pacer(self))
         self.callback_handler.callbacks.append(Restorer(self))
         self.callback_handler.__class__ = _charging(type(self.callback_handler))
