@@ -115,11 +115,8 @@ class AccelTrainerMixin(Updating, Resuming):
         self._replace_model()
         if self._owners["averaging"] is not None:
             batch_norm.refuse_iterables(self)
-        if (
-            self.techniques
-            and self.args.enable_jit_checkpoint
-            and (replaced := self.pop_callback(JITCheckpointCallback))
-        ):
+        if self.techniques and self.args.enable_jit_checkpoint:
+            replaced: Any = self.pop_callback(JITCheckpointCallback)
             self.callback_handler.callbacks.insert(0, Terminator(self, replaced))
         self.callback_handler.callbacks.insert(0, Pacer(self))
         self.callback_handler.callbacks.append(Restorer(self))
