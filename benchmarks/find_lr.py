@@ -119,6 +119,19 @@ def shown(name: str, seed: int, share: float, folder: Path) -> dict:
     }
 
 
+def finding(name: str, found: dict) -> dict:
+    """What a card says of a workload."""
+    seconds = found["cpu_seconds"]
+    return {
+        "technique": "LearningRateSearch",
+        "workload": name,
+        "text": f"`find_lr` proposed {found['proposed']:g}, and a whole run at it ended {found['difference']:.4f} above the"
+        f" best of a grid of {len(found['grid'])} ({found['best_of_grid']:g}; margin {found['margin']:.4f}), for"
+        f" {seconds['search']:.0f} CPU seconds where the grid takes {seconds['grid']:.0f}",
+        "gained": None,
+    }
+
+
 def near(rate: float, rates: dict[float, float]) -> bool:
     return any(abs(index_of(other) - index_of(rate)) == 0 for other in rates)
 
@@ -138,7 +151,7 @@ def main() -> None:
     options.records.mkdir(parents=True, exist_ok=True)
     record = {
         "what": "whole runs at the learning rate that find_lr proposes, and at a grid around the tuned one",
-        "seed": options.seed,
+        "seeds": [options.seed],
         "share": options.share,
         "given": GIVEN,
         "workloads": {n: shown(n, options.seed, options.share, options.records) for n in options.workloads},
@@ -146,6 +159,7 @@ def main() -> None:
         "versions": cache.versions(),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     }
+    record["findings"] = [finding(name, found) for name, found in record["workloads"].items()]
     options.out.write_text(json.dumps(record, indent=1) + "\n")
     for name, found in record["workloads"].items():
         print(name, {key: value for key, value in found.items() if key != "search"})

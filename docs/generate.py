@@ -128,7 +128,7 @@ def results_table(records: Records) -> str:
     rows = [
         (
             candidate_link(arm),
-            f"[{document['workload']}](docs/evidence/{name}.json)",
+            f"[{name}](docs/evidence/{name}.json)",
             evidence.speed_up(document, arm),
             evidence.verdict(document, arm) + ("" if document["tuned"] else ", baseline not tuned"),
             str(len(document["seeds"])),
@@ -201,7 +201,7 @@ def candidate_link(arm: Arm) -> str:
     names, kinds = evidence.techniques_of(arm), dict(in_order())
     if len(names) == 1 and names[0] in kinds:
         return f"[{arm['name']}](docs/techniques/{source(kinds[names[0]]).stem}.md)"
-    return f"{arm['name']} ({', '.join(names)})"
+    return f"{arm['name']} ({', '.join(names)})" if names else arm["name"]
 
 
 if __name__ == "__main__":

@@ -115,13 +115,17 @@ def fields(kind: type[Technique]) -> Iterator[tuple[str, str, str, str]]:
 
 
 def measured(kind: type[Technique], records: Records) -> list[str]:
-    """A line for each arm of the records that the technique is in, negative results included."""
-    found = [
-        (name, document, arm)
+    """A line for each arm of the records that the technique is in, and each finding, negative results included."""
+    arms = [
+        measurement(name, document, arm)
         for name, document, arm in evidence.candidates(records)
         if kind.__name__ in evidence.techniques_of(arm)
     ]
-    return [measurement(name, document, arm) for name, document, arm in found]
+    return arms + [
+        f"[{name}](../evidence/{name}.json), {finding['workload']}: {finding['text']}. "
+        f"{seeds(document)}, {document['machine']}, {document['date']}."
+        for name, document, finding in evidence.findings(kind.__name__, records)
+    ]
 
 
 def measurement(name: str, document: Record, arm: Arm) -> str:
@@ -132,11 +136,16 @@ def measurement(name: str, document: Record, arm: Arm) -> str:
     metric = document["metric"].removeprefix("eval_")
     baseline = "the tuned baseline" if document["tuned"] else "a baseline that was not tuned"
     return (
-        f"[{document['workload']}](../evidence/{name}.json), {which}{f' with {args}' if args else ''}: "
+        f"[{name}](../evidence/{name}.json), {which}{f' with {args}' if args else ''}: "
         f"**{evidence.speed_up(document, arm)}** in {evidence.said(document['cost'])} at equal {metric} against "
-        f"{baseline}; {evidence.verdict(document, arm)}. {len(document['seeds'])} seeds, {document['machine']}, "
-        f"{document['date']}."
+        f"{baseline}; {evidence.verdict(document, arm)}. {seeds(document)}, {document['machine']}, {document['date']}."
     )
+
+
+def seeds(document: Record) -> str:
+    """How many there were."""
+    count = len(document["seeds"])
+    return "one seed" if count == 1 else f"{count} seeds"
 
 
 def table(header: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:

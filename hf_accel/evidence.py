@@ -9,6 +9,10 @@ package.  A technique's grade is
     reported         there is no such record; the papers on its card say what others saw
 
 Arms of several techniques grade none of them, as nobody knows whose the gain is.
+
+What is no question of speed at equal quality (two schedules over the same steps, say) is measured by a script of
+``benchmarks``.  Its document may have ``findings``, which cards show: each with ``technique``, ``workload``, ``text``,
+and whether it ``gained`` on a tuned baseline, which counts for the grade as an arm does, or None where it has no say.
 """
 
 from __future__ import annotations
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 Arm = dict[str, Any]
+Finding = dict[str, Any]
 Records = Mapping[str, Record]
 """Records by name."""
 LEVEL = 0.025
@@ -65,17 +70,25 @@ def folder() -> Path:
 
 
 def load_records(path: Path | None = None) -> dict[str, Record]:
-    """The comparisons in a folder, by the stem of the file."""
+    """The comparisons and the findings in a folder, by the stem of the file."""
     documents = {file.stem: json.loads(file.read_text()) for file in sorted((path or folder()).glob("*.json"))}
-    return {name: document for name, document in documents.items() if "arms" in document}
+    return {name: document for name, document in documents.items() if document.keys() & {"arms", "findings"}}
 
 
 def candidates(records: Records) -> Iterator[tuple[str, Record, Arm]]:
     """The name of the record, the record, and the arm, of everything that was to be faster than a baseline."""
     for name, document in records.items():
-        for arm in document["arms"]:
+        for arm in document.get("arms", ()):
             if arm["role"] == "candidate":
                 yield name, document, arm
+
+
+def findings(technique: str, records: Records) -> Iterator[tuple[str, Record, Finding]]:
+    """The name of the record, the record, and the finding, of what else was measured of a technique."""
+    for name, document in records.items():
+        for finding in document.get("findings", ()):
+            if finding["technique"] == technique:
+                yield name, document, finding
 
 
 def techniques_of(arm: Arm) -> list[str]:
@@ -114,9 +127,10 @@ def rivals(document: Record, arm: Arm) -> list[str]:
 def grade(technique: str, records: Records) -> Grade:
     """What the records say of a technique."""
     alone = [(document, arm) for _, document, arm in candidates(records) if techniques_of(arm) == [technique]]
-    if any(document["tuned"] and gained(document, arm) for document, arm in alone):
+    found = [f["gained"] for _, _, f in findings(technique, records) if f["gained"] is not None]
+    if any(found) or any(document["tuned"] and gained(document, arm) for document, arm in alone):
         return "proven here"
-    return "no gain shown" if alone else "reported"
+    return "no gain shown" if alone or found else "reported"
 
 
 def said(cost: str) -> str:

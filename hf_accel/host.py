@@ -18,6 +18,7 @@ import transformers
 from torch.utils.data import IterableDataset
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from hf_accel.technique import STREAM, Technique
 
@@ -137,6 +138,14 @@ def refuse_schedules(args: TrainingArguments, owner: Technique | None) -> None:
         raise ValueError(
             f"{said[0]}={getattr(args, said[0])!r}: {owner!r} is the schedule, its warm-up included. Say it in one."
         )
+
+
+def refuse_two_optimizers(args: TrainingArguments, owner: Technique | None) -> None:
+    """A technique is the optimizer, and the arguments name another one than AdamW, which stands there by itself."""
+    default = OptimizerNames(args.optim) in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)
+    if owner is not None and not (default and args.optim_args is None):
+        said = f"optim_args={args.optim_args!r}" if default else f"optim={OptimizerNames(args.optim).value!r}"
+        raise ValueError(f"{said}: {owner!r} is the optimizer. Say it in one.")
 
 
 def refuse_stream_arguments(args: TrainingArguments) -> None:

@@ -100,7 +100,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     lower = {choice.lower(): choice for choice in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1)
-    if close and len(known) > 40:
-        return f"Did you mean {lower[close[0]]!r}?"
+    if len(known) > 40:
+        return f"Did you mean {lower[close[0]]!r}?" if close else f"None of the {len(known)} there is like it."
     question = f"Did you mean {lower[close[0]]!r}? " if close else ""
     return f"{question}Known: {', '.join(known) or 'none'}."

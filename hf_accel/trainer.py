@@ -97,6 +97,7 @@ class AccelTrainerMixin(Updating, Resuming):
             if dataset is not None and not has_length(dataset):
                 host.refuse_unknown_epochs(self._owners["budget"], dataset)
                 args.max_steps = sys.maxsize  # Trainer asks for a number where the data has no length
+        host.refuse_two_optimizers(args, self._owners["optimizer"])
         if self.paced:
             host.refuse_schedules(args, self._owners["schedule"])
         self.accumulation_steps = args.gradient_accumulation_steps

@@ -78,10 +78,10 @@ def test_the_results_have_every_candidate_the_fastest_first():
     }
     rows, end = generate.results_table(records).split("\n\n")
     assert rows.splitlines()[2:] == [
-        "| pretrain (Muon, LinearToZero) | [code-lm](docs/evidence/b.json) | 2.00x [1.80, 2.20] | faster | 5 |",
-        "| [InfoBatch(keep=0.5)](docs/techniques/info_batch.md) | [digits](docs/evidence/a.json) | 0.80x [0.70, 0.90] "
+        "| pretrain (Muon, LinearToZero) | [b](docs/evidence/b.json) | 2.00x [1.80, 2.20] | faster | 5 |",
+        "| [InfoBatch(keep=0.5)](docs/techniques/info_batch.md) | [a](docs/evidence/a.json) | 0.80x [0.70, 0.90] "
         "| slower, baseline not tuned | 5 |",
-        "| [Muon](docs/techniques/muon.md) | [digits](docs/evidence/a.json) | miss (1 of 5) "
+        "| [Muon](docs/techniques/muon.md) | [a](docs/evidence/a.json) | miss (1 of 5) "
         "| miss, baseline not tuned | 5 |",
     ]
     assert end == "Speed-ups are in CPU seconds. Machine: a processor."

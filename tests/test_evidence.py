@@ -127,6 +127,18 @@ def test_a_card_has_a_line_for_each_arm_and_the_grade():
     assert cards.card(ExponentialMovingAverage, {}).endswith("## Measured here\n\nNo record yet.\n")
 
 
+@pytest.mark.parametrize(("gained", "grade"), [(True, "proven here"), (False, "no gain shown"), (None, "reported")])
+def test_what_a_benchmark_found_is_on_the_card_and_in_the_grade(gained, grade):
+    finding = {"technique": "ExponentialMovingAverage", "workload": "digits", "text": "one more", "gained": gained}
+    records = {"pairs": record() | {"findings": [finding, finding | {"technique": "Muon"}]}}
+    del records["pairs"]["arms"]
+    assert evidence.grade("ExponentialMovingAverage", records) == grade
+    assert cards.card(ExponentialMovingAverage, records).endswith(
+        "## Measured here\n\n- [pairs](../evidence/pairs.json), digits: one more. 5 seeds, a processor, 2 cores, "
+        "2026-01-31.\n"
+    )
+
+
 def test_only_comparisons_are_records(tmp_path):
     (tmp_path / "overhead.json").write_text('{"what": "step time"}')
     (tmp_path / "digits.json").write_text(json.dumps(record()))

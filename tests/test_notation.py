@@ -83,4 +83,6 @@ def test_nearest():
     assert nearest("infobatch", ["InfoBatch", "EMA"]) == "Did you mean 'InfoBatch'? Known: EMA, InfoBatch."
     assert nearest("zzz", ["b", "a"]) == "Known: a, b."
     assert nearest("x", []) == "Known: none."
-    assert nearest("name7", [f"name{i}" for i in range(50)]) == "Did you mean 'name7'?"
+    many = [f"name{i}" for i in range(50)]
+    assert nearest("name7", many) == "Did you mean 'name7'?"
+    assert nearest("zzz", many) == "None of the 50 there is like it."

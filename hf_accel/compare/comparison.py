@@ -40,6 +40,9 @@ TECHNICAL = ("per_device_eval_batch_size", "remove_unused_columns", "label_names
 SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 """Arguments that a technique in the slot of the schedule takes the place of."""
 
+OPTIMIZER = ("optim", "optim_args")
+"""Arguments that a technique in the slot of the optimizer takes the place of."""
+
 
 @dataclass
 class Arm:
@@ -420,14 +423,16 @@ def _arm(candidate: Arm | Recipe | str | Path, share: float) -> Arm:
     text = str(candidate)
     if text.endswith((".yaml", ".yml")) or Path(text).is_file():
         return Arm(Path(text).stem, Recipe.load(text), horizon=share)
-    return Arm(text.rpartition(":")[2], Recipe(techniques=[read_technique(text)]), horizon=share)
+    name = text.rpartition(":")[2].removesuffix("()")
+    return Arm(name, Recipe(techniques=[read_technique(text)]), horizon=share)
 
 
 def _inherit(arm: Arm, args: dict[str, Any]) -> Arm:
     """The arm with arguments where it says nothing; its mistakes are found here."""
     techniques = arm.recipe.build_techniques()
-    if any("schedule" in technique.answers() for technique in techniques):
-        args = {name: value for name, value in args.items() if name not in SCHEDULE}
+    for slot, replaced in (("schedule", SCHEDULE), ("optimizer", OPTIMIZER)):
+        if any(slot in technique.answers() for technique in techniques):
+            args = {name: value for name, value in args.items() if name not in replaced}
     recipe = Recipe(args=args | arm.recipe.args, techniques=arm.recipe.techniques)
     recipe.training_arguments()
     return dataclasses.replace(arm, recipe=recipe)

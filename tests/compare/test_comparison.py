@@ -196,6 +196,8 @@ def test_candidates_inherit_what_they_do_not_say():
     batch_size = comparison.reference.recipe.args["per_device_train_batch_size"]
     assert args["learning_rate"] == 1e-2 and args["per_device_train_batch_size"] == batch_size
     assert "warmup_steps" not in args, "the technique is the schedule"
+    own = Comparison(["Muon"], workload="code-lm", baseline=Recipe(args={"optim": "adafactor"}))
+    assert own.reference.recipe.args["optim"] == "adafactor" and "optim" not in own.arms[0].recipe.args
     plan = {run.arm: run.configuration["recipe"] for run in comparison.plan()}
     placebo = plan["baseline, LR of fast"]
     assert placebo["args"] == comparison.reference.recipe.args | {"learning_rate": 1e-2} and "techniques" not in placebo

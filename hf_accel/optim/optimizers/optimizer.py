@@ -3,8 +3,8 @@
     Optimizer("SOAP", options={"precondition_frequency": 10}, rules={"embed": {"lr": 0.5, "weight_decay": 0.0}})
 
 A name without a package is looked for in ``torch.optim``, ``pytorch_optimizer`` and ``schedulefree``, in this order;
-``package:Class`` names any class.  The peak learning rate and the weight decay are the trainer's; ``args.optim`` and
-``args.adam_beta1`` and the like are not read.
+``package:Class`` names any class.  The peak learning rate and the weight decay are the trainer's; ``args.adam_beta1``
+and the like are not read, and ``args.optim`` may not name another one.
 
 The keys of ``rules`` are regular expressions that are searched for in the names of parameters.  ``lr`` and
 ``weight_decay`` are factors, which multiply where several rules match; any other key is an option of the optimizer for

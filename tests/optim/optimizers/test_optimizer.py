@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, Trainer
 
-from hf_accel import Optimizer, WarmupStableDecay
+from hf_accel import Lamb, Muon, Optimizer, WarmupStableDecay
 from hf_accel.recipe import Recipe, read_technique
 from hf_accel.testing import largest_difference, losses_of, tiny_llama, tiny_trainer, weights_of
 
@@ -146,6 +146,18 @@ def test_schedule_free_weights_are_evaluated_saved_and_returned(name, tmp_path):
 def test_what_cannot_be_is_refused(technique, args, message, tmp_path):
     with pytest.raises(ValueError, match=f"{re.escape(repr(technique))}: .*{re.escape(message)}"):
         tiny_trainer([technique], tmp_path, **({"weight_decay": 0.0} | args)).train()
+
+
+@pytest.mark.parametrize(
+    "technique", [Optimizer("SGD"), Muon(), Lamb()], ids=lambda technique: type(technique).__name__
+)
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [({"optim": "adafactor"}, "optim='adafactor'"), ({"optim_args": "rank=4"}, "optim_args='rank=4'")],
+)
+def test_one_optimizer_in_arguments_and_techniques(technique, args, said, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(f"{said}: {technique!r} is the optimizer. Say it in one.")):
+        tiny_trainer([technique], tmp_path, **args)
 
 
 def test_a_decay_by_a_technique_is_refused_too(tmp_path):
