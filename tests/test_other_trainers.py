@@ -6,10 +6,10 @@
 from __future__ import annotations
 
 import math
-import re
 import traceback
 from pathlib import Path
 
+import cells
 import datasets
 import pytest
 import torch
@@ -191,10 +191,11 @@ def outcome(column, technique, directory):
 @pytest.fixture(scope="module")
 def table(request):
     """What the document says; written anew from what ran, where this was asked for."""
-    found = read(TABLE.read_text()) if TABLE.exists() else {}
+    found = cells.read(TABLE.read_text()) if TABLE.exists() else {}
     yield found
     if request.config.getoption("write_docs"):
-        TABLE.write_text(written(found))
+        columns = {column: f"`{column}`" for column in [*BUILDERS, PLAIN]}
+        TABLE.write_text(cells.written(HEADING, NAMES, columns, found, "trains"))
 
 
 @pytest.mark.parametrize("column", [*BUILDERS, PLAIN])
@@ -206,43 +207,14 @@ def test_it_trains_or_is_refused_as_the_table_says(name, column, table, tmp_path
     assert table[name, column] == found
 
 
-def written(found):
-    """The document; each refusal has a number."""
-    columns = [*BUILDERS, PLAIN]
-    refusals = list(dict.fromkeys(words for words in found.values() if words != "trains"))
-    lines = [
-        "# Techniques in other trainers",
-        "",
-        "<!-- Written by pytest tests/test_other_trainers.py --write-docs, from what ran. -->",
-        "",
-        "`accelerated(SFTTrainer)(..., techniques=[...])` hosts techniques in other trainers, and so does",
-        "`attach(trainer, [...])`. Here each trained a tiny model; a number is that of a refusal, which is given below",
-        "and comes before the first step.",
-        "",
-        "| | " + " | ".join(f"`{column}`" for column in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for name in NAMES:
-        cells = (found.get((name, column), "not run") for column in columns)
-        cells = (f"({refusals.index(cell) + 1})" if cell in refusals else cell for cell in cells)
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", *(f"{number}. {words}" for number, words in enumerate(refusals, 1))]
-    return "\n".join(lines) + "\n"
+HEADING = """# Techniques in other trainers
 
+<!-- Written by pytest tests/test_other_trainers.py --write-docs, from what ran. -->
 
-def read(text):
-    """What `written` was given."""
-    refusals = dict(re.findall(r"^(\d+)\. (.*)$", text, re.MULTILINE))
-    header, _, *rows = (
-        [cell.strip() for cell in line.strip("|").split("|")] for line in text.split("\n") if line[:1] == "|"
-    )
-    columns = [cell.strip("`") for cell in header[1:]]
-    return {
-        (name, column): refusals[cell[1:-1]] if cell.startswith("(") else cell
-        for name, *cells in rows
-        for column, cell in zip(columns, cells, strict=True)
-        if cell != "not run"
-    }
+`accelerated(SFTTrainer)(..., techniques=[...])` hosts techniques in other trainers, and so does
+`attach(trainer, [...])`. Here each trained a tiny model; a number is that of a refusal, which is given below
+and comes before the first step.
+"""
 
 
 # Losses of examples where the trainer computes its own ----------------------------------------------------------------

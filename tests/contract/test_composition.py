@@ -26,13 +26,15 @@ OTHERS = {
     for modality in ("masked text", "replaced text", "image", "speech")
 }
 OWNERS = {slot: [name for name, kind in KINDS.items() if slot in kind.answers()] for slot in SLOTS}
-# No slots: one does away with what the other reads; each replaces the layers; each says what the weights are.
+# No slots: one does away with what the other reads; each replaces the layers; each says what the weights are, or were.
 OWNERS["logits"] = ["ChunkedCrossEntropy", "Distillation"]
 OWNERS["layers"] = ["Float8Training", "Int8Training", "LowRankTraining"]
+OWNERS["first values"] = ["DepthScaledInit", "ZeroInitResidual"]
 OWNERS["weights"] = ["LoRA", "LowRankTraining", "SparseTraining"]
 RULES = {
     "logits": "reads the logits, which are not there. Leave one",
     "layers": "no plain nn.Linear|no trainable linear layer",
+    "first values": "gives the model its first values, too. Keep one",
     "weights": "Leave one out|no trainable linear layer",
 }
 FREE = [name for name in KINDS if not any(name in owners for owners in OWNERS.values())]

@@ -1,0 +1,6 @@
+"""Where training starts: better first values, and values from another model."""
+
+from hf_accel.model.initialization.depth_scaled_init import DepthScaledInit
+from hf_accel.model.initialization.zero_init_residual import ZeroInitResidual
+
+__all__ = ["DepthScaledInit", "ZeroInitResidual"]
