@@ -15,8 +15,8 @@ import torch
 from transformers import Trainer, TrainerCallback, set_seed
 
 from hf_accel.clock import parse_budget
-from hf_accel.compare.workloads import DATA_ROOT, build_workload
 from hf_accel.compare.worker import HARNESS, make_trainer
+from hf_accel.compare.workloads import DATA_ROOT, build_workload
 from hf_accel.recipe import Recipe
 
 WIDER = ("hidden_size", "intermediate_size", "num_attention_heads")
