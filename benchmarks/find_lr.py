@@ -125,9 +125,9 @@ def finding(name: str, found: dict) -> dict:
     return {
         "technique": "LearningRateSearch",
         "workload": name,
-        "text": f"`find_lr` proposed {found['proposed']:g}, and a whole run at it ended {found['difference']:.4f} above "
-        f"the best of a grid of {len(found['grid'])} ({found['best_of_grid']:g}; margin {found['margin']:.4f}), for"
-        f" {seconds['search']:.0f} CPU seconds where the grid takes {seconds['grid']:.0f}",
+        "text": f"`find_lr` proposed {found['proposed']:g}, and a whole run at it ended {found['difference']:.4f} "
+        f"above the best of a grid of {len(found['grid'])} ({found['best_of_grid']:g}; margin {found['margin']:.4f}), "
+        f"for {seconds['search']:.0f} CPU seconds where the grid takes {seconds['grid']:.0f}",
         "gained": None,
     }
 

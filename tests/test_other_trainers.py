@@ -38,7 +38,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hf_accel import Budget, InfoBatch, PaddingFree, accelerated, attach
+from hf_accel import Budget, InfoBatch, PaddingFree, TargetMetric, accelerated, attach
 from hf_accel.losses import head_of
 from hf_accel.recipe import known_techniques
 from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_llama, weights_of
@@ -85,11 +85,16 @@ def byte_llama(dropout=0.0):
     return LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer()), attention_dropout=dropout, **sizes, **special))
 
 
+def both(data, hosting):
+    """The training set, and the same to evaluate on where that is asked for."""
+    return {"train_dataset": data} | ({"eval_dataset": data} if hosting.pop("evaluated", False) else {})
+
+
 def trainer(directory, kind=Trainer, **hosting):
     return kind(
         model=tiny_llama(),
         args=TrainingArguments(str(directory), **SETTINGS),
-        train_dataset=CountingText(16),
+        **both(CountingText(16), hosting),
         data_collator=collate_padded,
         **hosting,
     )
@@ -101,7 +106,7 @@ def seq2seq(directory, kind=Seq2SeqTrainer, **hosting):
     return kind(
         model=T5ForConditionalGeneration(T5Config(**sizes)),
         args=Seq2SeqTrainingArguments(str(directory), **SETTINGS),
-        train_dataset=datasets.Dataset.from_list(FEATURES),
+        **both(datasets.Dataset.from_list(FEATURES), hosting),
         data_collator=DataCollatorForSeq2Seq(tokenizer()),
         **hosting,
     )
@@ -111,7 +116,7 @@ def sft(directory, kind=SFTTrainer, **hosting):
     return kind(
         model=byte_llama(),
         args=SFTConfig(str(directory), **TRL | hosting.pop("args", {})),
-        train_dataset=datasets.Dataset.from_dict({"text": TEXTS}),
+        **both(datasets.Dataset.from_dict({"text": TEXTS}), hosting),
         processing_class=tokenizer(),
         **hosting,
     )
@@ -123,7 +128,7 @@ def dpo(directory, kind=DPOTrainer, **hosting):
         model=byte_llama(),
         ref_model=byte_llama(),
         args=DPOConfig(str(directory), **TRL),
-        train_dataset=datasets.Dataset.from_dict(pairs),
+        **both(datasets.Dataset.from_dict(pairs), hosting),
         processing_class=tokenizer(),
         **hosting,
     )
@@ -139,7 +144,7 @@ def sentence_transformer(directory, kind=SentenceTransformerTrainer, **hosting):
         model=model,
         loss=MultipleNegativesRankingLoss(model),
         args=SentenceTransformerTrainingArguments(str(directory), **SETTINGS),
-        train_dataset=datasets.Dataset.from_dict({"anchor": TEXTS, "positive": TEXTS[::-1]}),
+        **both(datasets.Dataset.from_dict({"anchor": TEXTS, "positive": TEXTS[::-1]}), hosting),
         **hosting,
     )
 
@@ -169,13 +174,18 @@ def make(name):
 
 def outcome(column, technique, directory):
     """``trains``, after a whole run in which the technique took effect, or why it was refused."""
+    evaluated = isinstance(technique, TargetMetric)
     try:
         if column == PLAIN:
-            hosted = trainer(directory, callbacks=[technique])
+            hosted = trainer(directory, callbacks=[technique], evaluated=evaluated)
         else:
             size = technique.probe_micro_batch_size
             hosted = BUILDERS[column](
-                directory, accelerated(KINDS[column]), techniques=[technique], micro_batch_size=size
+                directory,
+                accelerated(KINDS[column]),
+                techniques=[technique],
+                micro_batch_size=size,
+                evaluated=evaluated,
             )
         hosted.train()
     except ValueError as error:

@@ -44,8 +44,9 @@ def depth_scales(model: Any, exponent: float) -> dict[str, float]:
 
 def scaled_already(model: Any) -> bool:
     """Whether these projections begin smaller than the configuration's ``initializer_range`` says of all layers."""
-    usual = getattr(model.config, "initializer_range", None)
-    values = torch.cat([layer.weight.detach().flatten() for layer in residual_projections(model).values()])
+    usual, layers = getattr(model.config, "initializer_range", None), residual_projections(model)
+    weights: list[torch.Tensor] = [layer.weight for layer in layers.values()]  # type: ignore[misc]
+    values = torch.cat([weight.detach().flatten() for weight in weights])
     return usual is not None and bool(values.double().std() < 0.75 * usual)  # one block, two branches: 0.71
 
 
