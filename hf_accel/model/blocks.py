@@ -72,7 +72,10 @@ def _last_layers(block: nn.Module) -> dict[str, Any]:
     """The last linear layer of each branch of a block, by its path in the block."""
     attentions: list[str] = []
     last: dict[str, tuple[str, Any]] = {}
+    adapted = [name for name, module in block.named_modules() if hasattr(module, "base_layer")]  # by peft
     for name, module in block.named_modules():
+        if any(name.startswith(f"{path}.") and name != f"{path}.base_layer" for path in adapted):
+            continue
         branch = next((path for path in attentions if name.startswith(f"{path}.")), "")
         if name and not branch and "attention" in type(module).__name__.lower():
             attentions.append(name)

@@ -94,10 +94,10 @@ def test_a_budget_in_joules_is_kept(powercap, tmp_path, monkeypatch):
 
 def test_a_search_of_the_rate_takes_its_share_of_energy(powercap, tmp_path, monkeypatch):
     monkeypatch.setattr(Metered, "folder", powercap)
-    trainer = tiny_trainer([Draws(powercap), Metered("15kJ"), LearningRateSearch(share=0.6)], tmp_path)
+    trainer = tiny_trainer([Draws(powercap), Metered("30kJ"), LearningRateSearch(share=0.6)], tmp_path)
     trainer.train()
-    assert 0 < trainer.clock.set_aside["joules"] <= 0.6 * 15_000
-    assert 0.8 * 15_000 < trainer.receipt.joules <= 15_000
+    assert 0 < trainer.clock.set_aside["joules"] <= 0.6 * 30_000
+    assert 0.8 * 30_000 < trainer.receipt.joules <= 30_000
     assert trainer.receipt.final_learning_rate == 0.0
 
 

@@ -197,7 +197,8 @@ class LowRankTraining(Technique):
         if (looks := 1 + math.floor((progress - self.earliest) / self.interval)) > self.looks_:
             self.looks_ = looks
             ranks = {path: stable_rank(whole(layer)) for path, layer in self.layers_.items()}
-            changes = [abs(ranks[path] / before - 1) for path, before in self.ranks_.items()]
+            # A matrix that was all zeros has changed wholly.
+            changes = [abs(ranks[path] / before - 1) if before else 1.0 for path, before in self.ranks_.items()]
             self.change_ = sum(changes) / len(changes) if changes else None
             self.ranks_ = ranks
         if progress >= self.latest or (self.change_ is not None and self.change_ < self.tolerance):
