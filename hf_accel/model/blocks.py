@@ -42,7 +42,7 @@ def linear_layers(model: Any) -> dict[str, Any]:
     }
 
 
-def residual_projections(model: Any) -> dict[str, nn.Module]:
+def residual_projections(model: Any) -> dict[str, Any]:
     """By path, the layers whose outputs are added to the residual stream: the last linear layer of each attention of a
     block and of what is beside its attentions, or in networks with batch norm the last norm beside each shortcut.
 
@@ -50,7 +50,7 @@ def residual_projections(model: Any) -> dict[str, nn.Module]:
     """
     if norms := _last_batch_norms(model):
         return norms
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Any] = {}
     width = getattr(model.config, "hidden_size", None)
     for path, blocks in block_lists(model).items():
         for index, block in enumerate(blocks):
@@ -84,9 +84,9 @@ def _last_layers(block: nn.Module) -> dict[str, Any]:
     return dict(last.values())
 
 
-def _last_batch_norms(model: nn.Module) -> dict[str, nn.Module]:
+def _last_batch_norms(model: nn.Module) -> dict[str, Any]:
     """The last batch norm beside each shortcut, by path."""
-    found: dict[str, nn.Module] = {}
+    found: dict[str, Any] = {}
     for path, block in model.named_modules():
         shortcuts = [name for name, _ in block.named_children() if name in ("shortcut", "downsample")]
         norms = {
