@@ -91,6 +91,7 @@ REINTERPRETED = {
     "num_train_epochs": "the budget where there is no other",
     "max_steps": "the budget where there is no other",
     "dataloader_in_order": "step batches always come in order",
+    "enable_jit_checkpoint": "saves and stops at the end of the step in which SIGTERM came, not within it",
     "save_total_limit": "never deletes the last complete checkpoint",
 }
 """Arguments that mean something else while batches come from the stream."""

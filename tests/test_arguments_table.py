@@ -20,11 +20,13 @@ from accelerate import ParallelismConfig
 from ranks import backend_args, run_on_ranks
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import SchedulerType
 
 from hf_accel import AccelTrainer, Budget, LengthGrouped, Technique
 from hf_accel.checkpoint import whats_wrong
 from hf_accel.host import REFUSED, REINTERPRETED, TESTED, treatment
+from hf_accel.pace import Terminator
 from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_trainer, weights_of
 
 TABLE = Path(__file__).parents[1] / "docs" / "training_arguments.md"
@@ -81,7 +83,6 @@ HONOURED = {
     "batch_eval_metrics": (True, EVALUATED | {"per_device_eval_batch_size": 4}),
     "save_only_model": (True, SAVED),
     "save_strategy": ("epoch", {}),
-    "enable_jit_checkpoint": (True, {}),
     "load_best_model_at_end": (True, EVALUATED | SAVED | {"save_steps": 5}),
     "metric_for_best_model": ("eval_parts", BEST),
     "greater_is_better": (True, BEST),
@@ -530,6 +531,15 @@ def test_the_budget_is_of_epochs_or_steps_where_there_is_no_other(shown, tmp_pat
     with pytest.raises(ValueError, match=r"max_steps=5: Budget"):
         tiny_trainer([Watch(), Budget("1epoch")], tmp_path, max_steps=5)
     shown["num_train_epochs"] = shown["max_steps"] = "with and without `Budget`"
+
+
+def test_a_signal_saves_at_the_end_of_a_step(shown):
+    """What it does then is shown by ``tests/test_stopped.py``."""
+    with tempfile.TemporaryDirectory() as directory:
+        trainer = tiny_trainer([Budget("1epoch")], directory, enable_jit_checkpoint=True)
+    kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
+    assert Terminator in kinds and JITCheckpointCallback not in kinds
+    shown["enable_jit_checkpoint"] = "`True`"
 
 
 def test_step_batches_come_in_order(shown):
