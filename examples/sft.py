@@ -8,6 +8,7 @@ import argparse
 import random
 
 import datasets
+import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, ByT5Tokenizer, LlamaConfig, LlamaForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
@@ -42,10 +43,10 @@ trainer = accelerated(SFTTrainer)(
     args=SFTConfig(
         "accel_sft",
         per_device_train_batch_size=32,
-        learning_rate=3e-3,
+        learning_rate=3e-3 if options.model is None else 2e-5,
         save_strategy="no",
         report_to="none",
-        bf16=options.model is not None,
+        bf16=torch.cuda.is_available(),
     ),
     train_dataset=data["train"],
     eval_dataset=data["test"],
