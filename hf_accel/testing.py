@@ -119,6 +119,22 @@ def tiny_teacher() -> LlamaForCausalLM:
     return tiny_llama(dropout=0.0, seed=1)
 
 
+def tiny_smaller() -> LlamaForCausalLM:
+    """A Llama of half the width and depth of `tiny_llama`, with heads of the same size."""
+    return _resized_llama(hidden_size=8, intermediate_size=16, num_hidden_layers=2, heads=1)
+
+
+def tiny_larger() -> LlamaForCausalLM:
+    """A Llama of twice the width and depth of `tiny_llama`, with heads of the same size."""
+    return _resized_llama(hidden_size=32, intermediate_size=64, num_hidden_layers=8, heads=4)
+
+
+def _resized_llama(heads: int, **sizes: int) -> LlamaForCausalLM:
+    config = tiny_llama(dropout=0.0).config
+    config.update(sizes | {"num_attention_heads": heads, "num_key_value_heads": heads})
+    return _seeded(LlamaForCausalLM, config, torch.float32, seed=1)
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """Reads numbers below the vocabulary's size; 0 is padding and 1 the mask."""
     words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="2"))

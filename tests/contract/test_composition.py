@@ -29,12 +29,14 @@ OWNERS = {slot: [name for name, kind in KINDS.items() if slot in kind.answers()]
 # No slots: one does away with what the other reads; each replaces the layers; each says what the weights are, or were.
 OWNERS["logits"] = ["ChunkedCrossEntropy", "Distillation"]
 OWNERS["layers"] = ["Float8Training", "Int8Training", "LowRankTraining"]
-OWNERS["first values"] = ["DepthScaledInit", "ZeroInitResidual"]
+OWNERS["first values"] = ["DepthScaledInit", "ExpandFrom", "ZeroInitResidual"]
+OWNERS["whole model"] = ["ExpandFrom", "LoRA"]
 OWNERS["weights"] = ["LoRA", "LowRankTraining", "SparseTraining"]
 RULES = {
     "logits": "reads the logits, which are not there. Leave one",
     "layers": "no plain nn.Linear|no trainable linear layer",
     "first values": "gives the model its first values, too. Keep one",
+    "whole model": "adapters are trained and saved without the model|the axes of its parameters are known for",
     "weights": "Leave one out|no trainable linear layer",
 }
 FREE = [name for name in KINDS if not any(name in owners for owners in OWNERS.values())]

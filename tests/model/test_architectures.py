@@ -22,6 +22,8 @@ FIELDS = {
     "LowRankTraining": {"tolerance": 10.0},
 }
 """For runs of four steps, by technique; defaults elsewhere."""
+DONORS = {"ExpandFrom": {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 1}}
+"""Sizes of the model of the same architecture that a technique starts from."""
 HEADING = """# Techniques of the model, by architecture
 
 <!-- Written by pytest tests/model/test_architectures.py --write-docs, from what ran. -->
@@ -32,10 +34,21 @@ Qwen3, and ResNet has batch norm.
 """
 
 
+def donor_of(name, architecture):
+    """The folder of the checkpoint that a technique starts from, in the working directory; none for others."""
+    if name not in DONORS or architecture in ("T5", *IMAGES):
+        return {}
+    sizes = DONORS[name] | (
+        {"num_key_value_heads": DONORS[name]["num_attention_heads"]} if architecture == "Qwen" else {}
+    )
+    tiny(architecture, **sizes).save_pretrained("donor")
+    return {"checkpoint": "donor"}
+
+
 def outcome(name, architecture, directory):
     """``works``, after a run in which the technique took effect, or why it was refused."""
     kind = KINDS[name]
-    technique = kind(**(kind.probe_fields | FIELDS.get(name, {})))
+    technique = kind(**(kind.probe_fields | FIELDS.get(name, {}) | donor_of(name, architecture)))
     modality = "image" if architecture in IMAGES else "masked text" if architecture in MASKED else "text"
     try:
         trainer = tiny_trainer([technique], directory, model=tiny(architecture), modality=modality, max_steps=4)
@@ -61,7 +74,8 @@ def table(request):
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("name", KINDS)
-def test_it_works_or_is_refused_as_the_table_says(name, architecture, table, tmp_path, request):
+def test_it_works_or_is_refused_as_the_table_says(name, architecture, table, tmp_path, request, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     found = outcome(name, architecture, tmp_path)
     if request.config.getoption("write_docs"):
         table[name, architecture] = found

@@ -38,3 +38,12 @@ class FirstValues(Technique):
     def write(self, model: Any) -> None:
         """Give the model its first values, in place; ValueError where this cannot be done."""
         raise NotImplementedError
+
+
+def refuse_adapters(technique: Technique, model: Any) -> None:
+    """Raise ValueError where adapters were put on top of the first values, which are then neither trained nor saved."""
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            f"{technique!r}: adapters are trained and saved without the model under them, whose values are new. Leave "
+            "one of the two out."
+        )

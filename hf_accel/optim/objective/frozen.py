@@ -29,7 +29,10 @@ def load_frozen(technique: Technique, source: str) -> PreTrainedModel:
     if is_deepspeed_zero3_enabled():
         raise ValueError(f"{technique!r}: under ZeRO-3 {source!r} would be sharded and never gathered. Use ZeRO-2.")
     by_function = ":" in source and not Path(source).exists()
-    model = _call(technique, source) if by_function else _load(technique, source, student.dtype)
+    try:
+        model = called(source) if by_function else _load(source, student.dtype)
+    except ValueError as error:
+        raise ValueError(f"{technique!r}: {error}") from None
     check_same_classes(technique, source, model, student)
     _check_same_tokens(technique, source, host.processing_class)
     return freeze(model).to(host.args.device)  # type: ignore[arg-type]
@@ -72,7 +75,7 @@ def _num_classes(config: Any, tokens: bool) -> int:
     return config.get_text_config().vocab_size if tokens else config.num_labels
 
 
-def _load(technique: Technique, source: str, dtype: torch.dtype) -> PreTrainedModel:
+def _load(source: str, dtype: torch.dtype) -> PreTrainedModel:
     try:
         architecture = (AutoConfig.from_pretrained(source).architectures or ["none"])[0]
         kind = getattr(transformers, architecture, None)
@@ -81,19 +84,18 @@ def _load(technique: Technique, source: str, dtype: torch.dtype) -> PreTrainedMo
         return kind.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{technique!r}: {source!r} cannot be loaded ({reason}). Give the folder or the id of a model."
-        ) from None
+        raise ValueError(f"{source!r} cannot be loaded ({reason}). Give the folder or the id of a model.") from None
 
 
-def _call(technique: Technique, source: str) -> PreTrainedModel:
+def called(source: str) -> PreTrainedModel:
+    """The model that a function gives, named by ``package.module:function``."""
     module, _, name = source.partition(":")
     try:
         model = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"{technique!r}: {source!r} gives no model ({error}). Name a function.") from None
+        raise ValueError(f"{source!r} gives no model ({error}). Name a function.") from None
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{technique!r}: {source!r} gives a {type(model).__name__}. It must give a PreTrainedModel.")
+        raise ValueError(f"{source!r} gives a {type(model).__name__}. It must give a PreTrainedModel.")
     return model
 
 
