@@ -148,7 +148,7 @@ def sizes_of(config: Any) -> Sizes:
 
 
 def axes_of(model: nn.Module) -> dict[str, tuple[Axis, ...]]:
-    """The axes of each parameter by name; ValueError where the architecture, or a parameter of it, is not known."""
+    """The axes of each parameter that is saved, by name; ValueError where the architecture, or a parameter of it, is not known."""
     if not isinstance(model, PreTrainedModel) or (known := FAMILIES.get(model.config.model_type)) is None:
         raise ValueError(
             f"{type(model).__name__}: the axes of its parameters are known for {', '.join(FAMILIES)} only. Leave it "
@@ -157,8 +157,10 @@ def axes_of(model: nn.Module) -> dict[str, tuple[Axis, ...]]:
     inputs: Any = model.get_input_embeddings()
     outputs: Any = model.get_output_embeddings()
     tied = outputs is not None and outputs.weight is inputs.weight
-    axes = {}
+    axes, saved = {}, model.state_dict().keys()
     for name, parameter in model.named_parameters():
+        if name not in saved:
+            continue
         words = next((words for end, words in known.items() if f".{name}".endswith(f".{end}")), None)
         if words is None or len(words.split()) != parameter.dim():
             raise ValueError(

@@ -121,10 +121,10 @@ def write_from(
     kinds, old_kinds = (getattr(m.config, "layer_types", None) for m in (model, donor))
     if kinds and old_kinds and kinds != (copied := [old_kinds[block] for block in blocks]):
         raise ValueError(f"its blocks are {kinds}, and those that they copy {copied}. Choose another depth.")
-    for (name, parameter), axes in zip(model.named_parameters(), axes_of(model).values(), strict=True):
+    for name, axes in axes_of(model).items():
         if (old := origin(name, path, blocks)) in lacking:
             continue
-        values = gathered(state[old], axes, sources)
+        parameter, values = model.get_parameter(name), gathered(state[old], axes, sources)
         if values.shape != parameter.shape:
             raise ValueError(f"{name} is {tuple(parameter.shape)}, and from the checkpoint {tuple(values.shape)}.")
         for dim, axis in enumerate(axes):
