@@ -148,7 +148,8 @@ def sizes_of(config: Any) -> Sizes:
 
 
 def axes_of(model: nn.Module) -> dict[str, tuple[Axis, ...]]:
-    """The axes of each parameter that is saved, by name; ValueError where the architecture, or a parameter of it, is not known."""
+    """The axes of each parameter that is saved, by name; ValueError where the architecture, or one of them, is
+    not known."""
     if not isinstance(model, PreTrainedModel) or (known := FAMILIES.get(model.config.model_type)) is None:
         raise ValueError(
             f"{type(model).__name__}: the axes of its parameters are known for {', '.join(FAMILIES)} only. Leave it "
