@@ -65,9 +65,13 @@ class FlopMeter:
         known = self._known.setdefault(kind, {})
         if (flops := _read_off(known, squares)) is not None:
             return run(), flops
+        result, known[squares] = self.count(run)
+        return result, known[squares]
+
+    def count(self, run: Callable[[], Result]) -> tuple[Result, Flops]:
+        """What ``run`` returns, and what it took, counted while it runs."""
         with Counting() as counting:
             result = run()
-        known[squares] = counting.flops
         return result, counting.flops
 
     def state_dict(self) -> dict[str, list[list[float]]]:

@@ -26,6 +26,7 @@ from transformers import EvalPrediction, PrinterCallback, Trainer, TrainerCallba
 
 from hf_accel import losses
 from hf_accel.clock import parse_budget
+from hf_accel.compare.operations import Operations
 from hf_accel.compare.workloads import build_workload
 from hf_accel.receipt import Receipt, peak_memory_bytes
 from hf_accel.recipe import Recipe
@@ -55,9 +56,11 @@ class SetUp(TrainerCallback):
 
     def __init__(self, meter: Meter):
         self.meter, self.seconds = meter, {}
+        self.counting: dict[str, float] = {}
+        """Seconds until this moment of the counting of operations, which are not the run's."""
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.seconds = self.seconds or self.meter.seconds()
+        self.seconds = self.seconds or without(self.meter.seconds(), self.counting)
 
 
 def measure(run: dict[str, Any]) -> dict[str, Any]:
@@ -86,22 +89,29 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         meter = Meter()
         set_up = SetUp(meter)
         trainer = make_trainer(task, args, recipe, run["budget"], set_up, hosted=run.get("hosted", False))
-        trainer.train()
-        section = meter.seconds()
+        operations = Operations(trainer)
+        set_up.counting = operations.spent
+        operations.train(trainer)
+        section = without(meter.seconds(), operations.spent)
         meter = Meter()
         metrics = trainer.evaluate()
-    evaluation = meter.seconds()
+    evaluation, receipt = meter.seconds(), receipt_of(trainer)
     return {
         "status": "finished",
         "metrics": {name: value for name, value in metrics.items() if isinstance(value, int | float)},
-        "costs": section | work_done(trainer),
-        "uncharged": {"preparation": prepared, "evaluation": evaluation},
+        "costs": section | work_done(trainer) | {"flops": operations.executed},
+        "uncharged": {"preparation": prepared, "evaluation": evaluation, "counting": operations.spent},
         "set_up": set_up.seconds,
         "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
-        "phases": {} if (receipt := receipt_of(trainer)) is None else receipt.seconds,
-        "techniques": [] if receipt is None else receipt.techniques,
+        "phases": {name: seconds for name, seconds in receipt.seconds.items() if name != "counting"} if receipt else {},
+        "techniques": receipt.techniques if receipt else [],
         "log": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
     }
+
+
+def without(seconds: dict[str, float], others: dict[str, float]) -> dict[str, float]:
+    """Seconds less others of the same names."""
+    return {name: value - others.get(name, 0.0) for name, value in seconds.items()}
 
 
 HARNESS = {
@@ -184,7 +194,7 @@ def receipt_of(trainer: Trainer) -> Receipt | None:
 
 
 def work_done(trainer: Trainer) -> dict[str, float]:
-    """Steps, samples, tokens and FLOPs; tokens are 0 where nobody counted them."""
+    """Steps, samples and tokens; these are 0 where nobody counted them."""
     if (receipt := receipt_of(trainer)) is not None:
         counts = {"steps": receipt.steps, "samples": receipt.samples, "tokens": receipt.tokens}
     else:
@@ -192,7 +202,7 @@ def work_done(trainer: Trainer) -> dict[str, float]:
         size = trainer.args.train_batch_size * trainer.args.gradient_accumulation_steps
         epochs, rest = divmod(steps, math.ceil(length / size))
         counts = {"steps": steps, "samples": epochs * length + rest * size, "tokens": 0}
-    return {name: float(count) for name, count in counts.items()} | {"flops": float(trainer.state.total_flos)}
+    return {name: float(count) for name, count in counts.items()}
 
 
 def run_job(job: dict[str, Any]) -> None:

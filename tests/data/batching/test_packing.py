@@ -116,7 +116,9 @@ def test_losses_and_gradient_of_each_example_are_those_of_the_padded_batch(kind,
         per_example = torch.empty(6)
         per_example[expected] = losses.per_example(6)
         found.append((per_example, head.count(inputs), [p.grad.clone() for p in model.parameters()]))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-9, atol=1e-12)
+    in_float32 = attention == "eager"  # the softmax of Llama, whatever the dtype of the model
+    rtol, atol = (1e-5, 1e-5) if in_float32 else (1e-9, 1e-12)
+    torch.testing.assert_close(found[0], found[1], rtol=rtol, atol=atol)
 
 
 def test_nothing_crosses_between_examples_or_from_the_padding():

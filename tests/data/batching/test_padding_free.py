@@ -80,7 +80,9 @@ def test_loss_and_gradient_are_those_of_the_padded_batch(kind, fields, attention
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
         loss.backward()
         losses.append((loss.detach(), [p.grad.clone() for p in model.parameters()]))
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-9, atol=1e-12)
+    in_float32 = attention == "eager" and kind != "gpt2"  # the softmax of these, whatever the dtype of the model
+    rtol, atol = (1e-5, 1e-5) if in_float32 else (1e-9, 1e-12)
+    torch.testing.assert_close(losses[0], losses[1], rtol=rtol, atol=atol)
 
 
 def test_the_row_is_that_of_the_definition():
