@@ -22,7 +22,10 @@ FIELDS = {
     "LowRankTraining": {"tolerance": 10.0},
 }
 """For runs of four steps, by technique; defaults elsewhere."""
-DONORS = {"ExpandFrom": {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 1}}
+DONORS = {
+    "ExpandFrom": {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 4, "num_attention_heads": 1},
+    "ShrinkFrom": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 8, "num_attention_heads": 4},
+}
 """Sizes of the model of the same architecture that a technique starts from."""
 HEADING = """# Techniques of the model, by architecture
 
