@@ -14,8 +14,8 @@ or some at equal distances.  The function is another one than the checkpoint's: 
 from, which the paper finds better than random values, most of all on little data.  The optimizer starts anew.
 
 Reference: Xu et al. (2023), Initializing Models with Larger Ones, https://arxiv.org/abs/2311.18823, whose defaults
-these are; blocks at equal distances: Sanh et al. (2019), DistilBERT, https://arxiv.org/abs/1910.01108.  Departure: heads
-stay whole, where the paper selects elements without regard to them.
+these are; blocks at equal distances: Sanh et al. (2019), DistilBERT, https://arxiv.org/abs/1910.01108.  Departure:
+heads stay whole, where the paper selects elements without regard to them.
 
 When to use: a small model of Llama, Mistral, Qwen, GPT-2, BERT or RoBERTa is to be trained, and a larger one of the
 same family and vocabulary is there; with `Distillation` from the larger one.
