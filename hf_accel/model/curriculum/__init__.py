@@ -1,5 +1,6 @@
-"""What part of the model is trained, and when."""
+"""What part of the model is trained or computed, and when."""
 
+from hf_accel.model.curriculum.layer_drop import LayerDrop
 from hf_accel.model.curriculum.layer_freezing import LayerFreezing
 
-__all__ = ["LayerFreezing"]
+__all__ = ["LayerDrop", "LayerFreezing"]

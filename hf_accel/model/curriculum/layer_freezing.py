@@ -45,6 +45,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_accel.memory import random_state_kept
+from hf_accel.model.around import refuse_waiting_ddp
 from hf_accel.model.blocks import block_lists
 from hf_accel.stream import StepPlan, StepReader, StepStream
 from hf_accel.technique import Fraction, State, Technique
@@ -120,16 +121,12 @@ class LayerFreezing(Technique):
     variations: ClassVar = {"start": 0.75, "threshold": 0.25}
     refused_backends: ClassVar = {"zero": "frozen weights go on moving in its flat partitions"}
 
-    def on_train_begin(self, args, state, control, model=None, train_dataloader=None, **kwargs):
+    def on_train_begin(self, args, state, control, model: Any = None, train_dataloader: Any = None, **kwargs):
         if args.deepspeed_plugin is not None:
             raise ValueError(
                 f"{self!r}: under DeepSpeed ZeRO, frozen weights go on moving. Use DDP or FSDP, or drop it."
             )
-        if args.world_size > 1 and args.ddp_find_unused_parameters is False:
-            raise ValueError(
-                f"{self!r}: with ddp_find_unused_parameters=False, DDP waits for the gradients of frozen blocks. "
-                "Leave it unset."
-            )
+        refuse_waiting_ddp(self, args, model)
         if args.gradient_checkpointing and (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(
                 f"{self!r}: reentrant checkpointing gives no gradient to blocks above frozen ones. "

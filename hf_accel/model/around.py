@@ -1,0 +1,76 @@
+"""What runs around the calls of a model's blocks, and may leave a call out.
+
+A block's class is replaced by a subclass, in whose ``__call__`` the given functions run: outside of hooks, of
+activation checkpointing and of what FSDP2 gathers, so that a block that is not called costs nothing.  Copies of the
+model, by ``copy.deepcopy`` or pickle, are of the class as it was.
+
+Where a part of the blocks gets no gradient, `refuse_waiting_ddp` says when that would hang.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from hf_accel.technique import Technique
+
+Around = Callable[[Callable[..., Any], tuple, dict[str, Any]], Any]
+"""Given a call and its arguments, gives its result."""
+
+
+def surround(block: nn.Module, around: Around) -> Callable[[], None]:
+    """Have ``around`` run in the place of every call of a block, around those that do already; gives what ends it."""
+    kind: Any = type(block)
+    if "_arounds" not in vars(kind):
+        kind = type(kind.__name__, (_Surrounded, kind), {"__module__": kind.__module__, "_arounds": []})
+        block.__class__ = kind
+    kind._arounds.append(around)
+
+    def end() -> None:
+        kind._arounds.remove(around)
+        if not kind._arounds and type(block) is kind:
+            block.__class__ = kind.__mro__[2]
+
+    return end
+
+
+class _Surrounded:
+    _arounds: list[Around]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = super().__call__  # type: ignore[misc]
+        for around in self._arounds:
+            call = functools.partial(_call_around, around, call)
+        return call(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *state = super().__reduce_ex__(protocol)
+        return copyreg._reconstructor, (type(self).__mro__[2], object, None), *state  # type: ignore[attr-defined]
+
+
+def _call_around(around: Around, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return around(call, args, kwargs)
+
+
+def hidden_states(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What a block is called on: its first argument."""
+    return args[0] if args else kwargs[next(iter(inspect.signature(block.forward).parameters))]
+
+
+def refuse_waiting_ddp(technique: Technique, args: Any, model: nn.Module) -> None:
+    """Raise ValueError where DDP would wait for gradients that do not come."""
+    if args.world_size == 1 or any(isinstance(module, FSDPModule) for module in model.modules()):
+        return
+    finds = args.ddp_find_unused_parameters
+    if finds is False or (finds is None and args.gradient_checkpointing):
+        why = "False" if finds is False else "None and checkpointing"
+        raise ValueError(
+            f"{technique!r}: with ddp_find_unused_parameters={why}, DDP waits for the gradients of blocks that have "
+            "none. Set it to True."
+        )
