@@ -37,6 +37,9 @@ class AccelArguments:
     allow_changes: bool = field(
         default=False, metadata={"help": "Allow to resume with other techniques than the checkpoint was made with."}
     )
+    async_checkpoints: bool = field(
+        default=False, metadata={"help": "Write checkpoints while training goes on; not under DeepSpeed."}
+    )
 
     def __post_init__(self) -> None:
         if self.micro_batch_size not in (None, "auto"):
@@ -60,4 +63,5 @@ class AccelArguments:
             "techniques": techniques,
             "micro_batch_size": size if size in (None, "auto") else int(size),
             "allow_changes": self.allow_changes,
+            "async_checkpoints": self.async_checkpoints,
         }

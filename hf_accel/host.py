@@ -46,7 +46,9 @@ RELIED_ON = {
     "_remove_unused_columns": "dataset description",
     "_run_epoch": "model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
     "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
+    "_save": "output_dir state_dict",
     "_save_checkpoint": "model trial",
+    "_save_optimizer_and_scheduler": "output_dir",
     "_track_num_input_tokens": "inputs",
     "call_model_init": "trial",
     "compute_loss": "model inputs return_outputs num_items_in_batch",

@@ -31,10 +31,13 @@ class Hosting(Host):
     model: Any
     model_wrapped: Any
     accelerator: Any
+    optimizer: Any
+    lr_scheduler: Any
 
     recipe: Recipe
     techniques: list[Technique]
     allow_changes: bool
+    async_checkpoints: bool
     requested_micro_batch_size: int | Literal["auto"] | None
     micro_batch_size: int
     nominal_batch_size: int
@@ -85,6 +88,8 @@ class Hosting(Host):
         self._micro: MicroBatch | None = None
         self._swapped = False
         self._made_optimizer = False
+        self._parts: Any = None
+        self._writing: Any = None
 
     def _find_owner(self, slot: str) -> Technique | None:
         owners = [t for t in self.techniques if slot in t.answers()]

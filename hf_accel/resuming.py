@@ -18,16 +18,17 @@ from transformers.utils import logging
 from hf_accel import batch_norm, weights
 from hf_accel import checkpoint as ckpt
 from hf_accel.clock import CONTINUOUS
-from hf_accel.stepping import Stepping
+from hf_accel.saving import Saving, clear
 from hf_accel.technique import Technique
 
 logger = logging.get_logger(__name__)
 
 
-class Resuming(Stepping):
+class Resuming(Saving):
     """Answers Trainer where it saves checkpoints and goes on from them."""
 
     def _save_checkpoint(self, model, trial):
+        self.finish_saving()
         began = self.clock.seconds
         run_dir = self._get_output_dir(trial=trial)
         directory = Path(run_dir, f"checkpoint-{self.state.global_step}")
@@ -37,13 +38,18 @@ class Resuming(Stepping):
             try:
                 self._write_checkpoint(model, trial, run_dir, directory)
             except (OSError, SafetensorError, RuntimeError) as error:
+                self._parts = None
                 raise ckpt.CheckpointError(self._not_written(directory, error)) from error
-        self.saving_seconds = self.clock.seconds - began
+        if self._writing is None:
+            self.saving_seconds = self.clock.seconds - began
 
     def _write_checkpoint(self, model: Any, trial: Any, run_dir: str, directory: Path) -> None:
+        began = self.clock.seconds
         if self.args.should_save:
             ckpt.mark_incomplete(directory)
+            clear(directory)
         self.accelerator.wait_for_everyone()
+        self._begin_parts()
         limit, self.args.save_total_limit = self.args.save_total_limit, None
         try:
             super()._save_checkpoint(model, trial)  # rotates nothing: the new checkpoint is not complete yet
@@ -51,13 +57,42 @@ class Resuming(Stepping):
             self.args.save_total_limit = limit
         self._save_state(directory)
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
-            ckpt.mark_complete(directory)
-            if self.args.push_to_hub:
-                self._push_from_checkpoint(str(directory))
-            rotate_checkpoints(run_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+        best = self.state.best_model_checkpoint
 
-    def _not_written(self, directory: Path, error: Exception) -> str:
+        def complete() -> None:
+            ckpt.mark_complete(directory)
+            rotate_checkpoints(run_dir, limit, best, use_mtime=True)
+
+        if self._parts is not None:
+            future = self._finish_in_background(complete)
+            future.add_done_callback(lambda future: self._say_at_once(directory, *future.result()))
+            self._writing = directory, began, future
+        elif self.args.should_save:
+            complete()
+            self._push_complete(directory)
+
+    def finish_saving(self) -> None:
+        """Wait until the checkpoint that is being written is whole; raise where it could not be written."""
+        if self._writing is None:
+            return
+        (directory, began, future), self._writing = self._writing, None
+        with self.stopwatch.charge("saving"):
+            error, ended = future.result()
+        if error is not None:
+            raise ckpt.CheckpointError(self._not_written(directory, error))
+        self.saving_seconds = ended - began
+        self._push_complete(directory)
+
+    def _say_at_once(self, directory: Path, error: str | None, ended: float) -> None:
+        """Log what went wrong; it is raised where all ranks meet, at the next checkpoint or the end of the run."""
+        if error is not None and self.args.should_save:
+            logger.error(self._not_written(directory, error))
+
+    def _push_complete(self, directory: Path) -> None:
+        if self.args.should_save and self.args.push_to_hub:
+            self._push_from_checkpoint(str(directory))
+
+    def _not_written(self, directory: Path, error: Exception | str) -> str:
         """The sentence for a checkpoint that a full disk, say, has kept from being written."""
         whole, _ = ckpt.newest_complete(directory.parent)
         remedy = f"resume from {whole}, which is whole" if whole else "start anew: there is no whole one yet"
@@ -82,7 +117,7 @@ class Resuming(Stepping):
         states = {scope: [t.state_dict(scope) for t in self.techniques] for scope in ("global", "rank")}
         if self.args.should_save:
             if averages is not None:
-                ckpt.save_averaged(directory, averages)
+                self._write(ckpt.save_averaged, directory, averages)
             state: dict[str, Any] = {
                 "run_id": self.run_id,
                 "world_size": self.args.world_size,
@@ -96,10 +131,11 @@ class Resuming(Stepping):
             }
             if self.stream is not None:
                 state["stream"] = self.stream.state_dict()
-            ckpt.save_state(directory, ckpt.STATE, state)
+            self._write(ckpt.save_state, directory, ckpt.STATE, state)
             self._write_papers(directory)
         if any(states["rank"]):
-            ckpt.save_state(directory, f"accel_rank{self.args.process_index}", {"states": states["rank"]})
+            own = f"accel_rank{self.args.process_index}"
+            self._write(ckpt.save_state, directory, own, {"states": states["rank"]})
 
     def _checkpoint_to_resume(self, resume: str | bool | None) -> str | None:
         """The checkpoint to go on from: the given one, or the newest whole one."""
@@ -252,7 +288,8 @@ class Resuming(Stepping):
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         self._loaded_from = resume_from_checkpoint
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        with self._reading(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _issue_warnings_after_load(self, load_result):
         if load_result.missing_keys and load_result.unexpected_keys and isinstance(self.model, PreTrainedModel):
@@ -263,7 +300,8 @@ class Resuming(Stepping):
 
     def _load_best_model(self):
         self._loaded_from = self.state.best_model_checkpoint
-        super()._load_best_model()
+        with self._reading(self._loaded_from):
+            super()._load_best_model()
         averages = ckpt.load_averaged(str(self.state.best_model_checkpoint))
         if averages is not None and self._owners["averaging"] is not None:
             weights.swap(self.model, weights.scatter(self.model, averages))

@@ -49,6 +49,9 @@ class AccelTrainerMixin(Updating, Resuming):
             ``"auto"``: the largest that fits, found by halving.  The examples of an update stay
             ``per_device_train_batch_size x gradient_accumulation_steps x ranks``.
         allow_changes: Resume although the checkpoint was written with other techniques.
+        async_checkpoints: Write checkpoints while training goes on (`hf_accel.saving`), on one process, under DDP and
+            FSDP2; weights and optimizer state are copied to the CPU for it.  Any run resumes from them, with it or
+            without.
         example_loss_func: ``(outputs, inputs) -> losses_B`` for models or trainers whose loss is none of the common
             heads', or a `losses.Head`.
     """
@@ -62,6 +65,7 @@ class AccelTrainerMixin(Updating, Resuming):
         recipe: Recipe | str | Path | None = None,
         micro_batch_size: int | Literal["auto"] | None = None,
         allow_changes: bool = False,
+        async_checkpoints: bool = False,
         example_loss_func: Callable | losses.Head | None = None,
         callbacks: Sequence[Any] | None = None,
         **kwargs: Any,
@@ -75,6 +79,7 @@ class AccelTrainerMixin(Updating, Resuming):
             args = self.recipe.merge_args(args)
             techniques = [*self.recipe.build_techniques(), *techniques]
         self._host(techniques, micro_batch_size, allow_changes, example_loss_func)
+        self.async_checkpoints = async_checkpoints
         args = self._prepared_args(args or TrainingArguments("tmp_trainer"), kwargs.get("train_dataset"))
         others = [callback for callback in given if not isinstance(callback, Technique)]
         kwargs["callbacks"] = [*others, *self.techniques]
@@ -113,6 +118,7 @@ class AccelTrainerMixin(Updating, Resuming):
         """What can only be said once Trainer is built: the model, the loss, the size of a step."""
         if self.streamed:
             host.refuse_stream_hosts(self)
+        self._refuse_asynchronous()
         self._replace_model()
         if self._owners["averaging"] is not None:
             batch_norm.refuse_iterables(self)
@@ -168,6 +174,7 @@ class AccelTrainerMixin(Updating, Resuming):
     # The run --------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
+        self.finish_saving()  # of a run that was interrupted
         self.stopwatch.seconds.clear()
         self._skipped_steps = 0
         self._trained_samples = 0.0
@@ -329,6 +336,7 @@ class AccelTrainerMixin(Updating, Resuming):
         self._write_papers(output_dir or self.args.output_dir)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
+        self.finish_saving()
         self.clock.spent["tokens"] += self._count_tokens()
         self._flush_observations()
         self._final_learning_rate = self._get_learning_rate()
@@ -397,6 +405,7 @@ def attach(
     *,
     micro_batch_size: int | Literal["auto"] | None = None,
     allow_changes: bool = False,
+    async_checkpoints: bool = False,
     example_loss_func: Callable | losses.Head | None = None,
 ) -> None:
     """Equip an existing trainer, before ``train()``; arguments as of `AccelTrainerMixin`."""
@@ -411,6 +420,7 @@ def attach(
     assert isinstance(trainer, AccelTrainerMixin)
     trainer.recipe = Recipe()
     trainer._host(techniques, micro_batch_size, allow_changes, example_loss_func)
+    trainer.async_checkpoints = async_checkpoints
     args = trainer._prepared_args(trainer.args, trainer.train_dataset)
     rebuilt = host.accelerator_differs(trainer.args, args)
     trainer.args = args

@@ -24,7 +24,12 @@ def test_beside_training_arguments(tmp_path):
         "Budget(limit='1epoch')",
         "Budget(limit='2min')",
     ]
-    assert given == {"recipe": None, "micro_batch_size": 4, "allow_changes": True}
+    assert given == {
+        "recipe": None,
+        "micro_batch_size": 4,
+        "allow_changes": True,
+        "async_checkpoints": False,
+    }
 
 
 def test_without_options_nothing_is_asked_for():
@@ -34,6 +39,7 @@ def test_without_options_nothing_is_asked_for():
         "techniques": [],
         "micro_batch_size": None,
         "allow_changes": False,
+        "async_checkpoints": False,
     }
 
 

@@ -91,15 +91,17 @@ def test_killed_at_random_steps_on_two_ranks(tmp_path):
         assert largest_difference(weights, again) == 0.0
 
 
-def test_killed_inside_a_save(tmp_path):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_killed_inside_a_save(tmp_path, asynchronous):
     """Twenty kills at writes that are spread over a save: a whole checkpoint is found every time."""
     events = multiprocessing.get_context("fork").Value("i", 0)
-    in_a_child(_train_counting_writes, tmp_path / "count", events, None)
+    in_a_child(_train_counting_writes, tmp_path / "count", events, None, asynchronous)
     total = events.value
     assert total >= 20
     for i in range(20):
         directory = tmp_path / f"killed{i}"
-        assert in_a_child(_train_counting_writes, directory, events, 1 + i * (total - 1) // 19) == -signal.SIGKILL
+        dies_at = 1 + i * (total - 1) // 19
+        assert in_a_child(_train_counting_writes, directory, events, dies_at, asynchronous) == -signal.SIGKILL
         whole, _ = ckpt.newest_complete(directory)
         assert whole is not None and ckpt.whats_wrong(whole) is None
         assert whole.name in ("checkpoint-3", "checkpoint-6")
@@ -109,9 +111,10 @@ def test_killed_inside_a_save(tmp_path):
     assert again.state.global_step == 7
 
 
-def _train_counting_writes(directory, events, dies_at):
+def _train_counting_writes(directory, events, dies_at, asynchronous):
     """Train for 6 steps, saving at 3 and 6; die at a write of the second save."""
     trainer = tiny_trainer(six(), directory, save_strategy="steps", save_steps=3, save_total_limit=1, max_steps=6)
+    trainer.async_checkpoints = asynchronous
     saving, seen = [False], [0]
 
     def audit(event, arguments):
@@ -130,6 +133,7 @@ def _train_counting_writes(directory, events, dies_at):
     def saved(model, trial):
         saving[0] = trainer.state.global_step == 6
         save(trainer, model, trial)
+        trainer.finish_saving()
         saving[0] = False
 
     trainer._save_checkpoint = saved
