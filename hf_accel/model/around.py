@@ -4,7 +4,8 @@ A block's class is replaced by a subclass, in whose ``__call__`` the given funct
 activation checkpointing and of what FSDP2 gathers, so that a block that is not called costs nothing.  Copies of the
 model, by ``copy.deepcopy`` or pickle, are of the class as it was.
 
-Where a part of the blocks gets no gradient, `refuse_waiting_ddp` says when that would hang.
+Techniques that draw for each example draw by `Keys`.  Where a part of the blocks gets no gradient,
+`refuse_waiting_ddp` says when that would hang.
 """
 
 from __future__ import annotations
@@ -12,11 +13,12 @@ from __future__ import annotations
 import copyreg
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from transformers import TrainingArguments
 
 from hf_accel.technique import Technique
 
@@ -24,13 +26,17 @@ Around = Callable[[Callable[..., Any], tuple, dict[str, Any]], Any]
 """Given a call and its arguments, gives its result."""
 
 
-def surround(block: nn.Module, around: Around) -> Callable[[], None]:
-    """Have ``around`` run in the place of every call of a block, around those that do already; gives what ends it."""
+def surround(block: nn.Module, around: Around, *, innermost: bool = False) -> Callable[[], None]:
+    """Have ``around`` run in the place of every call of a block; gives what ends it.
+
+    Args:
+        innermost: Whether it runs inside of those that run already, and not around them.
+    """
     kind: Any = type(block)
     if "_arounds" not in vars(kind):
         kind = type(kind.__name__, (_Surrounded, kind), {"__module__": kind.__module__, "_arounds": []})
         block.__class__ = kind
-    kind._arounds.append(around)
+    kind._arounds.insert(0 if innermost else len(kind._arounds), around)
 
     def end() -> None:
         kind._arounds.remove(around)
@@ -42,6 +48,7 @@ def surround(block: nn.Module, around: Around) -> Callable[[], None]:
 
 class _Surrounded:
     _arounds: list[Around]
+    """From the innermost to the outermost."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = super().__call__  # type: ignore[misc]
@@ -61,6 +68,43 @@ def _call_around(around: Around, call: Callable[..., Any], *args: Any, **kwargs:
 def hidden_states(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
     """What a block is called on: its first argument."""
     return args[0] if args else kwargs[next(iter(inspect.signature(block.forward).parameters))]
+
+
+class Keys:
+    """What the rows of a batch draw by: the ids of their examples where these are known, else places in the step.
+
+    Args:
+        technique: That draws.
+        args: Of the trainer.
+        step: Number of the step.
+    """
+
+    def __init__(self, technique: Technique, args: TrainingArguments, step: int):
+        self.host: Any = technique.host_
+        self.of_step = args.seed, step
+        self.first_row = args.process_index * args.per_device_train_batch_size
+        self.rows_of_a_pass = args.world_size * args.per_device_train_batch_size
+        self.passes = 0
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the ids of examples are known."""
+        return self.host is not None and self.host.stream is not None
+
+    def of_examples(self, model: Any, inputs: Mapping[str, Any]) -> list[int] | None:
+        """A key for each example of the pass that begins; None in evaluation, and where a step is only scored."""
+        if not model.training or (self.streamed and self.host._micro is None):
+            return None
+        if self.streamed:
+            return self.of_micro_batch()
+        rows = len(inputs[getattr(model, "main_input_name", "input_ids")])
+        start = self.passes * self.rows_of_a_pass + self.first_row
+        self.passes += 1
+        return list(range(start, start + rows))
+
+    def of_micro_batch(self) -> list[int]:
+        """A key for each example of the micro-batch that the stream has given."""
+        return [i % 2**32 for i in self.host._micro.ids_B.tolist()]
 
 
 def refuse_waiting_ddp(technique: Technique, args: Any, model: nn.Module) -> None:

@@ -2,5 +2,6 @@
 
 from hf_accel.model.curriculum.layer_drop import LayerDrop
 from hf_accel.model.curriculum.layer_freezing import LayerFreezing
+from hf_accel.model.curriculum.stochastic_depth import StochasticDepth
 
-__all__ = ["LayerDrop", "LayerFreezing"]
+__all__ = ["LayerDrop", "LayerFreezing", "StochasticDepth"]

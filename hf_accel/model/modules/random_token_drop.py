@@ -25,9 +25,10 @@ but gaps.  Shapes change with the share: a compiled model is compiled again.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -37,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_accel.losses import examples_of, unwrapped
+from hf_accel.model.around import Keys, surround
 from hf_accel.model.blocks import block_lists
 from hf_accel.technique import State, Technique
 
@@ -120,20 +122,11 @@ class RandomTokenDrop(Technique):
         self.counts_ = {"kept": 0, "all": 0}
         self.batch_: tuple[Tensor | None, Tensor | None, list[int]] | None = None
         self.drawn_: dict[int, Tensor | None] = {}
-        self.whole_: dict[int, Tensor] = {}
-        self.passes_ = 0
+        self.keys_: Keys | None = None
         self.parameters_ = list(inspect.signature(blocks[0].forward).parameters)
-        # Functions of their own, for copies of the model are not to copy the technique as well.
-        self.hooks_ = [
-            model.register_forward_pre_hook(lambda _, args, inputs: self._see(model, inputs), with_kwargs=True)
-        ]
-        for i, block in enumerate(blocks[1:-1], 1):
-            self.hooks_ += [
-                block.register_forward_pre_hook(
-                    lambda _, args, kwargs, i=i: self._gather(i, args, kwargs), with_kwargs=True
-                ),
-                block.register_forward_hook(lambda _, args, output, i=i: self._scatter(i, output)),
-            ]
+        # A function of its own, for copies of the model are not to copy the technique as well.
+        self.hook_ = model.register_forward_pre_hook(lambda _, args, inputs: self._see(model, inputs), with_kwargs=True)
+        self.ends_ = [surround(block, functools.partial(self._call, i)) for i, block in list(enumerate(blocks))[1:-1]]
 
     def _blocks(self, model: Any) -> nn.ModuleList:
         try:
@@ -154,34 +147,26 @@ class RandomTokenDrop(Technique):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.share_ = kept_share(self.progress(state), start=self.start, end=self.end)
-        self.key_ = (args.seed, state.global_step)
-        self.first_row_ = args.process_index * args.per_device_train_batch_size
-        self.rows_of_a_pass_ = args.world_size * args.per_device_train_batch_size
-        self.passes_ = 0
+        self.keys_ = Keys(self, args, state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.batch_ = None
 
     def on_train_end(self, args, state, control, **kwargs):
-        for hook in self.hooks_:
-            hook.remove()
+        self.hook_.remove()
+        for end in self.ends_:
+            end()
 
     def _see(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
         """Which examples are where in the batch that the model is given, and what they draw by: their ids where these
         are known, else their places in the step."""
         self.drawn_.clear()
         self.batch_ = None
-        host = self.host_
-        streamed = host is not None and host.stream is not None
-        if not model.training or (streamed and host._micro is None):  # all is seen where steps are only scored
+        keys = None if self.keys_ is None else self.keys_.of_examples(model, inputs)
+        if keys is None:
             return
-        if streamed:
-            keys, inputs = [i % 2**32 for i in host._micro.ids_B.tolist()], host._micro.inputs
-        else:
-            rows = len(inputs[getattr(model, "main_input_name", "input_ids")])
-            start = self.passes_ * self.rows_of_a_pass_ + self.first_row_
-            keys = list(range(start, start + rows))
-            self.passes_ += 1
+        if self.host_ is not None and self.host_.stream is not None:
+            inputs = self.host_._micro.inputs
         ids_RL = inputs.get("input_ids")
         if ids_RL is None:
             self.batch_ = None, None, keys
@@ -194,7 +179,7 @@ class RandomTokenDrop(Technique):
     def _draw(self, i: int, num_rows: int, length: int) -> Tensor | None:
         """The positions that a block keeps; None for all.  Once a pass, for checkpointing calls a block again."""
         if i not in self.drawn_:
-            assert self.batch_ is not None
+            assert self.batch_ is not None and self.keys_ is not None
             examples_RL, seen_RL, keys = self.batch_
             if examples_RL is None or seen_RL is None:
                 seen_RL = torch.ones(num_rows, length, dtype=torch.bool)
@@ -206,38 +191,31 @@ class RandomTokenDrop(Technique):
                 )
             kept_RK = None
             if self.share_ < 1:
-                generators = [np.random.default_rng((*self.key_, i, key)) for key in keys]
+                generators = [np.random.default_rng((*self.keys_.of_step, i, key)) for key in keys]
                 kept_RK = draw_kept(examples_RL, seen_RL, self.share_, generators)
             self.counts_["kept"] += num_rows * length if kept_RK is None else kept_RK.numel()
             self.counts_["all"] += num_rows * length
             self.drawn_[i] = kept_RK
         return self.drawn_[i]
 
-    def _gather(self, i: int, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    def _call(self, i: int, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.batch_ is None:
-            return args, kwargs
+            return call(*args, **kwargs)
         hidden_states = self.parameters_[0]
         whole_RLH = args[0] if args else kwargs[hidden_states]
         kept_RK = self._draw(i, *whole_RLH.shape[:2])
         if kept_RK is None:
-            return args, kwargs
+            return call(*args, **kwargs)
         kept_RK = kept_RK.to(whole_RLH.device, non_blocking=True)
-        self.drawn_[i] = kept_RK
-        self.whole_[i] = whole_RLH
         given = dict(zip(self.parameters_, args, strict=False)) | kwargs
         try:
             few = {name: argument_at_kept(name, given[name], kept_RK) for name in given if name != hidden_states}
         except ValueError as error:
             raise ValueError(f"{self!r}: {error}. Leave it out for this model.") from None
         few[hidden_states] = at_kept(whole_RLH, kept_RK, 1)
-        return tuple(few[name] for name in self.parameters_[: len(args)]), {name: few[name] for name in kwargs}
-
-    def _scatter(self, i: int, output: Any) -> Any:
-        if (whole_RLH := self.whole_.pop(i, None)) is None:
-            return output
+        output = call(*(few[name] for name in self.parameters_[: len(args)]), **{name: few[name] for name in kwargs})
         new_RKH, *rest = output if isinstance(output, tuple) else (output,)
-        kept_RK1 = self.drawn_[i][..., None]  # type: ignore[index]
-        mixed_RLH = whole_RLH.scatter(1, kept_RK1.expand(new_RKH.shape), new_RKH.to(whole_RLH.dtype))
+        mixed_RLH = whole_RLH.scatter(1, kept_RK[..., None].expand(new_RKH.shape), new_RKH.to(whole_RLH.dtype))
         return (mixed_RLH, *rest) if isinstance(output, tuple) else mixed_RLH
 
     def computation(self) -> Hashable:

@@ -1,0 +1,220 @@
+"""Stochastic depth: each example leaves out residual branches, the more the deeper they lie.
+
+Of the L blocks of a stack, or the residual branches of a ResNet, an example keeps block l (0 the first) with the
+probability
+
+    q_l = 1 - l / (L - 1) * (1 - keep)
+
+A block computes the examples that keep it, as a batch of their own, and no others, so that on average (1 - keep) / 2 of
+the computation is saved.  What it adds to their hidden states x is scaled,
+
+    x + (block(x) - x) / q_l    or, where the sum is followed by an activation,    branch(x) / q_l
+
+so that in expectation a stack adds what it adds in evaluation, where all blocks are computed as they are.  The draws
+are keyed by the seed, the step and the example: micro-batches and ranks make no difference.
+
+Reference: Huang et al. (2016), stochastic depth, https://arxiv.org/abs/1603.09382.  Departures: each example draws for
+itself, as is usual since; the first block is always kept, and the scale is that of training.  At least one example of a
+micro-batch is computed (two where there are batch norms); where none keeps a block, for nothing.
+
+When to use: long training of deep residual networks and vision transformers, where it is a regulariser first; the
+authors report 25 % less time.
+When not to use: short training; fine-tuning; micro-batches of few examples, where nothing is saved; with rows that hold
+several examples, which are dropped as one.  Batch norms see the kept examples alone.  Norms after the addition (BERT)
+are not normed any more by what is scaled.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+
+import annotated_types as at
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_accel.losses import unwrapped
+from hf_accel.model.around import Keys, surround
+from hf_accel.model.blocks import block_lists
+from hf_accel.technique import State, Technique
+
+
+class Place(NamedTuple):
+    """Where a block lies."""
+
+    block: nn.Module
+    stack: int
+    column: int
+    """Among the blocks of all stacks."""
+    keep: float
+    """How probably it is kept."""
+    is_branch: bool
+    """Whether it gives what is added, and not the sum."""
+
+    def rows(self, kept_R: np.ndarray) -> np.ndarray:
+        """Those that are computed, ascending: those that are kept, and where these are too few the first others."""
+        least = 1 + any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.block.modules())
+        needed = max(int(kept_R.sum()), min(least, len(kept_R)))
+        return np.sort(np.argsort(~kept_R, kind="stable")[:needed])
+
+
+def keep_probabilities(num_blocks: int, keep: float) -> list[float]:
+    """How probably each block of a stack is kept."""
+    return (1 - np.arange(num_blocks) / max(num_blocks - 1, 1) * (1 - keep)).tolist()
+
+
+def stacks_of(model: Any) -> list[list[nn.Module]]:
+    """The blocks that follow each other, stack by stack: those of an encoder and of a decoder are two stacks, those of
+    the stages of a vision model one; or the branches beside the shortcuts of a ResNet."""
+    if branches := [block.layer for block in model.modules() if hasattr(block, "shortcut") and hasattr(block, "layer")]:
+        return [branches]
+    lists = [list(blocks) for blocks in block_lists(model).values()]
+    return lists if getattr(model.config, "is_encoder_decoder", False) else [[b for blocks in lists for b in blocks]]
+
+
+def rows_of(name: str, value: Any, rows_K: Tensor, num_rows: int) -> Any:
+    """A block's argument for some of the rows."""
+    if isinstance(value, tuple):
+        return tuple(rows_of(name, item, rows_K, num_rows) for item in value)
+    if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != num_rows:
+        return value
+    of_rows = value.dim() > 2 or "mask" in name or "ids" in name  # else one for all, by position
+    return value[rows_K] if of_rows else value
+
+
+@dataclass(eq=False)
+class StochasticDepth(Technique):
+    """Leaves out residual branches for some of the examples; needs no more than a plain Trainer.
+
+    Args:
+        keep: How probably the deepest block is kept, in (0, 1]; the others more probably, the first always.
+    """
+
+    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5  # the authors'
+    neutral: ClassVar = {"keep": 1.0}
+
+    def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        base = unwrapped(model)
+        try:
+            stacks = stacks_of(base)
+        except ValueError as error:
+            raise ValueError(f"{self!r}: {error}") from None
+        name = type(base).__name__
+        if all(len(blocks) == 1 for blocks in stacks):
+            raise ValueError(f"{self!r}: {name} has one block, and the first is always kept. Leave it out.")
+        if args.torch_compile:
+            raise ValueError(f"{self!r}: a compiled model would be compiled for each number of examples. Use one.")
+        if (getattr(base.config, "_attn_implementation", None) or "").startswith(("flex", "paged")):
+            raise ValueError(f"{self!r}: {base.config._attn_implementation} attention has one mask for all. Use sdpa.")
+        self.keys_: Keys | None = None
+        self.drawn_: np.ndarray | None = None
+        self.beside_: dict[int, tuple] = {}
+        self.counts_ = {"kept": 0, "all": 0}
+        self.places_: list[Place] = []
+        self.ends_ = []
+        for stack, blocks in enumerate(stacks):
+            for block, keep in zip(blocks, keep_probabilities(len(blocks), self.keep), strict=True):
+                place = Place(block, stack, len(self.places_), keep, isinstance(block, nn.Sequential))
+                self.places_.append(place)
+                self.ends_.append(surround(block, functools.partial(self._call, place), innermost=True))
+        # A function of its own, for copies of the model are not to copy the technique as well.
+        self.hook_ = model.register_forward_pre_hook(lambda _, args, inputs: self._see(model, inputs), with_kwargs=True)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.keys_ = Keys(self, args, state.global_step)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.drawn_ = self.keys_ = None
+        self.beside_.clear()
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.hook_.remove()
+        for end in self.ends_:
+            end()
+
+    def _see(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
+        """Draw for the rows of the batch that the model is given."""
+        keys = None if self.keys_ is None or self.keep == 1 else self.keys_.of_examples(model, inputs)
+        self.drawn_ = None
+        if keys is not None and torch.is_grad_enabled():
+            self.drawn_ = self._draw(keys, _num_rows(model, inputs))
+            self.counts_["kept"] += int(self.drawn_.sum())
+            self.counts_["all"] += self.drawn_.size
+
+    def _draw(self, keys: list[int], num_rows: int) -> np.ndarray:
+        """Which rows keep which blocks, (R, L)."""
+        assert self.keys_ is not None
+        packed = num_rows != len(keys)
+        of_rows = [(keys[0], row) for row in range(num_rows)] if packed else [(key,) for key in keys]
+        generators = [np.random.default_rng((*self.keys_.of_step, *key)) for key in of_rows]
+        drawn_RL = np.stack([generator.random(len(self.places_)) for generator in generators])
+        return drawn_RL < [place.keep for place in self.places_]
+
+    def _call(self, place: Place, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+        if self.drawn_ is None or not torch.is_grad_enabled():
+            return call(*args, **kwargs)
+        kept_R = self.drawn_[:, place.column]
+        parameters = list(inspect.signature(place.block.forward).parameters)
+        given = dict(zip(parameters, args, strict=False)) | kwargs
+        x = given[parameters[0]]
+        if len(x) != len(kept_R):
+            raise ValueError(f"{self!r}: blocks see {len(x)} rows, the batch has {len(kept_R)}. Leave it out.")
+        rows_K = place.rows(kept_R)
+        scale = torch.as_tensor(kept_R[rows_K] / place.keep, dtype=x.dtype, device=x.device)
+        whole = len(rows_K) == len(x)
+        if not whole:
+            rows = torch.as_tensor(rows_K, device=x.device)
+            given = {name: rows_of(name, value, rows, len(x)) for name, value in given.items()}
+        output = call(*(given[name] for name in parameters[: len(args)]), **{name: given[name] for name in kwargs})
+        new, beside = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        if place.keep < 1:
+            scale = scale.view(-1, *[1] * (new.dim() - 1))
+            new = new * scale if place.is_branch else given[parameters[0]] + (new - given[parameters[0]]) * scale
+        if not whole:
+            base = new.new_zeros(len(x), *new.shape[1:]) if place.is_branch else x
+            new = base.index_copy(0, rows, new.to(base.dtype))
+        if beside is None:
+            return new
+        if whole:
+            self.beside_[place.stack] = beside
+        return (new, *self.beside_.get(place.stack, beside))  # as position biases, which T5's blocks pass on
+
+    def computation(self) -> Hashable:
+        """How many rows are computed by all blocks of one size."""
+        keys = self.keys_
+        if keys is None or self.keep == 1:
+            return None
+        if not keys.streamed:
+            return (*keys.of_step, keys.passes)
+        if (micro := keys.host._micro) is None:
+            return None
+        drawn_RL = self._draw(keys.of_micro_batch(), _num_rows(keys.host.model, micro.inputs))
+        computed = Counter[int]()
+        for place in self.places_:
+            size = sum(parameter.numel() for parameter in place.block.parameters())
+            computed[size] += len(place.rows(drawn_RL[:, place.column]))
+        return tuple(sorted(computed.items()))
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        return dict(self.counts_) if scope == "rank" else {}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        if scope == "rank":
+            self.counts_ = dict(state)
+
+    def report(self) -> Mapping[str, Any]:
+        """The share of the blocks that examples kept, on this rank."""
+        return {"kept": self.counts_["kept"] / self.counts_["all"] if self.counts_["all"] else 1.0}
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["kept"] < 1
+
+
+def _num_rows(model: Any, inputs: Mapping[str, Any]) -> int:
+    return len(inputs[getattr(model, "main_input_name", "input_ids")])
