@@ -29,8 +29,8 @@ OWNERS = {slot: [name for name, kind in KINDS.items() if slot in kind.answers()]
 # No slots: one does away with what the other reads; each replaces the layers; each says what the weights are, or were.
 OWNERS["logits"] = ["ChunkedCrossEntropy", "Distillation"]
 OWNERS["layers"] = ["Float8Training", "Int8Training", "LowRankTraining"]
-OWNERS["first values"] = ["DepthScaledInit", "ExpandFrom", "ShrinkFrom", "ZeroInitResidual"]
-OWNERS["whole model"] = ["ExpandFrom", "LoRA", "ShrinkFrom"]
+OWNERS["first values"] = ["DepthScaledInit", "ExpandFrom", "MuParametrization", "ShrinkFrom", "ZeroInitResidual"]
+OWNERS["whole model"] = ["ExpandFrom", "LoRA", "MuParametrization", "ShrinkFrom"]
 OWNERS["weights"] = ["LoRA", "LowRankTraining", "SparseTraining"]
 RULES = {
     "logits": "reads the logits, which are not there. Leave one",
