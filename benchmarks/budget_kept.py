@@ -1,10 +1,12 @@
 """Whether budgets are kept: on an idle machine, with other work from half-way on, killed and resumed.
 
-    python benchmarks/budget_kept.py [60s 60s+load 60s+kill 2e6tok 2e12flop] [--data FOLDER] [--out FILE]
+    python benchmarks/budget_kept.py [60s 60s+load 60s+kill 2e6tok 2e12flop 1e14flop+wide] [--data FOLDER] [--out FILE]
 
 Each run trains the model of the workload novels-lm in batches of 8, evaluates at every quarter and saves at every
 eighth.  ``+load``: when half of the budget is spent, as many processes as the machine has cores begin to compute.
-``+kill``: then the process is killed, and another one resumes its run.
+``+kill``: then the process is killed, and another one resumes its run.  ``+wide``: the model and the context are those
+of the scale gpu, in single precision, and validation is on 32 texts.  A record that is there keeps the cases that are not
+made anew.
 """
 
 from __future__ import annotations
@@ -48,12 +50,16 @@ def compute() -> None:
         sum(range(10**6))
 
 
-def train(limit: str, folder: str, act=None, resume: bool = False) -> AccelTrainer:
+def train(limit: str, folder: str, act=None, resume: bool = False, wide: bool = False) -> AccelTrainer:
     """Train within a limit."""
-    workload = build_workload("novels-lm")
+    workload = build_workload("novels-lm", {"scale": "gpu"} if wide else None)
     set_seed(1)
+    task = workload.build()
+    if wide:
+        task["eval_dataset"] = task["eval_dataset"].select(range(32))
     args = workload.baseline_args() | {
         "per_device_train_batch_size": 8,
+        "bf16": False,
         "eval_strategy": "steps",
         "eval_steps": 0.25,
         "save_strategy": "steps",
@@ -64,7 +70,7 @@ def train(limit: str, folder: str, act=None, resume: bool = False) -> AccelTrain
         "disable_tqdm": True,
         "output_dir": folder,
     }
-    trainer = AccelTrainer(args=TrainingArguments(**args), techniques=[Budget(limit)], **workload.build())
+    trainer = AccelTrainer(args=TrainingArguments(**args), techniques=[Budget(limit)], **task)
     trainer.pop_callback(PrinterCallback)
     trainer.add_callback(AtHalf(trainer, act))
     trainer.train(resume_from_checkpoint=resume or None)
@@ -87,7 +93,7 @@ def kept(case: str) -> dict:
                 others[-1].start()
 
         began = time.monotonic()
-        trainer = train(limit, folder, load if event == "load" else None, resume=event == "kill")
+        trainer = train(limit, folder, load if event == "load" else None, resume=event == "kill", wide=event == "wide")
         took = time.monotonic() - began
         for other in others:
             other.kill()
@@ -121,6 +127,8 @@ def main() -> None:
     for case in options.cases:
         found.append(kept(case))
         print(json.dumps(found[-1]), flush=True)
+    there = json.loads(options.out.read_text())["runs"] if options.out.exists() else []
+    found = [*(run for run in there if run["case"] not in options.cases), *found]
     record = {
         "what": "budgets, and what was spent",
         "runs": found,
