@@ -5,8 +5,8 @@
 Each run trains the model of the workload novels-lm in batches of 8, evaluates at every quarter and saves at every
 eighth.  ``+load``: when half of the budget is spent, as many processes as the machine has cores begin to compute.
 ``+kill``: then the process is killed, and another one resumes its run.  ``+wide``: the model and the context are those
-of the scale gpu, in single precision, and validation is on 32 texts.  A record that is there keeps the cases that are not
-made anew.
+of the scale gpu, in single precision, and validation is on 32 texts.  A record that is there keeps the cases that are
+not made anew.
 """
 
 from __future__ import annotations
