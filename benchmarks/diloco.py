@@ -176,6 +176,7 @@ def main() -> None:
             "what": "DiLoCo against DDP at equal tokens: what is sent, and the loss",
             "workload": options.workload,
             "ranks": RANKS,
+            "seeds": list(range(1, options.seeds + 1)),
             "compared": found,
             "findings": [{"technique": "DiLoCo", "workload": options.workload, "text": text, "gained": None}],
             "runs": runs,
