@@ -137,7 +137,7 @@ class Ending:
         self.measured: float | None = None
         self.evaluates = str(getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy)) != "no"
         self.saves = str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) != "no"
-        trainer.evaluation_seconds = _probe_evaluation(trainer) if self.evaluates else 0.0
+        trainer.evaluation_seconds = probe_evaluation(trainer) if self.evaluates else 0.0
         trainer.saving_seconds = _guess_saving(trainer) if self.saves else 0.0
 
     def seconds(self) -> float:
@@ -161,7 +161,7 @@ class Ending:
         return min(max(pace / self.pace_when_measured, 0.5), 4.0)
 
 
-def _probe_evaluation(trainer: AccelTrainerMixin) -> float:
+def probe_evaluation(trainer: AccelTrainerMixin) -> float:
     """Seconds of one evaluation, from the duration of a few of its batches."""
     data = trainer.eval_dataset
     parts: list[Any] = list(data.values()) if isinstance(data, dict) else [data]

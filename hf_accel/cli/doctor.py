@@ -6,6 +6,7 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch.distributed as dist
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -32,7 +33,8 @@ def doctor(
             run_script(target, arguments or [])
         if not examined:
             raise ValueError(f"target({str(target)!r}): it called no Trainer's train(). Give a script that trains.")
-        show(console, examined[0])
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            show(console, examined[0])
     elif target.suffix == ".json" or "distributed_type" in target.read_text():
         mistakes = lint(target)
         for sentence in mistakes:

@@ -25,12 +25,14 @@ from typing import Any
 
 import psutil
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 
 from hf_accel.losses import honours_num_items
-from hf_accel.pace import _probe_evaluation
+from hf_accel.pace import probe_evaluation
 from hf_accel.technique import Technique
 from hf_accel.trainer import attach
 from hf_accel.trial import Horizon
@@ -176,18 +178,49 @@ def examine(trainer: Trainer, techniques: list[Technique] | None = None) -> Exam
         trainer.train()
         step = statistics.median(watch.steps_)
         has_data = trainer.eval_dataset is not None and evaluations
-        evaluation = _probe_evaluation(trainer) if has_data else 0.0  # type: ignore[arg-type]
+        evaluation = probe_evaluation(trainer) if has_data else 0.0  # type: ignore[arg-type]
         run_seconds = None if steps is None else steps * step + evaluations * evaluation
-        found = Examination(watch.seconds_, run_seconds, traps=traps(trainer))
+        waiting = communication(trainer)
+        seconds = dict(watch.seconds_)
+        if waiting:  # DDP sends gradients while the backward pass goes on, and what is not done by then is waited for
+            seconds["backward"] = max(seconds.get("backward", 0.0) - waiting, 0.0)
+            seconds["communication"] = waiting
+        found = Examination(seconds, run_seconds, traps=traps(trainer))
         found.findings = [
             *_of_data(trainer, watch, step),
             *_of_padding(watch, step),
+            *_of_communication(waiting, step),
             *_of_evaluation(evaluations, evaluation, run_seconds),
             *_of_checkpointing(trainer, step),
             *_of_waiting(watch, logs_each_step),
         ]
     found.findings.sort(key=lambda finding: -(finding.saving or 0.0))
     return found
+
+
+def communication(trainer: Any, passes: int = 5) -> float:
+    """Seconds by which the exchange of gradients makes a step of DDP longer: that of passes with and without it.
+
+    All ranks must come here together; 0 for one process, for FSDP and DeepSpeed, which cannot leave it out, and where a
+    technique leaves it out.
+    """
+    wrapped, owner = trainer.model_wrapped, trainer._owners["synchronise"]
+    if not isinstance(wrapped, DistributedDataParallel) or (owner is not None and not owner.synchronise()):
+        return 0.0
+    inputs = trainer._prepare_inputs(next(iter(Trainer.get_train_dataloader(trainer))))
+    wrapped.train()
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for exchanges in (True, False) * (passes + 1):
+        dist.barrier()
+        began = time.perf_counter()
+        with contextlib.nullcontext() if exchanges else wrapped.no_sync():
+            wrapped(**inputs).loss.backward()
+        if torch.accelerator.is_available():
+            torch.accelerator.synchronize()
+        seconds[exchanges].append(time.perf_counter() - began)
+        wrapped.zero_grad()
+    with_it, without = (statistics.median(seconds[exchanges][1:]) for exchanges in (True, False))
+    return max(with_it - without, 0.0)
 
 
 def quiet(trainer: Trainer, folder: str) -> None:
@@ -253,6 +286,20 @@ def _of_padding(watch: Watch, step: float) -> list[Finding]:
             f"LengthGrouped() would leave about {grouped:.0%}, Packing() or PaddingFree() none. "
             "Is the tokenizer told to pad to a fixed length? Let the collator pad.",
             saving,
+        )
+    ]
+
+
+def _of_communication(waiting: float, step: float) -> list[Finding]:
+    if waiting / step < NOTABLE:
+        return []
+    return [
+        Finding(
+            f"Communication: a step waits {_ms(waiting)} of {_ms(step)} for the other ranks' gradients "
+            f"({waiting / step:.0%}).",
+            "A larger gradient_accumulation_steps exchanges once for more examples; GradientCompression() sends half, "
+            "LocalSGD() or DiLoCo() weights every few steps.",
+            waiting / step,
         )
     ]
 

@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+from ranks import run_on_ranks
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -17,7 +18,7 @@ from transformers import (
 )
 from typer.testing import CliRunner
 
-from hf_accel import LengthGrouped, Recipe
+from hf_accel import LengthGrouped, LocalSGD, Recipe
 from hf_accel.cli import app
 from hf_accel.system.doctor import Watch, examine, planned_evaluations, planned_steps
 from hf_accel.testing import CountingText, collate_padded
@@ -191,3 +192,30 @@ def test_a_recipe_is_examined(tmp_path):
     done = CliRunner().invoke(app, ["doctor", str(tmp_path / "recipe.yaml")])
     assert done.exit_code == 0, done.output
     assert "Where a step's time goes" in done.output and not (tmp_path / "out").exists()
+
+
+def examined_on_a_rank(directory, words, techniques=()):
+    """Of a model with so many words, each of which has a gradient that is sent, and little to compute."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    trainer = Trainer(
+        model=BertForSequenceClassification(BertConfig(vocab_size=words, **sizes)),
+        args=TrainingArguments(str(directory), **SETTINGS | {"optim": "sgd", "max_grad_norm": 0.0}),
+        train_dataset=[{"input_ids": [i % 40 + 1] * 8, "labels": i % 2} for i in range(64)],
+    )
+    trainer.pop_callback(PrinterCallback)
+    found = examine(trainer, list(techniques))
+    return found.seconds, [finding.what for finding in found.findings]
+
+
+def test_communication_of_two_ranks(tmp_path):
+    for seconds, findings in run_on_ranks(examined_on_a_rank, tmp_path, 60_000):
+        assert findings[0].startswith("Communication: a step waits"), (seconds, findings)
+        assert seconds["communication"] > seconds["forward"]
+    for seconds, findings in run_on_ranks(examined_on_a_rank, tmp_path, 60_000, [LocalSGD()]):
+        assert "communication" not in seconds and not any(what.startswith("Communication") for what in findings)
+
+
+def test_one_process_does_not_communicate(tmp_path):
+    seconds, findings = examined_on_a_rank(tmp_path, 100)
+    assert "communication" not in seconds and not any(what.startswith("Communication") for what in findings)
