@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -53,6 +53,8 @@ class Hosting(Host):
     meters: Mapping[str, Any]
     entry: Sequence[float] | None
     """Of a run that goes on with another one: the progress and the share of the peak learning rate at its beginning."""
+    learning_rate_factor: Callable[[float], float] | None
+    """The factor on the peak learning rate at a progress, where the schedule follows the clock."""
     stream: StepStream | None
     head: Head | None
     receipt: Receipt | None
@@ -77,6 +79,7 @@ class Hosting(Host):
         self.stream = None
         self.meters = {}
         self.entry = None
+        self.learning_rate_factor = None
         self._flops_of_step = (0.0, 0.0)
         self._joules_read = 0.0
         self._tokens_before: Tensor | int = 0

@@ -97,6 +97,7 @@ class Updating(Hosting):
         shape = self._named_shape(optimizer) if owner is None else owner.schedule
         if self.entry is not None:
             shape = entered(shape, *self.entry)
+        self.learning_rate_factor = shape
         self.lr_scheduler = LambdaLR(optimizer, lambda _: shape(self.clock.progress))
         self._created_lr_scheduler = True
         return self.lr_scheduler

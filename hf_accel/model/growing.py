@@ -91,7 +91,7 @@ def deepened_config(model: Any, sources: Sequence[int]) -> Any:
     with torch.device("meta"):
         grown: Any = type(model)(copy.deepcopy(config)).get_submodule(path)
     for i, source in enumerate(sources):
-        if _makeup(grown[i]) != _makeup(blocks[source]):
+        if makeup(grown[i]) != makeup(blocks[source]):
             raise ValueError(
                 f"{type(model).__name__}: block {i} of {len(sources)} is of another kind than block {source}, which it "
                 "would copy. Choose a depth that is a multiple of the pattern of its blocks."
@@ -99,7 +99,7 @@ def deepened_config(model: Any, sources: Sequence[int]) -> Any:
     return config
 
 
-def _makeup(block: nn.Module) -> Any:
+def makeup(block: nn.Module) -> Any:
     """What a copy must have in common with a block."""
     kind = {name: value for name, value in vars(block).items() if name.endswith("_type") or "sliding" in name}
     shapes = [(name, tuple(tensor.shape)) for name, tensor in block.state_dict().items()]

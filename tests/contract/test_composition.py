@@ -31,13 +31,23 @@ OWNERS["logits"] = ["ChunkedCrossEntropy", "Distillation"]
 OWNERS["layers"] = ["Float8Training", "Int8Training", "LowRankTraining"]
 OWNERS["first values"] = ["DepthScaledInit", "ExpandFrom", "MuParametrization", "ShrinkFrom", "ZeroInitResidual"]
 OWNERS["whole model"] = ["ExpandFrom", "LoRA", "MuParametrization", "ShrinkFrom"]
-OWNERS["weights"] = ["LoRA", "LowRankTraining", "SparseTraining"]
+OWNERS["weights"] = ["LoRA", "LowRankTraining", "ProgressiveStacking", "SparseTraining"]
+OWNERS["averages"] = ["ExponentialMovingAverage", "LatestWeightAveraging", "Lookahead", "ProgressiveStacking"]
+OWNERS["outer weights"] = ["DiLoCo", "GradientCompression", "LocalSGD", "ProgressiveStacking"]
+OWNERS["lost blocks"] = ["ExpandFrom", "ProgressiveStacking", "ShrinkFrom"]
+OWNERS["frozen blocks"] = ["LayerFreezing", "ProgressiveStacking"]
+OWNERS["places of blocks"] = ["ProgressiveStacking", "RandomTokenDrop"]
 RULES = {
     "logits": "reads the logits, which are not there. Leave one",
     "layers": "no plain nn.Linear|no trainable linear layer",
     "first values": "gives the model its first values, too. Keep one",
     "whole model": "adapters are trained and saved without the model|the axes of its parameters are known for",
     "weights": "Leave one out|no trainable linear layer",
+    "averages": "from before the last growth. Leave one of the two out",
+    "outer weights": "of before a growth. Leave one out",
+    "lost blocks": "to blocks that would be lost. Leave one out",
+    "frozen blocks": "by their places, and copies are elsewhere. Leave one out",
+    "places of blocks": "by their places, and copies are elsewhere. Leave one out",
 }
 FREE = [name for name in KINDS if not any(name in owners for owners in OWNERS.values())]
 RUNS = covering_array(OWNERS, FREE)

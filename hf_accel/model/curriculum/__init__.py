@@ -2,6 +2,7 @@
 
 from hf_accel.model.curriculum.layer_drop import LayerDrop
 from hf_accel.model.curriculum.layer_freezing import LayerFreezing
+from hf_accel.model.curriculum.progressive_stacking import ProgressiveStacking
 from hf_accel.model.curriculum.stochastic_depth import StochasticDepth
 
-__all__ = ["LayerDrop", "LayerFreezing", "StochasticDepth"]
+__all__ = ["LayerDrop", "LayerFreezing", "ProgressiveStacking", "StochasticDepth"]

@@ -1,0 +1,260 @@
+"""Progressive stacking: train few blocks first, and grow the model to its whole depth by copies of them.
+
+The model is made with all L blocks, of which the first d_0 = round(start * L) are called at first.  At the progress
+until * k / stages, for k = 1 ... stages, there are
+
+    d_k = d_0 + round(k (L - d_0) / stages)
+
+of them, each a copy of one of those before (`hf_accel.model.growing`), in its weights and in its optimizer's state:
+
+    stacked        the whole stack again and again: G_stack, StackingBERT; with several stages gradual stacking
+    middle         the middle of the stack twice, at most twice the depth at a time: MIDAS
+    interleaved    each block followed by its copies
+    on_top         copies of the last block
+
+Blocks that are not there yet cost nothing but their weights: neither operations nor gradients nor optimizer states.
+The configuration says how many there are, so that a checkpoint of any time is one of a model of that depth for
+``from_pretrained``, which passes over what lies deeper.  A ``silent`` copy begins with zeros in the last projections of
+its branches and without optimizer state: it leaves the outputs as they were where norms come before branches (not in
+BERT), but no more of its gradients than those of these projections are above zero at first.
+
+Moments of a copy are those of its source.  Adam's are means of gradients, which are others in the deeper model, and
+within 1 / (1 - beta) steps they have followed; from fresh ones, the first steps would be those of signs.
+
+Reference: Du et al. (2024), G_stack, https://arxiv.org/abs/2405.15319; Gong et al. (2019), StackingBERT,
+https://proceedings.mlr.press/v97/gong19a.html; Saunshi et al. (2024), MIDAS, https://arxiv.org/abs/2409.19044.
+Departure: growth at shares of the budget, not at counts of tokens, inside of one run and under one schedule; it is
+refused where the learning rate has fallen below half of its peak.
+
+When to use: pretraining of deep transformers; G_stack reports a 7B model at the loss of one from scratch with 54.6 %
+fewer tokens.
+When not to use: pretrained models, which it would cut; models of few blocks; a learning rate that decays early.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
+
+import annotated_types as at
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from hf_accel.losses import unwrapped
+from hf_accel.model.around import refuse_waiting_ddp
+from hf_accel.model.compression.low_rank_training import LowRankTraining
+from hf_accel.model.compression.sparse_training import SparseTraining
+from hf_accel.model.curriculum.layer_freezing import LayerFreezing
+from hf_accel.model.growing import block_path, interleaved, makeup, middle, on_top, repeats, silence, stacked
+from hf_accel.model.initialization.expand_from import ExpandFrom
+from hf_accel.model.initialization.shrink_from import ShrinkFrom
+from hf_accel.model.modules.random_token_drop import RandomTokenDrop
+from hf_accel.technique import State, Technique
+
+OPERATORS = {"stacked": stacked, "middle": middle, "interleaved": interleaved, "on_top": on_top}
+
+
+def depths(num_blocks: int, *, start: float, stages: int) -> list[int]:
+    """How many blocks there are before the first growth and after each, ascending; the last is ``num_blocks``."""
+    first = max(round(start * num_blocks), 1)
+    return [first + round(k * (num_blocks - first) / stages) for k in range(stages + 1)]
+
+
+@torch.no_grad()
+def copy_blocks(blocks: Sequence[nn.Module], sources: Sequence[int], optimizer: torch.optim.Optimizer) -> None:
+    """Make each block a copy of that of its source, as they are now, in weights, buffers and optimizer state."""
+    tensors = [dict(itertools.chain(block.named_parameters(), block.named_buffers())) for block in blocks]
+    moved = [(i, source) for i, source in enumerate(sources) if i != source]
+    before: dict[int, dict[str, tuple[Tensor, Any]]] = {
+        source: {
+            name: (tensor.clone(), copy.deepcopy(optimizer.state.get(tensor)))
+            for name, tensor in tensors[source].items()
+        }
+        for source in {source for _, source in moved}
+    }
+    for i, source in moved:
+        for name, tensor in tensors[i].items():
+            values, state = before[source][name]
+            tensor.copy_(values)
+            optimizer.state.pop(tensor, None)
+            if state is not None:
+                optimizer.state[tensor] = copy.deepcopy(state)
+
+
+class Shallow(nn.ModuleList):
+    """A list of modules that shows the first ``shown`` of them, and has the parameters of all."""
+
+    shown: int
+
+    def __len__(self) -> int:
+        return self.shown
+
+    def __iter__(self):
+        return itertools.islice(self._modules.values(), self.shown)
+
+    def __getitem__(self, index: Any) -> Any:
+        return nn.ModuleList(list(self)[index]) if isinstance(index, slice) else super().__getitem__(index)
+
+
+@dataclass(eq=False)
+class ProgressiveStacking(Technique):
+    """Grows a model while it is trained; needs no more than a plain Trainer.
+
+    Args:
+        operator: Which block each new one is a copy of.
+        start: Share of the blocks, in (0, 1], that the model begins with; at least one.
+        stages: Number of growths; one: all at once.
+        until: Progress, in (0, 1), of the last growth.
+        silent: Whether copies leave the model's function as it was.
+    """
+
+    operator: Literal["stacked", "middle", "interleaved", "on_top"] = "stacked"  # best of G_stack's comparison
+    start: Annotated[float, at.Interval(gt=0, le=1)] = 0.25  # G_stack: to four times the depth
+    stages: Annotated[int, at.Ge(1)] = 1  # G_stack: once
+    until: Annotated[float, at.Interval(gt=0, lt=1)] = 0.3  # within what linear decay leaves above half of the peak
+    silent: bool = False  # G_stack: copies as they are train better
+    neutral: ClassVar = {"start": 1.0}
+    probe_fields: ClassVar = {"start": 0.5}
+    variations: ClassVar = {"start": 0.25, "operator": "interleaved"}
+    refused_backends: ClassVar = {
+        "zero": "weights and moments lie in its flat partitions, where no block can be copied"
+    }
+
+    def on_train_begin(self, args, state, control, model: Any = None, lr_scheduler: Any = None, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if args.deepspeed_plugin is not None:
+            raise ValueError(f"{self!r}: under ZeRO, {self.refused_backends['zero']}. Use DDP or FSDP2.")
+        refuse_waiting_ddp(self, args, model)
+        self.model_ = unwrapped(model)
+        try:
+            self.blocks_: Any = self.model_.get_submodule(block_path(self.model_))
+            self.depths_ = self._checked_depths(args, state)
+        except ValueError as error:
+            raise ValueError(f"{self!r}: {error}") from None
+        self.refuse_late_growth(_factor(self.host_, lr_scheduler, state.max_steps))
+        self.kinds_ = getattr(self.model_.config, "layer_types", None)
+        self.called_ = self.steps_ = 0
+        self.depth_ = self._depth_at(self.progress(state))
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Hides blocks, which are there when other techniques look for them as training begins."""
+        if self.depth_ < len(self.blocks_) and not isinstance(self.blocks_, Shallow):
+            self.blocks_.__class__ = Shallow
+            self._show(self.depth_)
+
+    def _checked_depths(self, args: Any, state: Any) -> list[int]:
+        """The depths; ValueError where the model, the arguments or another technique do not allow for them."""
+        model, blocks, others = self.model_, list(self.blocks_), getattr(self.host_, "techniques", ())
+        if getattr(model.config, "num_hidden_layers", None) != len(blocks):
+            raise ValueError(f"the configuration of {type(model).__name__} has no number of blocks, num_hidden_layers.")
+        if hasattr(model, "peft_config"):
+            raise ValueError("adapters are trained beside weights that have none to be copied from. Leave one out.")
+        if (name := getattr(model, "name_or_path", "")) and state.global_step == 0:
+            raise ValueError(f"the model comes from {name!r}, and most of its blocks would be lost. Leave it out.")
+        if args.load_best_model_at_end:
+            raise ValueError("the best checkpoint may be of a model with fewer blocks. Unset load_best_model_at_end.")
+        if len({id(p) for block in blocks for p in block.parameters()}) < sum(len([*b.parameters()]) for b in blocks):
+            raise ValueError(f"blocks of {type(model).__name__} share parameters, and cannot be copied. Leave it out.")
+        for other in others:
+            if isinstance(other, LayerFreezing | SparseTraining | LowRankTraining | RandomTokenDrop):
+                raise ValueError(f"{other!r} treats blocks by their places, and copies are elsewhere. Leave one out.")
+            if isinstance(other, ExpandFrom | ShrinkFrom):
+                raise ValueError(f"{other!r} gives values to blocks that would be lost. Leave one out.")
+        if self.host_ is not None:
+            average, synchronise = (self.host_._owners[slot] for slot in ("averaging", "synchronise"))
+            if average is not None and getattr(average, "start", 0.0) < self.until:
+                raise ValueError(f"{average!r} averages weights from before the last growth. Leave one of the two out.")
+            if synchronise is not None:
+                raise ValueError(f"{synchronise!r} keeps weights or gradients of before a growth. Leave one out.")
+        found = depths(len(blocks), start=self.start, stages=self.stages)
+        for depth, new_depth in itertools.pairwise(found):
+            for i, source in enumerate(OPERATORS[self.operator](depth, new_depth)):
+                if makeup(blocks[i]) != makeup(blocks[source]):
+                    raise ValueError(
+                        f"block {i} of {type(model).__name__} is of another kind than block {source}, which it would "
+                        "copy. Choose another operator, or depths that are multiples of the pattern of its blocks."
+                    )
+        return found
+
+    def refuse_late_growth(self, factor: Callable[[float], float] | None) -> None:
+        """Raise ValueError where, by the factor on the learning rate at a progress, the last growth is in its decay."""
+        if factor is None or len(set(self.depths_)) == 1:
+            return
+        now, peak = factor(self.until), max(map(factor, np.linspace(0, self.until, 101)))
+        if now < 0.5 * peak:
+            raise ValueError(
+                f"{self!r}: at progress {self.until:g} the learning rate has fallen to {now / peak:.0%} of its peak, "
+                "and new blocks would hardly be trained. Lower until, or let the learning rate decay later."
+            )
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.steps_ += 1
+        self.called_ += self.depth_
+
+    def on_step_end(self, args, state, control, optimizer: Any = None, **kwargs):
+        for new_depth in self.depths_:
+            if self.depth_ < new_depth <= self._depth_at(self.progress(state)):
+                self._grow(new_depth, getattr(optimizer, "optimizer", optimizer))
+
+    def _depth_at(self, progress: float) -> int:
+        return self.depths_[min(int(progress * self.stages / self.until + 1e-9), self.stages)]
+
+    def _grow(self, new_depth: int, optimizer: torch.optim.Optimizer) -> None:
+        sources = OPERATORS[self.operator](self.depth_, new_depth)
+        self._show(new_depth)
+        copy_blocks(list(self.blocks_), sources, optimizer)
+        if self.silent:
+            silence(self.model_, repeats(sources))
+            for i in repeats(sources):
+                for parameter in self.blocks_[i].parameters():
+                    optimizer.state.pop(parameter, None)
+
+    def _show(self, depth: int) -> None:
+        """Have the model call so many of its blocks, and its configuration say so."""
+        self.depth_ = self.blocks_.shown = depth
+        self.model_.config.num_hidden_layers = depth
+        if self.kinds_ is not None:
+            self.model_.config.layer_types = self.kinds_[:depth]
+
+    def on_train_end(self, args, state, control, **kwargs):
+        """A model that was stopped before its last growth stays as shallow as it is."""
+        if hasattr(self.blocks_, "shown"):
+            self.blocks_.__class__ = nn.ModuleList
+            del self.blocks_.shown, self.blocks_[self.depth_ :]
+
+    def computation(self) -> Hashable:
+        """How many blocks there are."""
+        return self.depth_
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        counts = {"depth": self.depth_, "called": self.called_, "steps": self.steps_}
+        return counts if scope == "global" else {}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        if scope == "global":
+            self.depth_, self.called_, self.steps_ = state["depth"], state["called"], state["steps"]
+
+    def report(self) -> Mapping[str, Any]:
+        """The depths, and the share of calls of blocks over those of the whole model in all steps."""
+        return {
+            "depths": " ".join(map(str, self.depths_)),
+            "blocks_at_the_end": self.depth_,
+            "called": self.called_ / max(self.steps_ * self.depths_[-1], 1),
+        }
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["called"] < 1 and report["blocks_at_the_end"] == self.depths_[-1]
+
+
+def _factor(host: Any, lr_scheduler: Any, max_steps: int) -> Callable[[float], float] | None:
+    """The factor on the peak learning rate at a progress; None where it is not known beforehand."""
+    if host is not None and host.learning_rate_factor is not None:
+        return host.learning_rate_factor
+    scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
+    if not hasattr(scheduler, "lr_lambdas"):
+        return None
+    return lambda progress: scheduler.lr_lambdas[0](round(progress * max_steps))
