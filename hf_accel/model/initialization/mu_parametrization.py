@@ -77,8 +77,10 @@ class MuParametrization(FirstValues):
         optim = OptimizerNames(self.host_.args.optim).value
         if not any(part in optim for part in LIKE_ADAM):
             raise ValueError(f"args.optim={optim!r} is not like Adam, which the rates are for. Set 'adamw_torch'.")
+        axes_by_name = axes_of(model)
         self.width_ = model.config.hidden_size
-        self.factors_ = {name: factors_of(axes, self.width_ / self.base_width) for name, axes in axes_of(model).items()}
+        m = self.width_ / self.base_width
+        self.factors_ = {name: factors_of(axes, m) for name, axes in axes_by_name.items()}
         with torch.no_grad():
             for name, factors in self.factors_.items():
                 model.get_parameter(name).mul_(factors.values)
