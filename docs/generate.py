@@ -178,7 +178,12 @@ def budgets_table(path: Path) -> str:
 
 def kept_table(path: Path) -> str:
     """The README's table of what was spent of budgets, as ``benchmarks/budget_kept.py`` recorded it."""
-    events = {"": "-", "load": "from half-way on as many other processes as cores", "kill": "killed half-way, resumed"}
+    events = {
+        "": "-",
+        "load": "from half-way on as many other processes as cores",
+        "kill": "killed half-way, resumed",
+        "wide": "a model of 26 million parameters",
+    }
     rows = []
     for run in json.loads(path.read_text())["runs"]:
         limit, _, event = run["case"].partition("+")
@@ -188,7 +193,7 @@ def kept_table(path: Path) -> str:
         rows.append(
             (limit, events[event], f"{share:.1%}", str(run["steps"]), evaluation, f"{run['final_learning_rate']:g}")
         )
-    return table(("budget", "meanwhile", "spent", "steps", "last evaluation", "final learning rate"), rows)
+    return table(("budget", "what was special", "spent", "steps", "last evaluation", "final learning rate"), rows)
 
 
 def value(document: Record, arm: Arm) -> float:
