@@ -17,6 +17,7 @@ Reference: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html#torc
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import shutil
 import warnings
@@ -131,8 +132,17 @@ class Saving(Stepping):
         if self._parts is not None and self.args.should_save and super()._save.__func__ is Trainer._save:
             given = self.model.state_dict() if state_dict is None else state_dict
             if not any(isinstance(tensor, DTensor) for tensor in given.values()):  # else all ranks gather them
-                return self._write(super()._save, output_dir, given)
+                return self._write(super(Saving, self._as_it_is())._save, output_dir, given)
         return super()._save(output_dir, state_dict)
+
+    def _as_it_is(self) -> Saving:
+        """This trainer with the configuration of now, which a model that grows will change."""
+        if not hasattr(self.model, "config"):
+            return self
+        saver, model = copy.copy(self), object.__new__(type(self.model))  # copy.copy fails under FSDP2
+        vars(model).update(vars(self.model), config=copy.deepcopy(self.model.config))
+        saver.model = model
+        return saver
 
     def _save_optimizer_and_scheduler(self, output_dir):
         if self._parts is None:

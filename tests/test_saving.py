@@ -12,7 +12,7 @@ from ranks import run_on_ranks
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, TrainerCallback
 
-from hf_accel import AccelTrainer, DiLoCo, ExponentialMovingAverage, InfoBatch, LayerFreezing, Muon
+from hf_accel import AccelTrainer, DiLoCo, ExponentialMovingAverage, InfoBatch, LayerFreezing, Muon, ProgressiveStacking
 from hf_accel import checkpoint as ckpt
 from hf_accel.saving import put_together, snapshot, taken_apart
 from hf_accel.testing import largest_difference, losses_of, tiny_trainer, weights_of
@@ -129,6 +129,21 @@ def test_what_is_written_late_is_of_the_step_of_the_checkpoint(tmp_path):
     resumed = trained(tmp_path / "resumed", resume=str(tmp_path / "held" / "checkpoint-6"))
     assert losses_of(resumed) == losses_of(waits)
     assert largest_difference(weights_of(resumed), weights_of(waits)) == 0.0
+
+
+def test_the_configuration_is_of_the_step_of_the_checkpoint(tmp_path):
+    def stacking():
+        return [ProgressiveStacking(start=0.5, until=0.6)]
+
+    kept = {}
+    for kind in (AccelTrainer, Held):
+        trainer = make(tmp_path / kind.__name__, kind, stacking, lr_scheduler_type="constant")
+        if kind is Held:
+            trainer.add_callback(LetsGo(trainer, tmp_path / kind.__name__))
+        trainer.train()
+        kept[kind] = LlamaForCausalLM.from_pretrained(tmp_path / kind.__name__ / "checkpoint-6")
+        assert kept[kind].config.num_hidden_layers == 2 < trainer.model.config.num_hidden_layers
+    assert largest_difference(*(model.state_dict() for model in kept.values())) == 0.0
 
 
 class Dies(TrainerCallback):
