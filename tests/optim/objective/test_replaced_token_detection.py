@@ -3,6 +3,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import backend_args, run_on_ranks
 from transformers import AutoModelForTokenClassification, BertForTokenClassification
 
 from hf_accel import ReplacedTokenDetection
@@ -126,6 +127,15 @@ def test_what_is_saved_is_the_model_alone(tmp_path):
 def test_other_models_are_refused(model, sentence, tmp_path):
     with pytest.raises(ValueError, match=f"ReplacedTokenDetection.*{sentence}"):
         tiny_trainer([ReplacedTokenDetection()], tmp_path, model=model())
+
+
+def test_several_ranks_are_told_their_micro_batches(tmp_path):
+    def rank():
+        settings = {"per_device_train_batch_size": 4, "micro_batch_size": "auto"} | backend_args("ddp")
+        with pytest.raises(ValueError, match="before any token is replaced. Give micro_batch_size a number"):
+            tiny_trainer([ReplacedTokenDetection()], tmp_path, **settings).train()
+
+    run_on_ranks(rank, timeout=120)
 
 
 def test_a_mask_token_is_needed(tmp_path):
