@@ -1,10 +1,10 @@
 """Layer freezing: stop training the earliest blocks, one after another.
 
 A backward pass ends at the first trainable block, so a frozen block costs its forward pass only: about a third of a
-trained one, and no optimizer update.  Of the model's L blocks, counted from the input, at most ``max_fraction`` are
-frozen, at progress p
+trained one, and no optimizer update.  Of the model's L blocks, counted from the input, at most n = floor(L *
+max_fraction) are frozen, at progress p
 
-    schedule         depth(p) = floor(L * max_fraction * clip((p - start) / (1 - start), 0, 1))
+    schedule         block i = 0 ... n - 1 from p = start + (1 - start) i / n on
     gradient_norm    from ``start`` on, at each of ``checks`` equal distances, the blocks l, from the first trainable
                      one on, whose change | |g'_l| - |g_l| | / |g'_l| is below the quantile ``threshold`` of those of
                      the trainable blocks; |g_l| is the root mean square of the norm of a step's gradient since the
@@ -59,8 +59,10 @@ THRESHOLDS = {"gradient_norm": 0.5, "plasticity": 0.2}
 
 def frozen_depth(progress: float, num_blocks: int, *, start: float, max_fraction: float) -> int:
     """Number of frozen blocks, counted from the input."""
-    ramp = min(max((progress - start) / (1 - start), 0.0), 1.0)
-    return int(num_blocks * max_fraction * ramp + 1e-9)
+    most = int(num_blocks * max_fraction + 1e-9)
+    if progress < start:
+        return 0
+    return min(int(most * (progress - start) / (1 - start) + 1e-9) + 1, most)
 
 
 def settled_by_gradient(norms_TL: Sequence[Sequence[float]], depth: int, threshold: float) -> int:
