@@ -107,6 +107,15 @@ class Keys:
         return [i % 2**32 for i in self.host._micro.ids_B.tolist()]
 
 
+def refuse_other_shape(technique: Technique, before: Tensor, after: Tensor) -> None:
+    """Raise ValueError where a block is more than what it adds to its hidden states, and cannot be left out."""
+    if before.shape[1:] != after.shape[1:]:
+        raise ValueError(
+            f"{technique!r}: a block makes hidden states {tuple(after.shape)} of {tuple(before.shape)}, and cannot be "
+            "left out. Leave the technique out for this model."
+        )
+
+
 def refuse_waiting_ddp(technique: Technique, args: Any, model: nn.Module) -> None:
     """Raise ValueError where DDP would wait for gradients that do not come."""
     if args.world_size == 1 or any(isinstance(module, FSDPModule) for module in model.modules()):

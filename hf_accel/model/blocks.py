@@ -10,7 +10,10 @@ from transformers.pytorch_utils import Conv1D
 
 
 def block_lists(model: Any) -> dict[str, nn.ModuleList]:
-    """Its lists of blocks by their paths, as the model registers them; ValueError where there is none."""
+    """Its lists of blocks by their paths, as the model registers them; ValueError where there is none.
+
+    Lists of stages, which consist of blocks themselves, are none.
+    """
     names = set(getattr(model, "_no_split_modules", None) or ())
 
     def is_block(module: nn.Module) -> bool:
@@ -27,7 +30,14 @@ def block_lists(model: Any) -> dict[str, nn.ModuleList]:
             f"{type(model).__name__} has no list of the blocks that it declares in _no_split_modules "
             f"({', '.join(sorted(names)) or 'none'}). Leave it out for this model."
         )
-    return lists
+    return {path: blocks for path, blocks in lists.items() if not any(inner.startswith(f"{path}.") for inner in lists)}
+
+
+def block_stacks(model: Any) -> list[list[nn.Module]]:
+    """The blocks that follow each other, stack by stack: those of an encoder and of a decoder are two stacks, those of
+    the stages of a vision model one; ValueError where there are none."""
+    lists = [list(blocks) for blocks in block_lists(model).values()]
+    return lists if getattr(model.config, "is_encoder_decoder", False) else [[b for blocks in lists for b in blocks]]
 
 
 def linear_layers(model: Any) -> dict[str, Any]:

@@ -4,9 +4,11 @@ import io
 import pytest
 import torch
 from torch import nn
+from transformers import SwinConfig, SwinForImageClassification
 
+from hf_accel import LayerDrop, StochasticDepth
 from hf_accel.model.around import hidden_states, surround
-from hf_accel.testing import tiny_bert, tiny_llama
+from hf_accel.testing import tiny_bert, tiny_llama, tiny_trainer
 
 
 class Doubling(nn.Module):
@@ -56,3 +58,12 @@ def test_copies_are_as_the_model_was(make):
     assert not torch.equal(model(**batch).logits, plain(**batch).logits)
     end()
     assert type(blocks[1]) is kind and torch.equal(model(**batch).logits, plain(**batch).logits)
+
+
+@pytest.mark.parametrize("technique", [LayerDrop(), StochasticDepth()], ids=repr)
+def test_blocks_of_stages_are_left_out_and_stages_are_not(technique, tmp_path):
+    assert tiny_trainer([technique], tmp_path, modality="image", max_steps=2).train().global_step == 2
+    sizes = {"image_size": 8, "patch_size": 1, "embed_dim": 8, "depths": [1, 1], "num_heads": [1, 1], "window_size": 2}
+    swin = SwinForImageClassification(SwinConfig(**sizes, num_labels=4))
+    with pytest.raises(ValueError, match=rf"{type(technique).__name__}.*, and cannot be left out"):
+        tiny_trainer([technique], tmp_path, modality="image", max_steps=2, model=swin).train()

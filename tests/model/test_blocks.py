@@ -5,7 +5,8 @@ import torch
 from architectures import ARCHITECTURES, inputs_for, tiny, used
 from torch import nn
 
-from hf_accel.model.blocks import residual_projections
+from hf_accel.model.blocks import block_lists, block_stacks, residual_projections
+from hf_accel.testing import tiny_convnext
 
 ENDS = {
     "Llama": {"self_attn.o_proj", "mlp.down_proj"},
@@ -18,6 +19,14 @@ ENDS = {
     "ViT": {"attention.o_proj", "mlp.fc2"},
     "ResNet": {"layer.1.normalization"},
 }
+
+
+def test_blocks_lie_in_stages():
+    model = tiny_convnext()
+    assert list(block_lists(model)) == [f"convnext.encoder.stages.{i}.layers" for i in range(2)]
+    assert block_stacks(model) == [[stage.layers[0] for stage in model.convnext.encoder.stages]]
+    t5 = tiny("T5")
+    assert block_stacks(t5) == [list(t5.encoder.block), list(t5.decoder.block)]
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

@@ -18,8 +18,8 @@ LayerDrop, https://arxiv.org/abs/1909.11556.
 
 When to use: pretraining of deep pre-norm transformers; the authors report 24 % less time for a sample of BERT.
 When not to use: where the same time of plain training does as well: under fixed budgets with a decayed learning rate,
-others found no gain (https://arxiv.org/abs/2307.06440).  Few blocks; norms after the addition (BERT), where what is
-scaled is a difference of normed vectors; compiled models.
+others found no gain (https://arxiv.org/abs/2307.06440).  Models of few blocks; norms after the addition (BERT),
+where what is scaled is a difference of normed vectors; compiled models.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ import torch
 from torch import nn
 
 from hf_accel.losses import unwrapped
-from hf_accel.model.around import hidden_states, refuse_waiting_ddp, surround
-from hf_accel.model.blocks import block_lists
+from hf_accel.model.around import hidden_states, refuse_other_shape, refuse_waiting_ddp, surround
+from hf_accel.model.blocks import block_stacks
 from hf_accel.technique import Positive, State, Technique
 
 
@@ -53,8 +53,8 @@ class LayerDrop(Technique):
     """Leaves blocks of a model out of steps; needs no more than a plain Trainer.
 
     Args:
-        keep: What theta, of which the deepest block's probability of being kept lies just above, falls to; in (0, 1].
-        decay: How fast it falls: at progress 1 / decay it has fallen by 63 % of the way; above 0.
+        keep: What theta falls to, in (0, 1]; the deepest block is kept a little more probably.
+        decay: How fast theta falls, above 0: at progress 1 / decay it has fallen by 63 % of the way.
     """
 
     keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5  # the authors'
@@ -66,13 +66,15 @@ class LayerDrop(Technique):
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if args.deepspeed_plugin is not None:
-            raise ValueError(f"{self!r}: under ZeRO, {self.refused_backends['zero']}. Use DDP, or leave it out.")
+            raise ValueError(f"{self!r}: under ZeRO, {self.refused_backends['zero']}. Use DDP or FSDP2.")
         if args.torch_compile:
-            raise ValueError(f"{self!r}: a compiled model would be compiled again for every choice of blocks. Use one.")
+            raise ValueError(
+                f"{self!r}: a compiled model would be compiled again for every choice of blocks. Leave one out."
+            )
         refuse_waiting_ddp(self, args, model)
         base = unwrapped(model)
         try:
-            self.stacks_ = list(block_lists(base).values())
+            self.stacks_ = block_stacks(base)
         except ValueError as error:
             raise ValueError(f"{self!r}: {error}") from None
         if all(len(blocks) == 1 for blocks in self.stacks_):
@@ -119,6 +121,7 @@ class LayerDrop(Technique):
             return x if beside is None else (x, *beside)
         output = call(*args, **kwargs)
         new, beside = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        refuse_other_shape(self, x, new)
         self.beside_[stack] = beside
         if kept < 1:
             new = x + (new - x) / kept

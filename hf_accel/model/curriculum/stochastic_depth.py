@@ -20,8 +20,8 @@ micro-batch is computed (two where there are batch norms); where none keeps a bl
 When to use: long training of deep residual networks and vision transformers, where it is a regulariser first; the
 authors report 25 % less time.
 When not to use: short training; fine-tuning; micro-batches of few examples, where nothing is saved; with rows that hold
-several examples, which are dropped as one.  Batch norms see the kept examples alone.  Norms after the addition (BERT)
-are not normed any more by what is scaled.
+several examples, which are dropped as one.  Batch norms see the kept examples alone.  Where norms come after
+the addition (BERT), what is scaled is no longer normed.
 """
 
 from __future__ import annotations
@@ -39,8 +39,8 @@ import torch
 from torch import Tensor, nn
 
 from hf_accel.losses import unwrapped
-from hf_accel.model.around import Keys, surround
-from hf_accel.model.blocks import block_lists
+from hf_accel.model.around import Keys, refuse_other_shape, surround
+from hf_accel.model.blocks import block_stacks
 from hf_accel.technique import State, Technique
 
 
@@ -69,12 +69,10 @@ def keep_probabilities(num_blocks: int, keep: float) -> list[float]:
 
 
 def stacks_of(model: Any) -> list[list[nn.Module]]:
-    """The blocks that follow each other, stack by stack: those of an encoder and of a decoder are two stacks, those of
-    the stages of a vision model one; or the branches beside the shortcuts of a ResNet."""
+    """The blocks that follow each other, stack by stack, or the branches beside the shortcuts of a ResNet."""
     if branches := [block.layer for block in model.modules() if hasattr(block, "shortcut") and hasattr(block, "layer")]:
         return [branches]
-    lists = [list(blocks) for blocks in block_lists(model).values()]
-    return lists if getattr(model.config, "is_encoder_decoder", False) else [[b for blocks in lists for b in blocks]]
+    return block_stacks(model)
 
 
 def rows_of(name: str, value: Any, rows_K: Tensor, num_rows: int) -> Any:
@@ -109,7 +107,9 @@ class StochasticDepth(Technique):
         if all(len(blocks) == 1 for blocks in stacks):
             raise ValueError(f"{self!r}: {name} has one block, and the first is always kept. Leave it out.")
         if args.torch_compile:
-            raise ValueError(f"{self!r}: a compiled model would be compiled for each number of examples. Use one.")
+            raise ValueError(
+                f"{self!r}: a compiled model would be compiled for each number of examples. Leave one out."
+            )
         if (getattr(base.config, "_attn_implementation", None) or "").startswith(("flex", "paged")):
             raise ValueError(f"{self!r}: {base.config._attn_implementation} attention has one mask for all. Use sdpa.")
         self.keys_: Keys | None = None
@@ -173,6 +173,8 @@ class StochasticDepth(Technique):
             given = {name: rows_of(name, value, rows, len(x)) for name, value in given.items()}
         output = call(*(given[name] for name in parameters[: len(args)]), **{name: given[name] for name in kwargs})
         new, beside = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        if not place.is_branch:
+            refuse_other_shape(self, given[parameters[0]], new)
         if place.keep < 1:
             scale = scale.view(-1, *[1] * (new.dim() - 1))
             new = new * scale if place.is_branch else given[parameters[0]] + (new - given[parameters[0]]) * scale

@@ -165,8 +165,8 @@ class RandomTokenDrop(Technique):
         keys = None if self.keys_ is None else self.keys_.of_examples(model, inputs)
         if keys is None:
             return
-        if self.host_ is not None and self.host_.stream is not None:
-            inputs = self.host_._micro.inputs
+        if self.keys_ is not None and self.keys_.streamed:
+            inputs = self.keys_.host._micro.inputs
         ids_RL = inputs.get("input_ids")
         if ids_RL is None:
             self.batch_ = None, None, keys

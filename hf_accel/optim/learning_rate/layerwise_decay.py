@@ -37,10 +37,8 @@ from hf_accel.technique import Technique
 def stacks_of(model: Any) -> dict[str, list[str]]:
     """The paths of the blocks in each stack, from its first to its last; by the path of the outermost list."""
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    of_blocks, stacks = block_lists(model), {}
-    for path, blocks in of_blocks.items():
-        if any(inner.startswith(f"{path}.") for inner in of_blocks):
-            continue
+    stacks: dict[str, list[str]] = {}
+    for path, blocks in block_lists(model).items():
         outermost = next(outer for outer in lists if f"{path}.".startswith(f"{outer}."))
         stacks.setdefault(outermost, []).extend(f"{path}.{i}" for i in range(len(blocks)))
     return stacks
