@@ -143,6 +143,19 @@ def refuse_schedules(args: TrainingArguments, owner: Technique | None) -> None:
         )
 
 
+def refuse_quantised(model: Any) -> None:
+    """Quantised weights that Trainer cannot train, in one sentence each."""
+    quantizer = model.hf_quantizer
+    if not quantizer.is_trainable:
+        method = quantizer.quantization_config.quant_method.value
+        raise ValueError(f"model: {method} weights of this kind cannot be trained. Load them with bitsandbytes in 4 bits.")
+    if not hasattr(model, "peft_config") and not getattr(quantizer, "is_qat_trainable", False):
+        raise ValueError(
+            f"model: {type(model).__name__} has quantised weights, which are not trained, and no adapters, which "
+            "would be. Add them, with a technique or with peft."
+        )
+
+
 def refuse_two_optimizers(args: TrainingArguments, owner: Technique | None) -> None:
     """A technique is the optimizer, and the arguments name another one than AdamW, which stands there by itself."""
     default = OptimizerNames(args.optim) in (OptimizerNames.ADAMW_TORCH, OptimizerNames.ADAMW_TORCH_FUSED)

@@ -83,11 +83,16 @@ class AccelTrainerMixin(Updating, Resuming):
         args = self._prepared_args(args or TrainingArguments("tmp_trainer"), kwargs.get("train_dataset"))
         others = [callback for callback in given if not isinstance(callback, Technique)]
         kwargs["callbacks"] = [*others, *self.techniques]
+        quantised = getattr(model, "is_quantized", False)
+        if quantised:  # Trainer refuses it unless it has adapters
+            self.args = args
+            model = self._prepared_model(model)
+            host.refuse_quantised(model)
         if positional:
             super().__init__(model, args, *positional, **kwargs)
         else:  # by name, for not every trainer has its arguments second
             super().__init__(model=model, args=args, **kwargs)
-        self._settle()
+        self._settle(prepared=quantised)
 
     # Construction ---------------------------------------------------------------------------------------------------
 
@@ -114,12 +119,13 @@ class AccelTrainerMixin(Updating, Resuming):
             args.gradient_accumulation_steps = 1
         return args
 
-    def _settle(self) -> None:
-        """What can only be said once Trainer is built: the model, the loss, the size of a step."""
+    def _settle(self, prepared: bool = False) -> None:
+        """What can only be said once Trainer is built: the model unless it is prepared, the loss, the size of a step."""
         if self.streamed:
             host.refuse_stream_hosts(self)
         self._refuse_asynchronous()
-        self._replace_model()
+        if not prepared:
+            self._replace_model()
         if self._owners["averaging"] is not None:
             batch_norm.refuse_iterables(self)
         if self.techniques and self.args.enable_jit_checkpoint:

@@ -17,7 +17,7 @@ def load_tokenizer(name: str | None, model: str | dict[str, Any]) -> Any:
     """A tokenizer by path or name; ``bytes``: one token for each byte of UTF-8; None: that of the model's folder."""
     subject = "tokenizer" if name is not None else "model"
     if name is None:
-        name = model if isinstance(model, str) else "bytes"
+        name = model if isinstance(model, str) else model.get("path", "bytes")
     if name == "bytes":
         return ByT5Tokenizer(extra_ids=0)
     try:
@@ -30,17 +30,21 @@ def load_tokenizer(name: str | None, model: str | dict[str, Any]) -> Any:
 
 
 def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options: Any) -> PreTrainedModel:
-    """A model of an auto class: the weights of a path or name, or new ones of ``{config: {model_type: ...}}``;
-    ``options`` are what the data say of its configuration."""
+    """A model of an auto class: the weights of a path or name, quantised where it is ``{path: ..., quantization_config:
+    {...}}`` as transformers reads it, or new ones of ``{config: {model_type: ...}}``; ``options`` are what the data say
+    of its configuration."""
     if isinstance(model, str):
         try:
             return kind.from_pretrained(model, **options)
         except (OSError, ValueError) as error:
             raise RecipeError(_not_loaded("model", model, error)) from None
+    if set(model) == {"path", "quantization_config"}:
+        return _load_quantised(kind, **model, **options)
     given = model.get("config")
     if set(model) != {"config"} or not isinstance(given, dict) or "model_type" not in given:
         raise RecipeError(
-            f"model({model!r}): must be a path or a configuration. Write '{{config: {{model_type: ...}}}}'."
+            f"model({model!r}): must be a path or a configuration. Write '{{config: {{model_type: ...}}}}', or "
+            "'{path: ..., quantization_config: {...}}'."
         )
     given = dict(given)
     name = given.pop("model_type")
@@ -59,6 +63,21 @@ def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options
         return kind.from_config(AutoConfig.for_model(name, **values))
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise RecipeError(f"model.config: {' '.join(str(error).split())[:300]} Correct the configuration.") from None
+
+
+def _load_quantised(kind: Any, path: str, quantization_config: Any, **options: Any) -> PreTrainedModel:
+    if not isinstance(quantization_config, dict):
+        raise RecipeError(
+            f"model.quantization_config({quantization_config!r}): must be a mapping. Write '{{load_in_4bit: true}}'."
+        )
+    try:
+        AutoConfig.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise RecipeError(_not_loaded("model", path, error)) from None
+    try:
+        return kind.from_pretrained(path, quantization_config=quantization_config, **options)
+    except (ImportError, RuntimeError, OSError, ValueError, TypeError) as error:  # no package, no device, bad options
+        raise RecipeError(f"model.quantization_config: {' '.join(str(error).split())[:300]}") from None
 
 
 def _not_loaded(subject: str, name: str, error: BaseException) -> str:

@@ -13,8 +13,13 @@ Variants: ``rslora`` scales by alpha / sqrt(rank), for ranks of 64 and above; ``
 output's weights apart from its direction, 26 % slower than ``lora`` in peft's benchmark, and is to be loaded with
 peft's own classes (transformers 5.23 leaves the lengths out); ``pissa`` starts from the largest singular directions of
 W instead of from zero, which takes a singular value decomposition of each matrix.  Once the learning rate is tuned,
-such variants differ by one or two per cent.  Trainer takes quantised models only with adapters that are there already:
-for those (QLoRA), call ``add_adapters(model, rank=16, alpha=32)`` first and leave the technique out.
+such variants differ by one or two per cent.
+
+QLoRA: the model may be one whose weights are quantised, as by ``BitsAndBytesConfig(load_in_4bit=True)``, a quarter of
+the memory of bfloat16.  Its other parameters are cast to float32, as peft does it, and gradients go through the layers
+that are quantised.  Give it to ``AccelTrainer``: a plain Trainer, which `attach` would take, refuses it before it has
+adapters.  To merge these, load the model as it was before, for weights of 4 bits round them away.  The published
+settings are in configs/recipes/qlora.yaml.
 
 The best learning rate of LoRA is about ten times that of full fine-tuning, whatever the rank, and ``lr_factor``
 multiplies ``args.learning_rate`` by that.  So a tuned script of full fine-tuning stays as it is.  A rate that was
@@ -22,7 +27,7 @@ chosen for LoRA wants ``lr_factor=1``, and so does `Muon`, whose steps have the 
 
 Reference: Hu et al. (2021), LoRA, https://arxiv.org/abs/2106.09685; all layers and ten times the learning rate:
 Schulman et al. (2025), LoRA without regret, https://thinkingmachines.ai/blog/lora/; Kalajdzievski (2023), rsLoRA,
-https://arxiv.org/abs/2312.03732; Liu et al. (2024), DoRA, https://arxiv.org/abs/2402.09353; Meng et al. (2024), PiSSA,
+https://arxiv.org/abs/2312.03732; Dettmers et al. (2023), QLoRA, https://arxiv.org/abs/2305.14314; Liu et al. (2024), DoRA, https://arxiv.org/abs/2402.09353; Meng et al. (2024), PiSSA,
 https://arxiv.org/abs/2404.02948; Hayou et al. (2024), LoRA+, https://arxiv.org/abs/2402.12354.
 
 When to use: fine-tuning of language models on up to some 50,000 examples, in batches of up to 32; peft's benchmark
@@ -95,9 +100,12 @@ def add_adapters(
 ) -> PeftModel:
     """The model with adapters, of which only these and new heads are trained; made from the seed."""
     try:
-        from peft import LoraConfig, get_peft_model
+        from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     except ImportError:
         raise ValueError("peft: is not installed. Install it with: pip install 'hf-accel[peft]'.") from None
+    if getattr(model, "is_quantized", False):
+        prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer turns it on
+        model.enable_input_require_grads()
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
