@@ -148,7 +148,9 @@ def refuse_quantised(model: Any) -> None:
     quantizer = model.hf_quantizer
     if not quantizer.is_trainable:
         method = quantizer.quantization_config.quant_method.value
-        raise ValueError(f"model: {method} weights of this kind cannot be trained. Load them with bitsandbytes in 4 bits.")
+        raise ValueError(
+            f"model: {method} weights of this kind cannot be trained. Load them with bitsandbytes in 4 bits."
+        )
     if not hasattr(model, "peft_config") and not getattr(quantizer, "is_qat_trainable", False):
         raise ValueError(
             f"model: {type(model).__name__} has quantised weights, which are not trained, and no adapters, which "

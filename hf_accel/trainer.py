@@ -120,7 +120,7 @@ class AccelTrainerMixin(Updating, Resuming):
         return args
 
     def _settle(self, prepared: bool = False) -> None:
-        """What can only be said once Trainer is built: the model unless it is prepared, the loss, the size of a step."""
+        """What can only be said once Trainer is built: the model unless ``prepared``, the loss, the size of a step."""
         if self.streamed:
             host.refuse_stream_hosts(self)
         self._refuse_asynchronous()

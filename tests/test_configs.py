@@ -2,16 +2,20 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pandas
 import pytest
 from PIL import Image
+from transformers import AutoModelForCausalLM, ByT5Tokenizer
 from typer.testing import CliRunner
 
 from hf_accel import Recipe
 from hf_accel.cli import app
+from hf_accel.system.planning import subject_of
+from hf_accel.testing import tiny_llama
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs" / "recipes").glob("*.yaml"))
 
@@ -70,3 +74,39 @@ def test_budgeted_recipes_run_in_time(name, tmp_path):
     assert result.exit_code == 0, result.output
     receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
     assert receipt["final_learning_rate"] == 0.0 and receipt["wall_seconds"] <= 4.5
+
+
+def qlora(folder, *options):
+    """``hf-accel train`` with the recipe of QLoRA, on a small model and a table of texts."""
+    model = tiny_llama()
+    model.resize_token_embeddings(256 + 3)  # bytes
+    model.save_pretrained(folder / "base")
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder / "base")
+    pandas.DataFrame({"text": [f"text {i}" * (1 + i % 5) for i in range(80)]}).to_parquet(folder / "texts.parquet")
+    changes = {"model.path": folder / "base", "data.source": folder / "texts.parquet", "args.use_cpu": True}
+    changes |= {"args.max_steps": 4, "args.output_dir": folder / "out", "techniques.LoRA.rank": 4}
+    words = [word for key, value in changes.items() for word in ("--set", f"{key}={value}")]
+    path = next(path for path in RECIPES if path.stem == "qlora")
+    return CliRunner().invoke(app, ["train", str(path), *words, *options])
+
+
+def test_qlora_trains_a_model_of_4_bits(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="weights of 4 bits need it (pip install bitsandbytes)")
+    result = qlora(tmp_path)
+    assert result.exit_code == 0, result.output
+    (lora, _) = json.loads((tmp_path / "out" / "receipt.json").read_text())["techniques"]
+    assert lora["report"]["layers"] == 4 * 7
+    adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # on the base model, which is not quantised
+    assert adapted.model.layers[0].mlp.up_proj.lora_B["default"].weight.abs().max() > 0
+    result = qlora(tmp_path, "--set", "techniques=[]", "--output", str(tmp_path / "other"))
+    assert result.exit_code != 0 and "quantised weights, which are not trained, and no adapters" in result.output
+
+
+def test_qlora_needs_a_model_and_what_quantises_it(tmp_path):
+    method = "model.quantization_config={quant_method: quanto, weights: int4}"
+    result = qlora(tmp_path, "--set", method)
+    message = re.sub(r"\s+", " ", result.output)
+    assert result.exit_code != 0 and "error: model.quantization_config: Loading an optimum-quanto" in message
+    path = next(path for path in RECIPES if path.stem == "qlora")
+    with pytest.raises(ValueError, match="plan does not count quantised weights"):
+        subject_of(str(path))

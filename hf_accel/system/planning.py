@@ -170,6 +170,8 @@ def _subject_of_recipe(recipe: Recipe, name: str, rows: int | None, length: int 
         raise ValueError(f"task({recipe.task!r}): plan does not know it. {nearest(str(recipe.task), TASKS)}")
     if recipe.model is None:
         raise ValueError("recipe: it names no model. Write 'model: path' or 'model: {config: {model_type: ...}}'.")
+    if isinstance(recipe.model, dict) and "quantization_config" in recipe.model:
+        raise ValueError("model.quantization_config: plan does not count quantised weights. Add --set model=PATH.")
     kind = getattr(transformers, TASKS[recipe.task])
     if isinstance(recipe.model, str):
         config = _read_config(recipe.model)

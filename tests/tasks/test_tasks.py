@@ -106,6 +106,11 @@ def bad(task="causal-lm", model=None, **data):
     return task, {"config": LLAMA} if model is None else model, data
 
 
+def quantised(path):
+    """By a package that nobody has here."""
+    return {"path": path, "quantization_config": {"quant_method": "quanto", "weights": "int4"}}
+
+
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
@@ -124,7 +129,14 @@ def bad(task="causal-lm", model=None, **data):
         (bad(source="TEXT", tokenizer="none/such/path"), "tokenizer('none/such/path'): neither a folder nor found"),
         (bad(source="TEXT", model="./none"), "model('./none'): neither a folder nor found on the Hub."),
         (bad(source="TEXT", tokenizer="bytes", model="EMPTY"), "cannot be loaded ("),
-        (bad(source="TEXT", model={"path": "x"}), "must be a path or a configuration."),
+        (bad(source="TEXT", model={"path": "./x"}, tokenizer="bytes"), "must be a path or a configuration."),
+        (bad(source="TEXT", model=quantised("./none")), "model('./none'): neither a folder nor found on the Hub."),
+        (bad(source="TEXT", model=quantised("./none"), tokenizer="bytes"), "model('./none'): neither a folder nor"),
+        (bad(source="TEXT", model=quantised("LLAMA"), tokenizer="bytes"), "quantization_config: Loading an optimum-"),
+        (
+            bad(source="TEXT", model={"path": "LLAMA", "quantization_config": 4}, tokenizer="bytes"),
+            "model.quantization_config(4): must be a mapping. Write '{load_in_4bit: true}'.",
+        ),
         (bad(source="TEXT", model={"config": {"model_type": "lama"}}), "Did you mean 'llama'?"),
         (
             bad(source="TEXT", model={"config": LLAMA | {"hiden_size": 3}}),
@@ -145,6 +157,11 @@ def test_mistakes_are_named(recipe, message, text, tmp_path):
         pandas.DataFrame({"text": ["a", "b"], "label": labels}).to_parquet(places[name])
     task, model, data = recipe
     model = places.get(model, model) if isinstance(model, str) else model
+    if isinstance(model, dict) and model.get("path") == "LLAMA":
+        build_task(Recipe("causal-lm", {"config": LLAMA}, {"source": text}))["model"].save_pretrained(
+            tmp_path / "llama"
+        )
+        model = model | {"path": str(tmp_path / "llama")}
     data = {key: places.get(value, value) if isinstance(value, str) else value for key, value in data.items()}
     with pytest.raises(RecipeError, match=re.escape(message)) as error:
         build_task(Recipe(task, model, data))

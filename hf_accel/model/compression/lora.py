@@ -27,8 +27,9 @@ chosen for LoRA wants ``lr_factor=1``, and so does `Muon`, whose steps have the 
 
 Reference: Hu et al. (2021), LoRA, https://arxiv.org/abs/2106.09685; all layers and ten times the learning rate:
 Schulman et al. (2025), LoRA without regret, https://thinkingmachines.ai/blog/lora/; Kalajdzievski (2023), rsLoRA,
-https://arxiv.org/abs/2312.03732; Dettmers et al. (2023), QLoRA, https://arxiv.org/abs/2305.14314; Liu et al. (2024), DoRA, https://arxiv.org/abs/2402.09353; Meng et al. (2024), PiSSA,
-https://arxiv.org/abs/2404.02948; Hayou et al. (2024), LoRA+, https://arxiv.org/abs/2402.12354.
+https://arxiv.org/abs/2312.03732; Dettmers et al. (2023), QLoRA, https://arxiv.org/abs/2305.14314; Liu et al. (2024),
+DoRA, https://arxiv.org/abs/2402.09353; Meng et al. (2024), PiSSA, https://arxiv.org/abs/2404.02948; Hayou et al.
+(2024), LoRA+, https://arxiv.org/abs/2402.12354.
 
 When to use: fine-tuning of language models on up to some 50,000 examples, in batches of up to 32; peft's benchmark
 measured the quality of full fine-tuning in 0.44 of its time.
@@ -106,6 +107,11 @@ def add_adapters(
     if getattr(model, "is_quantized", False):
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer turns it on
         model.enable_input_require_grads()
+        for module in model.modules():
+            if getattr(module, "support_avx512bf16_for_cpu", False):
+                # An evaluation packs the weights so that bitsandbytes 0.50 makes no gradients any more.
+                module.state_dict()  # unpacks them
+                module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -147,7 +153,10 @@ class LoRA(Technique):
         args = self.host_.args
         if hasattr(model, "peft_config") or not hasattr(model, "get_output_embeddings"):
             problem = "has adapters already" if hasattr(model, "peft_config") else "is no model of transformers"
-            raise ValueError(f"{self!r}: {type(model).__name__} {problem}. Give the pretrained model itself.")
+            place = " to AccelTrainer, for other trainers refuse it" if getattr(model, "is_quantized", False) else ""
+            raise ValueError(f"{self!r}: {type(model).__name__} {problem}. Give the pretrained model itself{place}.")
+        if self.variant == "pissa" and getattr(model, "is_quantized", False):
+            raise ValueError(f"{self!r}: quantised weights have no singular values. Choose another variant.")
         shapes = linear_shapes(model)
         if not shapes:
             raise ValueError(f"{self!r}: {type(model).__name__} has no linear layer but its head. Train it whole.")

@@ -5,7 +5,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
-from torchao.quantization import Int8WeightOnlyConfig
+from torchao.quantization import Int8WeightOnlyConfig, IntxWeightOnlyConfig
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -13,10 +13,12 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    BitsAndBytesConfig,
     TorchAoConfig,
     Trainer,
 )
 
+from hf_accel import attach
 from hf_accel.model.compression.lora import LoRA, add_adapters, new_heads
 from hf_accel.testing import (
     check_evaluates_what_it_returns,
@@ -139,18 +141,142 @@ def test_adapters_are_made_from_the_seed_alone():
     assert largest_difference(a, b) == 0.0 < largest_difference(a, c)
 
 
+def quantised_llama(kind, folder):
+    """`tiny_llama` without dropout in 8 bits (torchao) or 4 (bitsandbytes)."""
+    tiny_llama(dropout=0.0).save_pretrained(folder)
+    if kind == "int8":
+        config = TorchAoConfig(Int8WeightOnlyConfig())
+    else:
+        pytest.importorskip("bitsandbytes", reason="weights of 4 bits need it (pip install bitsandbytes)")
+        config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
+
+
+def dequantised(weight):
+    """The values that a quantised matrix stands for."""
+    if hasattr(weight, "quant_state"):
+        from bitsandbytes.functional import dequantize_4bit
+
+        return dequantize_4bit(weight.data, weight.quant_state)
+    return weight.dequantize() if type(weight.data) is not torch.Tensor else weight.data
+
+
+def adapters_of(trainer):
+    return {name: value for name, value in weights_of(trainer).items() if ".lora_" in name}
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_quantised_model_trains_as_one_of_the_values_that_its_weights_stand_for(kind, tmp_path):
+    quantised = quantised_llama(kind, tmp_path / "base")
+    before = {name: dequantised(p).float().clone() for name, p in quantised.named_parameters()}
+    whole = tiny_llama(dropout=0.0)
+    changed = {name for name, p in whole.named_parameters() if (p - before[name]).abs().max() > 1e-4}
+    assert len(changed) == 4 * LAYERS_OF_LLAMA, "all linear layers but the head"
+    whole.load_state_dict(before)
+    trainers = [
+        tiny_trainer([LoRA(rank=4)], tmp_path, model=model, learning_rate=1e-3, max_steps=8)
+        for model in (quantised, whole)
+    ]
+    for trainer in trainers:
+        trainer.train()
+    assert losses_of(trainers[0]) == pytest.approx(losses_of(trainers[1]), rel=1e-3)
+    adapters, expected = map(adapters_of, trainers)
+    assert adapters.keys() == expected.keys() and len(adapters) == 2 * 4 * LAYERS_OF_LLAMA
+    for name, values in expected.items():
+        assert (adapters[name] - values).norm() < 0.01 * values.norm(), name  # B was zero
+    assert trainers[0].techniques[0].report() == trainers[1].techniques[0].report()
+    trained = {name for name, p in trainers[0].model.named_parameters() if p.requires_grad}
+    assert trained and all(".lora_" in name for name in trained)
+    base = trainers[0].model.get_base_model()
+    after = {
+        name.replace(".base_layer", ""): dequantised(p) for name, p in base.named_parameters() if ".lora_" not in name
+    }
+    assert after.keys() == before.keys() and all(torch.equal(after[name].float(), before[name]) for name in before)
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_quantised_models_resume_bit_exactly_under_activation_checkpointing(kind, tmp_path):
+    options = {"learning_rate": 1e-3, "max_steps": 6, "activation_checkpointing": True}
+    options["activation_checkpointing_kwargs"] = {"use_reentrant": True}  # needs gradients of what goes into a layer
+
+    def trainer(folder, **more):
+        model = quantised_llama(kind, tmp_path / "base")
+        return tiny_trainer([LoRA(rank=4)], tmp_path / folder, model=model, **options, **more)
+
+    straight = trainer("straight", save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=1)
+    straight.train()
+    assert not list((tmp_path / "straight" / "checkpoint-4").glob("model*"))
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-4"))
+    assert losses_of(resumed) == losses_of(straight)
+    assert largest_difference(adapters_of(resumed), adapters_of(straight)) == 0.0
+
+
+def test_gradients_after_an_evaluation_are_those_before_it(tmp_path):
+    bitsandbytes = pytest.importorskip("bitsandbytes", reason="weights of 4 bits need it (pip install bitsandbytes)")
+    fields = {"hidden_size": 64, "intermediate_size": 64}  # bitsandbytes packs 64 weights together
+    tiny("llama", AutoModelForCausalLM, fields).save_pretrained(tmp_path)
+    ids = torch.arange(3, 23)[None]
+    gradients = []
+    for evaluations in ("none", "before adapters", "after them"):
+        model = AutoModelForCausalLM.from_pretrained(
+            tmp_path, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+        )
+        assert any(isinstance(module, bitsandbytes.nn.Linear4bit) for module in model.modules())
+        with torch.no_grad():
+            if evaluations == "before adapters":
+                model.eval()(input_ids=ids)
+            adapted = add_adapters(model, rank=4, alpha=8)
+            if evaluations == "after them":
+                adapted.eval()(input_ids=ids)
+        adapted.train()(input_ids=ids, labels=ids).loss.backward()
+        gradients.append({name: p.grad for name, p in adapted.named_parameters() if ".lora_B." in name})
+    for others in gradients[1:]:
+        assert largest_difference(others, gradients[0]) == 0.0
+    assert all(gradient.abs().max() > 0 for gradient in gradients[0].values())
+
+
+def test_what_is_not_quantised_is_float32(tmp_path):
+    pytest.importorskip("bitsandbytes", reason="weights of 4 bits need it (pip install bitsandbytes)")
+    tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=config)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16, torch.uint8}
+    adapted = prepared(LoRA(rank=4), model)
+    kinds = {name: p.dtype for name, p in adapted.named_parameters()}
+    packed = {name for name, dtype in kinds.items() if dtype == torch.uint8}
+    assert len(packed) == 4 * LAYERS_OF_LLAMA and all(".base_layer." in name for name in packed)
+    assert set(kinds.values()) == {torch.float32, torch.uint8}
+
+
 def test_a_quantised_model_trains_with_adapters_that_are_there_first(tmp_path):
-    tiny_llama().save_pretrained(tmp_path / "base")
-    quantised = TorchAoConfig(Int8WeightOnlyConfig())
-    models = [AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=quantised) for _ in range(2)]
-    trainer = tiny_trainer([], tmp_path, model=add_adapters(models[0], rank=4, alpha=8), learning_rate=1e-2)
+    model = add_adapters(quantised_llama("int8", tmp_path / "base"), rank=4, alpha=8)
+    trainer = tiny_trainer([], tmp_path, model=model, learning_rate=1e-2)
     adapters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in adapters.items()}
     trainer.train()
     assert len(adapters) == 2 * 4 * LAYERS_OF_LLAMA and all(".lora_" in name for name in adapters)
     assert not any(torch.equal(before[name], p) for name, p in adapters.items())
-    with pytest.raises(ValueError, match="attach trainable adapters"):
-        tiny_trainer([LoRA(rank=4)], tmp_path, model=models[1])
+
+
+def test_quantised_models_that_cannot_be_trained_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has quantised weights.*no adapters.*Add them"):
+        tiny_trainer([], tmp_path, model=quantised_llama("int8", tmp_path / "base"))
+    plain = tiny_trainer([], tmp_path, trainer_class=Trainer, model=add_adapters(tiny_llama(), rank=4, alpha=8))
+    with pytest.raises(ValueError, match=r"has adapters already\. Give the pretrained model itself\.$"):
+        attach(plain, [LoRA(rank=4)])
+    adapted = add_adapters(quantised_llama("int8", tmp_path / "base"), rank=4, alpha=8)
+    plain = tiny_trainer([], tmp_path, trainer_class=Trainer, model=adapted)
+    with pytest.raises(ValueError, match=r"has adapters already\. Give the pretrained model itself to AccelTrainer"):
+        attach(plain, [LoRA(rank=4)])
+    with pytest.raises(ValueError, match=r"LoRA\(.*variant='pissa'.*no singular values\. Choose another"):
+        tiny_trainer([LoRA(rank=4, variant="pissa")], tmp_path, model=quantised_llama("int8", tmp_path / "base"))
+    packed = TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=packed)
+    with pytest.raises(
+        ValueError, match=r"torchao weights of this kind cannot be trained\. Load them with bitsandbytes"
+    ):
+        tiny_trainer([LoRA(rank=4)], tmp_path, model=model)
 
 
 def test_what_it_does_to_the_rate_is_said(caplog):
