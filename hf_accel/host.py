@@ -144,7 +144,7 @@ def refuse_schedules(args: TrainingArguments, owner: Technique | None) -> None:
 
 
 def refuse_quantised(model: Any) -> None:
-    """Quantised weights that Trainer cannot train, in one sentence each."""
+    """Quantised weights that cannot be trained, or without adapters that can."""
     quantizer = model.hf_quantizer
     if not quantizer.is_trainable:
         method = quantizer.quantization_config.quant_method.value

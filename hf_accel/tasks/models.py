@@ -17,7 +17,7 @@ def load_tokenizer(name: str | None, model: str | dict[str, Any]) -> Any:
     """A tokenizer by path or name; ``bytes``: one token for each byte of UTF-8; None: that of the model's folder."""
     subject = "tokenizer" if name is not None else "model"
     if name is None:
-        name = model if isinstance(model, str) else model.get("path", "bytes")
+        name = model if isinstance(model, str) else str(model.get("path", "bytes"))
     if name == "bytes":
         return ByT5Tokenizer(extra_ids=0)
     try:
