@@ -180,8 +180,7 @@ def examine(trainer: Trainer, techniques: list[Technique] | None = None) -> Exam
         has_data = trainer.eval_dataset is not None and evaluations
         evaluation = probe_evaluation(trainer) if has_data else 0.0  # type: ignore[arg-type]
         run_seconds = None if steps is None else steps * step + evaluations * evaluation
-        waiting = communication(trainer)
-        seconds = dict(watch.seconds_)
+        waiting, seconds = communication(trainer), dict(watch.seconds_)
         if waiting:  # DDP sends gradients while the backward pass goes on, and what is not done by then is waited for
             seconds["backward"] = max(seconds.get("backward", 0.0) - waiting, 0.0)
             seconds["communication"] = waiting
@@ -214,7 +213,7 @@ def communication(trainer: Any, passes: int = 5) -> float:
         dist.barrier()
         began = time.perf_counter()
         with contextlib.nullcontext() if exchanges else wrapped.no_sync():
-            wrapped(**inputs).loss.backward()
+            trainer.compute_loss(wrapped, dict(inputs)).backward()
         if torch.accelerator.is_available():
             torch.accelerator.synchronize()
         seconds[exchanges].append(time.perf_counter() - began)
