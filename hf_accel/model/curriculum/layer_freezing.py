@@ -143,7 +143,8 @@ class LayerFreezing(Technique):
         self.hook_ = None
         self.depth_, self.steps_, self.frozen_steps_ = 0, 0, 0
         self.settled_, self.looks_, self.measured_ = 0, 0, []
-        self.squares_ = torch.zeros(len(self.blocks_), dtype=torch.float64, device=args.device)
+        widest = torch.float32 if args.device.type == "mps" else torch.float64  # which MPS does not have
+        self.squares_ = torch.zeros(len(self.blocks_), dtype=widest, device=args.device)
         self.squared_steps_ = 0
         self.reference_: Tensor | None = None
         if self.policy == "plasticity":
@@ -289,4 +290,5 @@ def _has_tied_head(model: Any) -> bool:
 def _sum_of_squares(parameters: Sequence[nn.Parameter], like: Tensor) -> Tensor:
     """Of this rank's part of the gradients."""
     gradients = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
-    return sum((g.to(like).square().sum() for g in gradients), start=like.new_zeros(()))
+    norms = [torch.linalg.vector_norm(gradient, dtype=like.dtype) for gradient in gradients]
+    return sum((norm.square() for norm in norms), start=like.new_zeros(()))

@@ -152,7 +152,7 @@ class ProgressiveStacking(Technique):
         if getattr(model.config, "num_hidden_layers", None) != len(blocks):
             raise ValueError(f"the configuration of {type(model).__name__} has no number of blocks, num_hidden_layers.")
         if hasattr(model, "peft_config"):
-            raise ValueError("adapters are trained beside weights that have none to be copied from. Leave one out.")
+            raise ValueError("adapters need a model that is trained already, and this one is made here. Leave one out.")
         if (name := getattr(model, "name_or_path", "")) and state.global_step == 0:
             raise ValueError(f"the model comes from {name!r}, and most of its blocks would be lost. Leave it out.")
         if args.load_best_model_at_end:
@@ -171,7 +171,14 @@ class ProgressiveStacking(Technique):
             if synchronise is not None:
                 raise ValueError(f"{synchronise!r} keeps weights or gradients of before a growth. Leave one out.")
         found = depths(len(blocks), start=self.start, stages=self.stages)
+        if found[0] == len(blocks) and self.start < 1:
+            raise ValueError(f"of {len(blocks)} blocks, start={self.start:g} leaves none to be added. Lower it.")
         for depth, new_depth in itertools.pairwise(found):
+            if self.operator == "middle" and new_depth > 2 * depth:
+                raise ValueError(
+                    f"'middle' makes at most {2 * depth} blocks of {depth}, and {new_depth} are to come next. Raise "
+                    "start or stages."
+                )
             for i, source in enumerate(OPERATORS[self.operator](depth, new_depth)):
                 if makeup(blocks[i]) != makeup(blocks[source]):
                     raise ValueError(
