@@ -50,8 +50,8 @@ class AccelTrainerMixin(Updating, Resuming):
             ``per_device_train_batch_size x gradient_accumulation_steps x ranks``.
         allow_changes: Resume although the checkpoint was written with other techniques.
         async_checkpoints: Write checkpoints while training goes on (`hf_accel.saving`), on one process, under DDP and
-            FSDP2; weights and optimizer state are copied to the CPU for it.  Any run resumes from them, with it or
-            without.
+            FSDP2; weights and optimizer state are copied to the CPU for it.  A run of the same kind resumes from
+            them, with it or without.
         example_loss_func: ``(outputs, inputs) -> losses_B`` for models or trainers whose loss is none of the common
             heads', or a `losses.Head`.
     """

@@ -289,7 +289,7 @@ def test_bad_input_is_refused_before_training(tmp_path):
             model=tiny("ModernBERT"), modality="masked text")  # fmt: skip
     refused(technique, "several stacks of blocks", tmp_path, model=tiny("T5"))
     refused(technique, "has no list of the blocks", tmp_path, model=tiny("ResNet"), modality="image")
-    refused(ProgressiveStacking("middle", start=0.25), "makes at most 2 blocks of 1, and 4 are to come next. Raise", tmp_path)
+    refused(ProgressiveStacking("middle"), "makes at most 2 blocks of 1, and 4 are to come next. Raise", tmp_path)
     refused(ProgressiveStacking(start=0.9), "of 4 blocks, start=0.9 leaves none to be added. Lower it", tmp_path)
     refused(technique, "adapters need a model that is trained already", tmp_path, [LoRA()])
     refused(technique, "LayerFreezing.*copies are elsewhere", tmp_path, [LayerFreezing()])
