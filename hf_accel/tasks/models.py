@@ -38,6 +38,8 @@ def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options
             return kind.from_pretrained(model, **options)
         except (OSError, ValueError) as error:
             raise RecipeError(_not_loaded("model", model, error)) from None
+        except ImportError as error:  # what reads its quantised weights
+            raise RecipeError(f"model({model!r}): {' '.join(str(error).split())[:300]}") from None
     if set(model) == {"path", "quantization_config"}:
         return _load_quantised(kind, **model, **options)
     given = model.get("config")

@@ -202,3 +202,11 @@ def test_image_classification(kind, tmp_path):
     colours = batch["pixel_values"].mean((1, 2, 3))
     assert torch.allclose(colours, 2.0 * batch["labels"] - 1) and sorted(batch["labels"].tolist()) == [0, 0, 1, 1]
     assert torch.isfinite(task["model"](**batch).loss)
+
+
+def test_a_model_that_was_saved_quantised_needs_its_package(text, tmp_path):
+    model = build_task(Recipe("causal-lm", {"config": LLAMA}, {"source": text}))["model"]
+    model.config.quantization_config = quantised("x")["quantization_config"]
+    model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(RecipeError, match=r"model\(.*saved'\): Loading an optimum-quanto quantized model requires"):
+        build_task(Recipe("causal-lm", str(tmp_path / "saved"), {"source": text, "tokenizer": "bytes"}))
