@@ -84,6 +84,7 @@ class LayerDrop(Technique):
         self.dropped_: set[nn.Module] = set()
         self.scale_: dict[nn.Module, float] = {}
         self.counts_ = {"dropped": 0, "all": 0}
+        self.drawn_ = False
         self.beside_: dict[int, tuple | None] = {}
         self.ends_ = [
             surround(block, functools.partial(self._call, stack, block))
@@ -98,13 +99,18 @@ class LayerDrop(Technique):
             kept = keep_probabilities(self.progress(state), len(blocks), keep=self.keep, decay=self.decay)
             self.scale_ |= dict(zip(blocks, kept.tolist(), strict=True))
             self.dropped_ |= {b for b, q, u in zip(blocks, kept, generator.random(len(blocks)), strict=True) if u >= q}
+        self.drawn_ = True
+
+    def _keep_a_trained_one(self) -> None:
+        """Leave no step without a block that learns; once other techniques have said which do."""
+        self.drawn_ = False
         trained = [block for block in self.scale_ if any(p.requires_grad for p in block.parameters())]
         if trained and self.dropped_.issuperset(trained):
             self.dropped_.remove(trained[0])
-        self.counts_["dropped"] += len(self.dropped_)
-        self.counts_["all"] += len(self.scale_)
 
     def on_step_end(self, args, state, control, **kwargs):
+        self.counts_["dropped"] += len(self.dropped_)
+        self.counts_["all"] += len(self.scale_)
         self.dropped_, self.scale_ = set(), {}
         self.beside_.clear()
 
@@ -115,6 +121,8 @@ class LayerDrop(Technique):
     def _call(self, stack: int, block: nn.Module, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         if block not in self.scale_ or not (block.training and torch.is_grad_enabled()):
             return call(*args, **kwargs)
+        if self.drawn_:
+            self._keep_a_trained_one()
         x, kept = hidden_states(block, args, kwargs), self.scale_[block]
         if block in self.dropped_:
             beside = self.beside_[stack]  # as position biases, which T5's blocks pass on
