@@ -65,8 +65,8 @@ def build(names):
     values = {"Budget": {"limit": f"{EPOCHS + searched}epochs"}}
     if "Budget" in names and searched:
         values["LearningRateSearch"] = {"share": searched / (EPOCHS + searched)}
-    if "LoRA" in names:
-        values["StepGuard"] = {"max_ratio": 1000.0}  # adapters begin at zero, and their gradients grow from there
+    if {"LoRA", "DiLoCo"} & set(names):
+        values["StepGuard"] = {"max_ratio": 1e6}  # gradients of adapters grow from zero, and momentum of 0.9 overshoots
     return [replace(t, **values.get(type(t).__name__, {})) for t in techniques]
 
 
