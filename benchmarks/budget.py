@@ -114,8 +114,7 @@ def kept(folder: Path, workload: Workload, arm: str, seed: int, seconds: float, 
 def workload_of(name: str, seconds: float) -> Workload:
     """A workload with what was found by hand for so many seconds."""
     workload = build_workload(name)
-    args = workload.baseline_args() | BY_HAND.get((name, seconds), {})
-    workload.baseline_args = lambda: args
+    workload.args = workload.args | BY_HAND.get((name, seconds), {})
     return workload
 
 

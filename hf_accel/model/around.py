@@ -116,6 +116,12 @@ def refuse_other_shape(technique: Technique, before: Tensor, after: Tensor) -> N
         )
 
 
+def refuse_zero(technique: Technique, args: Any) -> None:
+    """Raise ValueError under DeepSpeed ZeRO, with the reason that the technique's class gives."""
+    if args.deepspeed_plugin is not None:
+        raise ValueError(f"{technique!r}: under ZeRO, {technique.refused_backends['zero']}. Use DDP or FSDP2.")
+
+
 def refuse_waiting_ddp(technique: Technique, args: Any, model: nn.Module) -> None:
     """Raise ValueError where DDP would wait for gradients that do not come."""
     if args.world_size == 1 or any(isinstance(module, FSDPModule) for module in model.modules()):

@@ -39,7 +39,7 @@ def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options
         except (OSError, ValueError) as error:
             raise RecipeError(_not_loaded("model", model, error)) from None
         except ImportError as error:  # what reads its quantised weights
-            raise RecipeError(f"model({model!r}): {' '.join(str(error).split())[:300]}") from None
+            raise RecipeError(f"model({model!r}): {_on_a_line(error)}") from None
     if set(model) == {"path", "quantization_config"}:
         return _load_quantised(kind, **model, **options)
     given = model.get("config")
@@ -64,7 +64,7 @@ def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options
     try:
         return kind.from_config(AutoConfig.for_model(name, **values))
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
-        raise RecipeError(f"model.config: {' '.join(str(error).split())[:300]} Correct the configuration.") from None
+        raise RecipeError(f"model.config: {_on_a_line(error)} Correct the configuration.") from None
 
 
 def _load_quantised(kind: Any, path: str, quantization_config: Any, **options: Any) -> PreTrainedModel:
@@ -79,10 +79,14 @@ def _load_quantised(kind: Any, path: str, quantization_config: Any, **options: A
     try:
         return kind.from_pretrained(path, quantization_config=quantization_config, **options)
     except (ImportError, RuntimeError, OSError, ValueError, TypeError) as error:  # no package, no device, bad options
-        raise RecipeError(f"model.quantization_config: {' '.join(str(error).split())[:300]}") from None
+        raise RecipeError(f"model.quantization_config: {_on_a_line(error)}") from None
+
+
+def _on_a_line(error: BaseException, length: int = 300) -> str:
+    return " ".join(str(error).split())[:length]
 
 
 def _not_loaded(subject: str, name: str, error: BaseException) -> str:
     if Path(name).is_dir():
-        return f"{subject}({name!r}): cannot be loaded ({' '.join(str(error).split())[:200]}). Check the folder."
+        return f"{subject}({name!r}): cannot be loaded ({_on_a_line(error, 200)}). Check the folder."
     return f"{subject}({name!r}): neither a folder nor found on the Hub. Check the path."

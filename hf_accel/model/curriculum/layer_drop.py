@@ -37,7 +37,7 @@ import torch
 from torch import nn
 
 from hf_accel.losses import unwrapped
-from hf_accel.model.around import hidden_states, refuse_other_shape, refuse_waiting_ddp, surround
+from hf_accel.model.around import hidden_states, refuse_other_shape, refuse_waiting_ddp, refuse_zero, surround
 from hf_accel.model.blocks import block_stacks
 from hf_accel.technique import Positive, State, Technique
 
@@ -65,8 +65,7 @@ class LayerDrop(Technique):
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        if args.deepspeed_plugin is not None:
-            raise ValueError(f"{self!r}: under ZeRO, {self.refused_backends['zero']}. Use DDP or FSDP2.")
+        refuse_zero(self, args)
         if args.torch_compile:
             raise ValueError(
                 f"{self!r}: a compiled model would be compiled again for every choice of blocks. Leave one out."

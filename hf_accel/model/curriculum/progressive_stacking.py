@@ -45,7 +45,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_accel.losses import unwrapped
-from hf_accel.model.around import refuse_waiting_ddp
+from hf_accel.model.around import refuse_waiting_ddp, refuse_zero
 from hf_accel.model.compression.low_rank_training import LowRankTraining
 from hf_accel.model.compression.sparse_training import SparseTraining
 from hf_accel.model.curriculum.layer_freezing import LayerFreezing
@@ -126,16 +126,16 @@ class ProgressiveStacking(Technique):
 
     def on_train_begin(self, args, state, control, model: Any = None, lr_scheduler: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        if args.deepspeed_plugin is not None:
-            raise ValueError(f"{self!r}: under ZeRO, {self.refused_backends['zero']}. Use DDP or FSDP2.")
+        refuse_zero(self, args)
         refuse_waiting_ddp(self, args, model)
         self.model_ = unwrapped(model)
         try:
             self.blocks_: Any = self.model_.get_submodule(block_path(self.model_))
-            self.depths_ = self._checked_depths(args, state)
+            self._refuse_what_would_be_lost(args, state)
+            self.depths_ = self._checked_depths()
         except ValueError as error:
             raise ValueError(f"{self!r}: {error}") from None
-        self.refuse_late_growth(_factor(self.host_, lr_scheduler, state.max_steps))
+        self._refuse_late_growth(_factor(self.host_, lr_scheduler, state.max_steps))
         self.kinds_ = getattr(self.model_.config, "layer_types", None)
         self.called_ = self.steps_ = 0
         self.depth_ = self._depth_at(self.progress(state))
@@ -146,8 +146,8 @@ class ProgressiveStacking(Technique):
             self.blocks_.__class__ = Shallow
             self._show(self.depth_)
 
-    def _checked_depths(self, args: Any, state: Any) -> list[int]:
-        """The depths; ValueError where the model, the arguments or another technique do not allow for them."""
+    def _refuse_what_would_be_lost(self, args: Any, state: Any) -> None:
+        """Raise ValueError where the model, the arguments or another technique do not go with growth."""
         model, blocks, others = self.model_, list(self.blocks_), getattr(self.host_, "techniques", ())
         if getattr(model.config, "num_hidden_layers", None) != len(blocks):
             raise ValueError(f"the configuration of {type(model).__name__} has no number of blocks, num_hidden_layers.")
@@ -170,6 +170,10 @@ class ProgressiveStacking(Technique):
                 raise ValueError(f"{average!r} averages weights from before the last growth. Leave one of the two out.")
             if synchronise is not None:
                 raise ValueError(f"{synchronise!r} keeps weights or gradients of before a growth. Leave one out.")
+
+    def _checked_depths(self) -> list[int]:
+        """The depths; ValueError where the operator does not make them of these blocks."""
+        blocks: list[nn.Module] = list(self.blocks_)
         found = depths(len(blocks), start=self.start, stages=self.stages)
         if found[0] == len(blocks) and self.start < 1:
             raise ValueError(f"of {len(blocks)} blocks, start={self.start:g} leaves none to be added. Lower it.")
@@ -182,14 +186,15 @@ class ProgressiveStacking(Technique):
             for i, source in enumerate(OPERATORS[self.operator](depth, new_depth)):
                 if makeup(blocks[i]) != makeup(blocks[source]):
                     raise ValueError(
-                        f"block {i} of {type(model).__name__} is of another kind than block {source}, which it would "
-                        "copy. Choose another operator, or depths that are multiples of the pattern of its blocks."
+                        f"block {i} of {type(self.model_).__name__} is of another kind than block {source}, which it "
+                        "would copy. Choose another operator, or depths that are multiples of the pattern of its "
+                        "blocks."
                     )
         return found
 
-    def refuse_late_growth(self, factor: Callable[[float], float] | None) -> None:
+    def _refuse_late_growth(self, factor: Callable[[float], float] | None) -> None:
         """Raise ValueError where, by the factor on the learning rate at a progress, the last growth is in its decay."""
-        if factor is None or len(set(self.depths_)) == 1:
+        if factor is None or self.depths_[0] == self.depths_[-1]:
             return
         now, peak = factor(self.until), max(map(factor, np.linspace(0, self.until, 101)))
         if now < 0.5 * peak:

@@ -162,10 +162,9 @@ class RandomTokenDrop(Technique):
         are known, else their places in the step."""
         self.drawn_.clear()
         self.batch_ = None
-        keys = None if self.keys_ is None else self.keys_.of_examples(model, inputs)
-        if keys is None:
+        if self.keys_ is None or (keys := self.keys_.of_examples(model, inputs)) is None:
             return
-        if self.keys_ is not None and self.keys_.streamed:
+        if self.keys_.streamed:
             inputs = self.keys_.host._micro.inputs
         ids_RL = inputs.get("input_ids")
         if ids_RL is None:
