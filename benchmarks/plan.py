@@ -28,6 +28,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests" / "distributed"))
 import torch
 import transformers
 from ranks import assert_backend, backend_args, run_on_ranks
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
@@ -101,19 +102,28 @@ def measured(subject: Subject, setting: Setting) -> int:
 
 
 class Moments(TrainerCallback):
-    """When steps began and ended, and the bytes of the tensors that were there when the last one began."""
+    """When steps began and ended, and, where this is asked for, the bytes that were there when the last one began."""
 
-    def __init__(self):
+    def __init__(self, counts_bytes: bool):
         self.moments = []
+        self.counts_bytes = counts_bytes
         self.there = 0
 
     def on_step_begin(self, args, state, control, **kwargs):
-        tensors = [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
-        self.there = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+        if self.counts_bytes:
+            self.there = bytes_of_tensors()
         self.moments.append(time.time_ns())
 
     def on_step_end(self, args, state, control, **kwargs):
         self.moments.append(time.time_ns())
+
+
+def bytes_of_tensors() -> int:
+    """Of the tensors that Python knows, but for those of planning, which have no values."""
+    kinds = ((type(found), found) for found in gc.get_objects())
+    tensors = [t for kind, t in kinds if issubclass(kind, torch.Tensor) and not issubclass(kind, FakeTensor)]
+    storages = [t.untyped_storage() for t in tensors if not t.is_meta]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 class Equal(torch.utils.data.Dataset):
@@ -138,7 +148,7 @@ def measured_on_a_rank(subject: Subject, engine: str, bucket: int) -> int:
     than are, by chance.  There they are the tensors that Python knows when the step begins, and what comes in the step;
     elsewhere some are known to C++ alone, as DDP's buckets are.
     """
-    moments = Moments()
+    moments = Moments(counts_bytes=engine == "zero3")
     with tempfile.TemporaryDirectory() as folder, profile(activities=[ProfilerActivity.CPU], profile_memory=True) as p:
         zero = {"reduce_bucket_size": bucket} if engine.startswith("zero") else {}
         args: dict[str, Any] = {"optim": "adamw_torch_fused"} | backend_args(engine, **zero)  # type: ignore[arg-type]
@@ -149,10 +159,11 @@ def measured_on_a_rank(subject: Subject, engine: str, bucket: int) -> int:
         trainer = Trainer(subject.build(), settings, train_dataset=Equal(subject.length or 0), callbacks=[moments])
         trainer.train()
         assert_backend(trainer, engine)  # type: ignore[arg-type]
-    begin, end = moments.moments[4:6]
-    totals = [total for moment, total in alive(p) if begin <= moment <= end]
-    before = [total for moment, total in alive(p) if moment < begin][-1]
-    return max(totals) - before + moments.there if engine == "zero3" else max(totals)
+    (begin, end), found = moments.moments[4:6], list(alive(p))
+    worst = max(total for moment, total in found if begin <= moment <= end)
+    if not moments.counts_bytes:
+        return worst
+    return worst - [total for moment, total in found if moment < begin][-1] + moments.there
 
 
 def memory_of_one() -> list[dict[str, Any]]:
