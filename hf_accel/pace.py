@@ -38,11 +38,10 @@ class Pacer(TrainerCallback):
             trainer.clock.reserve = self.ending.seconds()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.update = self.trainer.stopwatch.charge("optimizer")
-        self.update.__enter__()
+        self.trainer.stopwatch.begin("optimizer")
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.update.__exit__(None, None, None)
+        self.trainer.stopwatch.end()
         self.trainer.count_step()
 
     def on_step_end(self, args, state, control, **kwargs):

@@ -23,7 +23,7 @@ import datasets
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import has_length
 
@@ -437,12 +437,18 @@ def attach(
     trainer._settle()
 
 
+def _listens(callback: TrainerCallback, event: str) -> bool:
+    return getattr(type(callback), event) is not getattr(TrainerCallback, event, None)
+
+
 def _charging(handler_class: type) -> type:
     """A callback handler that charges each technique for its events."""
 
     class ChargingHandler(handler_class):
         def call_event(self, event, args, state, control, **kwargs):
             every = self.callbacks
+            if not any(isinstance(c, Technique) and _listens(c, event) for c in every):
+                return super().call_event(event, args, state, control, **kwargs)
             try:
                 for callback in list(every):
                     self.callbacks = [callback]
