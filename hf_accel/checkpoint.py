@@ -27,6 +27,9 @@ COMPLETE = "accel_complete.json"
 INCOMPLETE = "accel_incomplete"
 AVERAGED = "averaged.safetensors"
 
+TENSOR = "__tensor__"
+"""Key, in a state that was taken apart, of the name of a tensor."""
+
 
 class CheckpointError(ValueError):
     """A checkpoint that cannot be resumed from."""
@@ -35,8 +38,9 @@ class CheckpointError(ValueError):
 def save_state(directory: str | Path, name: str, state: Mapping[str, Any]) -> None:
     """Write a nested state: tensors to ``name.safetensors``, everything else to ``name.json``."""
     tensors: dict[str, Tensor] = {}
-    document = _without_tensors(state, "", tensors)
+    document = taken_apart(state, tensors)
     Path(directory).mkdir(parents=True, exist_ok=True)
+    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
     save_file(tensors, Path(directory, f"{name}.safetensors"))
     Path(directory, f"{name}.json").write_text(json.dumps(document))
 
@@ -46,7 +50,7 @@ def load_state(directory: str | Path, name: str) -> dict[str, Any]:
     try:
         document = json.loads(Path(directory, f"{name}.json").read_text())
         tensors = load_file(Path(directory, f"{name}.safetensors"))
-        return _with_tensors(document, tensors)
+        return put_together(document, tensors)
     except (OSError, json.JSONDecodeError, SafetensorError, KeyError) as error:
         raise CheckpointError(
             f"{Path(directory, name)}: the state file cannot be read ({type(error).__name__}). "
@@ -54,24 +58,27 @@ def load_state(directory: str | Path, name: str) -> dict[str, Any]:
         ) from error
 
 
-def _without_tensors(value: Any, key: str, tensors: dict[str, Tensor]) -> Any:
+def taken_apart(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
+    """A nested state with names in place of its tensors, which are put into ``tensors``; `put_together` undoes it."""
     if isinstance(value, Tensor):
-        tensors[key] = value.detach().cpu().contiguous()
-        return {"__tensor__": key}
+        tensors[name] = value
+        return {TENSOR: name}
     if isinstance(value, Mapping):
-        return {str(k): _without_tensors(v, f"{key}/{k}", tensors) for k, v in value.items()}
+        return {key: taken_apart(item, tensors, f"{name}/{key}") for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_tensors(v, f"{key}/{i}", tensors) for i, v in enumerate(value)]
+        kind = tuple if isinstance(value, tuple) else list
+        return kind(taken_apart(item, tensors, f"{name}/{i}") for i, item in enumerate(value))
     return value
 
 
-def _with_tensors(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """A nested state, of which the tensors are given by name."""
     if isinstance(value, dict):
-        if "__tensor__" in value:
-            return tensors[value["__tensor__"]]
-        return {k: _with_tensors(v, tensors) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_with_tensors(v, tensors) for v in value]
+        if TENSOR in value:
+            return tensors[value[TENSOR]]
+        return {key: put_together(item, tensors) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(put_together(item, tensors) for item in value)
     return value
 
 

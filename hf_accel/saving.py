@@ -39,13 +39,14 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils.import_utils import is_peft_available
 
+from hf_accel.checkpoint import TENSOR, put_together, taken_apart
 from hf_accel.stepping import Stepping
 
 OPTIMIZER, SHARDS = "optimizer_0", "pytorch_model_fsdp_0"
 """Folders in a checkpoint."""
 
-TENSOR, SKELETON = "__tensor__", "__skeleton__"
-"""Keys, in a state that was taken apart, of the name of a tensor, and of what is left without tensors."""
+SKELETON = "__skeleton__"
+"""Key of what is left of a state without tensors."""
 
 Part = Callable[[], Any]
 """Writes a part of a checkpoint."""
@@ -153,6 +154,7 @@ class Saving(Stepping):
             self._async_save(output_dir, OPTIMIZER, {"optimizer": state})
         elif self.args.should_save:
             tensors: dict[str, Tensor] = {}
+            # Of nested states, async_save makes strings of the numbers that parameters go by.
             skeleton = taken_apart(self.optimizer.state_dict(), tensors)
             self._async_save(output_dir, OPTIMIZER, {SKELETON: (skeleton,), TENSOR: tensors}, alone=True)
         if self.args.should_save:
@@ -241,32 +243,6 @@ def clear(directory: Path) -> None:
     """Remove what an earlier run has left in the folders of a checkpoint that is written anew."""
     for folder in (OPTIMIZER, SHARDS):
         shutil.rmtree(directory / folder, ignore_errors=True)
-
-
-def taken_apart(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """A nested state with names in the place of its tensors, which are put into ``tensors``: `put_together` undoes it.
-
-    Told of nested states, ``torch.distributed.checkpoint`` makes strings of the numbers that parameters go by.
-    """
-    if isinstance(value, Tensor):
-        tensors[name] = value
-        return {TENSOR: name}
-    if isinstance(value, Mapping):
-        return {key: taken_apart(item, tensors, f"{name}/{key}") for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(taken_apart(item, tensors, f"{name}/{i}") for i, item in enumerate(value))
-    return value
-
-
-def put_together(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """A nested state, of which the tensors are given by name."""
-    if isinstance(value, dict):
-        if TENSOR in value:
-            return tensors[value[TENSOR]]
-        return {key: put_together(item, tensors) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return type(value)(put_together(item, tensors) for item in value)
-    return value
 
 
 def load(folder: Path) -> Any:

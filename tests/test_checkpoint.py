@@ -18,6 +18,16 @@ def test_states_come_back_as_they_were(tmp_path):
     assert ckpt.whats_wrong(tmp_path) is None
 
 
+def test_what_is_taken_apart_comes_together_again():
+    state = {"state": {0: {"step": torch.tensor(3.0)}, 1: {}}, "groups": [{"betas": (0.9, 0.99), "lr": torch.ones(2)}]}
+    tensors = {}
+    skeleton = ckpt.taken_apart(state, tensors)
+    assert set(tensors) == {"/state/0/step", "/groups/0/lr"}
+    again = ckpt.put_together(skeleton, tensors)
+    assert again["groups"][0]["betas"] == (0.9, 0.99) and list(again["state"]) == [0, 1]
+    assert again["state"][0]["step"] is state["state"][0]["step"]
+
+
 @pytest.mark.parametrize(
     "harm, words",
     [

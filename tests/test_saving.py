@@ -14,7 +14,7 @@ from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_accel import AccelTrainer, DiLoCo, ExponentialMovingAverage, InfoBatch, LayerFreezing, Muon, ProgressiveStacking
 from hf_accel import checkpoint as ckpt
-from hf_accel.saving import put_together, snapshot, taken_apart
+from hf_accel.saving import snapshot
 from hf_accel.testing import largest_difference, losses_of, tiny_trainer, weights_of
 
 
@@ -61,16 +61,6 @@ def test_a_copy_is_apart_and_shares_what_was_shared():
     assert torch.equal(found["a"], torch.arange(6.0)) and torch.equal(found["again"][1], torch.arange(1.0, 6))
     assert found["a"] is found["again"][0] and found["n"] == 3
     assert found["frozen"].data_ptr() == frozen.data_ptr()
-
-
-def test_what_is_taken_apart_comes_together_again():
-    state = {"state": {0: {"step": torch.tensor(3.0)}, 1: {}}, "groups": [{"betas": (0.9, 0.99), "lr": torch.ones(2)}]}
-    tensors = {}
-    skeleton = taken_apart(state, tensors)
-    assert set(tensors) == {"/state/0/step", "/groups/0/lr"}
-    again = put_together(skeleton, tensors)
-    assert again["groups"][0]["betas"] == (0.9, 0.99) and list(again["state"]) == [0, 1]
-    assert again["state"][0]["step"] is state["state"][0]["step"]
 
 
 def test_the_files_are_those_of_a_run_that_waits(tmp_path):
