@@ -81,6 +81,7 @@ class Hosting(Host):
         self.entry = None
         self.learning_rate_factor = None
         self._flops_of_step = (0.0, 0.0)
+        self._flops_by_size: dict[tuple[int, int], float] = {}
         self._joules_read = 0.0
         self._tokens_before: Tensor | int = 0
         self._tokens_of_step: Tensor | int = 0

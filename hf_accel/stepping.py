@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from accelerate.utils import DistributedType, send_to_device
 from torch import Tensor, nn
+from transformers import Trainer
 
 from hf_accel import losses, memory
 from hf_accel.hosting import Hosting
@@ -355,8 +356,14 @@ class Stepping(Hosting):
 
     def floating_point_ops(self, inputs):
         if isinstance(inputs, StepBatch):
-            return sum(super(Stepping, self).floating_point_ops(m.inputs) for m in inputs.micro_batches)
-        return super().floating_point_ops(inputs)
+            return sum(self.floating_point_ops(micro.inputs) for micro in inputs.micro_batches)
+        if super().floating_point_ops.__func__ is not Trainer.floating_point_ops:
+            return super().floating_point_ops(inputs)
+        # Trainer counts all parameters in every step. A model that gets others gives them to the optimizer.
+        size = self._num_positions(inputs), sum(len(group["params"]) for group in self.optimizer.param_groups)
+        if size not in self._flops_by_size:
+            self._flops_by_size[size] = super().floating_point_ops(inputs)
+        return self._flops_by_size[size]
 
     def _track_num_input_tokens(self, inputs):
         if not isinstance(inputs, StepBatch):

@@ -186,6 +186,7 @@ class AccelTrainerMixin(Updating, Resuming):
         self._trained_samples = 0.0
         self._tokens_before = self._tokens_of_step = 0
         self._observed.clear()
+        self._flops_by_size.clear()
         self.stream = self.entry = None
         self.run_id = uuid.uuid4().hex
         self.clock = Clock(self._limits(), now=self.clock.now, share=self._share)
