@@ -20,7 +20,7 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,7 +28,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 Result = TypeVar("Result")
@@ -85,9 +84,18 @@ class FlopMeter:
 
 
 def _kind_of(model: nn.Module, inputs: Any) -> Hashable:
-    tensors = [(leaf.shape, leaf.dtype) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+    tensors = [(tensor.shape, tensor.dtype) for tensor in _tensors_in(inputs)]
     trained = [parameter.requires_grad for parameter in model.parameters()]
     return tuple(tensors), tuple(trained), model.training, torch.is_grad_enabled()
+
+
+def _tensors_in(inputs: Any) -> Iterator[Tensor]:
+    """All tensors of nested inputs; a tokenizer's ``BatchEncoding`` is a mapping, but to torch's pytrees a leaf."""
+    if isinstance(inputs, Tensor):
+        yield inputs
+    elif isinstance(inputs, Mapping | list | tuple):
+        for item in inputs.values() if isinstance(inputs, Mapping) else inputs:
+            yield from _tensors_in(item)
 
 
 def _sum_of_squares(inputs: Any) -> float:

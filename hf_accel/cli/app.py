@@ -25,10 +25,10 @@ class Commands(TyperGroup):
     """Commands whose mistakes of the user are told without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; a ValueError that our code raised is the user's to mend, anything else is a crash."""
+        """Run a command; what our code refused or found missing is the user's to mend, anything else is a crash."""
         try:
             return super().invoke(ctx)
-        except ValueError as error:
+        except (ValueError, ImportError) as error:
             if not raised_here(error):
                 raise
             typer.secho(f"error: {error}", fg="red", err=True)

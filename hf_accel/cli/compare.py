@@ -33,11 +33,13 @@ def compare(
     budget: Annotated[str | None, typer.Option(help="Time for the whole comparison, as 20min.")] = None,
     metric: Annotated[str | None, typer.Option(help="Metric of the evaluation, as loss or accuracy.")] = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of records and reports; interrupted, it goes on from there.")
+        Path | None,
+        typer.Option(file_okay=False, help="Folder of records and reports; interrupted, it goes on from there."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the workloads' data sets.")] = None,
     record: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Write the evidence there, as docs/evidence/NAME.json.")
+        Path | None,
+        typer.Option(metavar="FILE", dir_okay=False, help="Write the evidence there, as docs/evidence/NAME.json."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     ablate: Annotated[bool, typer.Option("--ablate", help="Leave out each technique of a recipe in turn.")] = False,

@@ -35,7 +35,7 @@ def doctor(
             raise ValueError(f"target({str(target)!r}): it called no Trainer's train(). Give a script that trains.")
         if not dist.is_initialized() or dist.get_rank() == 0:
             show(console, examined[0])
-    elif target.suffix == ".json" or "distributed_type" in target.read_text():
+    elif target.suffix == ".json" or "distributed_type" in target.read_text(errors="replace"):
         mistakes = lint(target)
         for sentence in mistakes:
             console.print(f"- {sentence}", markup=False, highlight=False)

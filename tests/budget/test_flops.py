@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
+    BatchEncoding,
     BertConfig,
     BertForSequenceClassification,
     LlamaConfig,
@@ -264,6 +265,15 @@ def test_each_kind_of_step_is_counted_once():
     meter.measure(model, inputs, run)
     meter.measure(model, {name: value[:1] for name, value in inputs.items()}, run)
     assert counted == [True, False, True, True, True]
+
+
+def test_batches_of_a_tokenizer_are_known_by_their_shapes():
+    model, inputs = build("bert")
+    meter = FlopMeter()
+    for length in (L, L // 2):
+        batch = BatchEncoding({n: value[:, :length] if value.dim() == 2 else value for n, value in inputs.items()})
+        _, flops = meter.measure(model, batch, step(model, batch))
+        assert flops == FlopMeter().measure(model, dict(batch), step(model, batch))[1]
 
 
 def packed(lengths: list[int]) -> dict[str, torch.Tensor]:
