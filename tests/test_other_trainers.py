@@ -158,6 +158,7 @@ BUILDERS = {
 }
 PLAIN = "Trainer(callbacks=[...])"
 NAMES = [name for name, kind in known_techniques().items() if kind.modality == "text"]
+OTHERS = sorted(name for name, kind in known_techniques().items() if kind.modality != "text")
 KINDS = {
     "Trainer": Trainer,
     "Seq2SeqTrainer": Seq2SeqTrainer,
@@ -217,13 +218,16 @@ def test_it_trains_or_is_refused_as_the_table_says(name, column, table, tmp_path
     assert table[name, column] == found
 
 
-HEADING = """# Techniques in other trainers
+HEADING = f"""# Techniques in other trainers
 
 <!-- Written by pytest tests/test_other_trainers.py --write-docs, from what ran. -->
 
 `accelerated(SFTTrainer)(..., techniques=[...])` hosts techniques in other trainers, and so does
 `attach(trainer, [...])`. Here each trained a tiny model; a number is that of a refusal, which is given below
 and comes before the first step.
+
+The models are of text, so techniques for images, speech and masked language models are left out, and were tried in
+`AccelTrainer` only: {", ".join(OTHERS)}.
 """
 
 

@@ -52,7 +52,7 @@ def train(
     if resume and not checkpoints(folder):
         raise ValueError(f"output({str(folder)!r}): there is no checkpoint to resume from. Leave --resume out.")
     if not resume:
-        refuse_to_overwrite(folder)
+        refuse_to_overwrite(folder, "Choose" if going_on else "Add --resume to go on, or choose")
     args.dataloader_pin_memory &= torch.accelerator.is_available()  # else torch warns at every epoch
     set_seed(args.seed)
     trainer = AccelTrainer(args=args, recipe=chosen, allow_changes=allow_changes, **build_task(chosen))
@@ -67,13 +67,10 @@ def train(
         console.print(f"Model, recipe and receipt are in {folder}.")
 
 
-def refuse_to_overwrite(folder: Path) -> None:
-    """Raise ValueError where a run has left something that this one would replace."""
+def refuse_to_overwrite(folder: Path, remedy: str) -> None:
+    """Raise ValueError where a run has left something that this one would replace; ``remedy`` is what to do."""
     left = [*checkpoints(folder), *sorted(folder.glob("*.safetensors")), *folder.glob("receipt.json")]
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"output({str(folder)!r}): is a file. Choose another --output.")
     if left:
-        raise ValueError(
-            f"output({str(folder)!r}): holds {left[0].name} of an earlier run. "
-            "Add --resume to go on, or choose another --output."
-        )
+        raise ValueError(f"output({str(folder)!r}): holds {left[0].name} of an earlier run. {remedy} another --output.")

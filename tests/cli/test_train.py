@@ -186,7 +186,11 @@ def test_the_default_recipe_is_complete():
 
 def test_a_finished_run_goes_on(recipe, tmp_path):
     assert run("train", recipe).exit_code == 0
-    result = run("train", recipe, "--continue", tmp_path / "out", "--budget", "+4steps", "--output", tmp_path / "more")
+    onward = ("train", recipe, "--continue", tmp_path / "out", "--budget", "+4steps")
+    refused = run(*onward)
+    assert refused.exit_code == 2
+    assert refused.stderr.rstrip().endswith("of an earlier run. Choose another --output.")
+    result = run(*onward, "--output", tmp_path / "more")
     assert result.exit_code == 0, result.output
     receipt = json.loads((tmp_path / "more" / "receipt.json").read_text())
     assert (receipt["steps"], receipt["budget"], receipt["final_learning_rate"]) == (12, {"steps": 12.0}, 0.0)

@@ -144,6 +144,11 @@ def table(runs):
         "Written by `pytest tests/contract/test_composition.py --write-docs`; with `-m full` from each pair alone, in",
         "both orders.",
         "",
+        "The model is one of text. Techniques for other data are not in the table; those for one kind of data were run",
+        "together, in both orders: "
+        + "; ".join(f"{modality}: {', '.join(sorted(others))}" for modality, others in OTHERS.items() if others)
+        + ".",
+        "",
         "| | " + " | ".join(names) + " |",
         "|---|" + "---|" * len(names),
     ]
