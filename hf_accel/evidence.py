@@ -4,11 +4,12 @@ A record is a finished comparison without its logs: who was compared with what, 
 each seed.  ``hf-accel compare --record FILE`` writes one; those in ``docs/evidence`` are committed and come with the
 package.  A technique's grade is
 
-    proven here      in some record, an arm of this technique alone gained (`gained`) on a tuned baseline
-    no gain shown    there are such records, and in none it gained
+    proven here      in some record with placebos, an arm of this technique alone gained (`gained`) on a tuned baseline
+    no gain shown    there are records of this technique alone, and none is such
     reported         there is no such record; the papers on its card say what others saw
 
-Arms of several techniques grade none of them, as nobody knows whose the gain is.
+Arms of several techniques grade none of them, as nobody knows whose the gain is.  Who compares a technique often enough
+finds it faster some time, so p is adjusted for all arms of it alone on tuned baselines, over all records.
 
 What is no question of speed at equal quality (two schedules over the same steps, say) is measured by a script of
 ``benchmarks``.  Its document may have ``findings``, which cards show: each with ``technique``, ``workload``, ``text``,
@@ -20,7 +21,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -45,7 +46,7 @@ def record(results: Results) -> Record:
     del document["trials"]  # ``tuned`` says how many, and ``args`` what each arm got
     for arm, row in zip(arms, results.rows, strict=True):
         own = [runs[arm["name"], arm["horizon"], seed] for seed in arm["seeds"]]
-        given = own[0].get("run", {}).get("recipe", {}).get("args", {})
+        given = own[0].get("run", {}).get("recipe", {}).get("args", {}) if own else {}
         arm["args"] = {key: value for key, value in given.items() if value != results.baseline_args.get(key)}
         arm["qualities"] = [run.get("metrics", {}).get(results.metric) for run in own]
         arm["paid"] = [run.get("costs", {}).get(results.cost) for run in own]
@@ -100,11 +101,12 @@ def gained(document: Record, arm: Arm) -> bool:
     """Whether an arm was faster at equal quality, and neither by chance nor just as a placebo of it is.
 
     The 95 % interval of its speed-up in the main cost lies above 1 (of a bound, its lower end does), also when p is
-    adjusted for the number of candidates, and of no placebo of it the interval reaches as high as the arm's own value.
+    adjusted for the number of candidates, all placebos of it were measured, and of none the interval reaches as high
+    as the arm's own value.
     """
     own = arm["speed_ups"].get(document["cost"])
     above = own is not None and own["kind"] != "miss" and own["low"] > 1
-    return above and not by_chance(arm) and not rivals(document, arm)
+    return above and not by_chance(arm) and not rivals(document, arm) and not unmeasured(document, arm)
 
 
 def by_chance(arm: Arm) -> bool:
@@ -116,19 +118,45 @@ def rivals(document: Record, arm: Arm) -> list[str]:
     """The placebos of an arm that may be as fast: the upper end of their interval reaches its value."""
     own = arm["speed_ups"].get(document["cost"], {"value": 0.0})
     found = []
-    for other in document["arms"]:
-        if other["role"] == "placebo" and other["of"] == arm["name"]:
-            theirs = other["speed_ups"].get(document["cost"], {"kind": "miss"})
-            if theirs["kind"] != "miss" and (theirs["high"] is None or theirs["high"] >= own["value"]):
-                found.append(other["name"])
+    for other in placebos(document, arm):
+        theirs = other["speed_ups"].get(document["cost"], {"kind": "miss"})
+        if theirs["kind"] != "miss" and (theirs["high"] is None or theirs["high"] >= own["value"]):
+            found.append(other["name"])
     return found
+
+
+def unmeasured(document: Record, arm: Arm) -> list[str]:
+    """The placebos of an arm whose cost is not known, as the time was up before they ran."""
+    return [other["name"] for other in placebos(document, arm) if document["cost"] not in other["speed_ups"]]
+
+
+def placebos(document: Record, arm: Arm) -> list[Arm]:
+    """The placebos of an arm."""
+    return [other for other in document["arms"] if other["role"] == "placebo" and other["of"] == arm["name"]]
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """P values adjusted for their number: who finds one of many below a level finds it by chance no more often.
+
+    Reference: Holm (1979), A simple sequentially rejective multiple test procedure.
+    """
+    adjusted, largest = [0.0] * len(p_values), 0.0
+    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, (len(p_values) - rank) * p_values[index])
+        adjusted[index] = min(largest, 1.0)
+    return adjusted
 
 
 def grade(technique: str, records: Records) -> Grade:
     """What the records say of a technique."""
     alone = [(document, arm) for _, document, arm in candidates(records) if techniques_of(arm) == [technique]]
     found = [f["gained"] for _, _, f in findings(technique, records) if f["gained"] is not None]
-    if any(found) or any(document["tuned"] and gained(document, arm) for document, arm in alone):
+    tuned = [(document, arm) for document, arm in alone if document["tuned"]]
+    p_values = holm([1.0 if arm["p_unadjusted"] is None else arm["p_unadjusted"] for _, arm in tuned])
+    if any(found) or any(
+        document["placebos"] and gained(document, arm) and p_value <= LEVEL
+        for (document, arm), p_value in zip(tuned, p_values, strict=True)
+    ):
         return "proven here"
     return "no gain shown" if alone or found else "reported"
 
@@ -156,7 +184,9 @@ def sentence(document: Record, arm: Arm) -> str:
             return f"{gain}, but a placebo may be as fast ({', '.join(others)}): no gain shown."
         if by_chance(arm):
             return f"{gain}, which among so many candidates may be chance (p = {arm['p_value']:.2g}): no gain shown."
-        return f"{gain}."
+        if others := unmeasured(document, arm):
+            return f"{gain}, but not all of its placebos were run (not {', '.join(others)}): no gain shown."
+        return f"{gain}." if document["placebos"] else f"{gain}; it was compared with no placebos."
     if own["high"] is not None and own["high"] < 1:
         return f"{name} is slower: {own['text']} at equal {metric}."
     return f"{name}: no gain shown, {own['text']} at equal {metric}."
@@ -164,19 +194,25 @@ def sentence(document: Record, arm: Arm) -> str:
 
 def speed_up(document: Record, arm: Arm) -> str:
     """An arm's speed-up in the main cost, with its interval."""
-    return arm["speed_ups"].get(document["cost"], {"text": "miss"})["text"]
+    return arm["speed_ups"].get(document["cost"], {"text": "not measured"})["text"]
 
 
 def verdict(document: Record, arm: Arm) -> str:
     """What came out for a candidate, in a word or three."""
     own = arm["speed_ups"].get(document["cost"])
-    if own is None or own["kind"] == "miss":
-        return "miss"
-    if gained(document, arm):
-        return "faster"
-    if own["low"] > 1:
-        return "no gain over its placebo" if rivals(document, arm) else "no gain beyond chance"
-    return "slower" if own["high"] is not None and own["high"] < 1 else "no gain shown"
+    if own is None:
+        word = "not measured"
+    elif own["kind"] == "miss":
+        word = "miss"
+    elif gained(document, arm):
+        word = "faster"
+    elif own["low"] > 1 and rivals(document, arm):
+        word = "no gain over its placebo"
+    elif own["low"] > 1:
+        word = "no gain beyond chance" if by_chance(arm) else "not all placebos run"
+    else:
+        word = "slower" if own["high"] is not None and own["high"] < 1 else "no gain shown"
+    return word if document["placebos"] else f"{word}, without placebos"
 
 
 def _rounded(value: Any) -> Any:

@@ -71,7 +71,7 @@ def test_the_results_have_every_candidate_the_fastest_first():
     faster = candidate("pretrain", "Muon", "LinearToZero", value=2.0, low=1.8, high=2.2, text="2.00x [1.80, 2.20]")
     missed = candidate("Muon", "Muon", kind="miss", value=0.0, low=0.0, high=None, text="miss (1 of 5)")
     placebo = candidate("subset", role="placebo", value=1.0, low=0.9, high=1.1, text="1.00x [0.90, 1.10]")
-    about = {"cost": "cpu_seconds", "seeds": [1, 2, 3, 4, 5], "machine": "a processor"}
+    about = {"cost": "cpu_seconds", "seeds": [1, 2, 3, 4, 5], "machine": "a processor", "placebos": True}
     records = {
         "a": about | {"workload": "digits", "tuned": "", "arms": [missed, slower, placebo]},
         "b": about | {"workload": "code-lm", "tuned": "8 trials", "arms": [faster]},

@@ -23,15 +23,17 @@ def arm(name, *techniques, role="candidate", of=None, p=0.001, **costs):
         "args": {},
         "speed_ups": costs,
         "p_value": p if role == "candidate" else None,
+        "p_unadjusted": p if role == "candidate" else None,
     }
 
 
-def record(*arms, tuned="learning rate, 8 trials"):
+def record(*arms, tuned="learning rate, 8 trials", placebos=True):
     return {
         "workload": "digits",
         "metric": "eval_loss",
         "cost": "cpu_seconds",
         "tuned": tuned,
+        "placebos": placebos,
         "seeds": [1, 2, 3, 4, 5],
         "machine": "a processor, 2 cores",
         "date": "2026-01-31",
@@ -62,6 +64,7 @@ def placebo(found):
         ([arm("EMA", "EMA", cpu_seconds=FASTER), placebo(speed_up(1.3, 1.1, 1.6))], "no gain shown"),
         ([arm("EMA", "EMA", cpu_seconds=FASTER), placebo(speed_up(1.1, 1.0, None, "bound"))], "no gain shown"),
         ([arm("EMA", "EMA", cpu_seconds=FASTER), placebo(MISS)], "proven here"),
+        ([arm("EMA", "EMA", cpu_seconds=FASTER), arm("subset", role="placebo", of="EMA")], "no gain shown"),
         ([arm("other", "Muon", cpu_seconds=FASTER), placebo(FASTER)], "reported"),
         ([arm("stack", "EMA", "Muon", cpu_seconds=FASTER)], "reported"),
         ([arm("without", "EMA", role="ablation", of="stack", cpu_seconds=FASTER)], "reported"),
@@ -76,6 +79,20 @@ def test_one_record_with_a_gain_is_enough_but_not_on_an_untuned_baseline():
     gain, none = arm("EMA", "EMA", cpu_seconds=FASTER), arm("EMA", "EMA", cpu_seconds=SLOWER)
     assert evidence.grade("EMA", {"a": record(none), "b": record(gain)}) == "proven here"
     assert evidence.grade("EMA", {"a": record(none), "b": record(gain, tuned="")}) == "no gain shown"
+    assert evidence.grade("EMA", {"a": record(none), "b": record(gain, placebos=False)}) == "no gain shown"
+
+
+def test_who_compares_often_enough_must_find_more():
+    gain, none = arm("EMA", "EMA", cpu_seconds=FASTER, p=0.01), arm("EMA", "EMA", cpu_seconds=EQUAL, p=0.2)
+    assert evidence.grade("EMA", {"a": record(gain), "b": record(none)}) == "proven here"
+    assert evidence.grade("EMA", {"a": record(gain), "b": record(none), "c": record(none)}) == "no gain shown"
+    others = {"a": record(gain), "b": record(none), "c": record(none, tuned=""), "d": record(arm("Muon", "Muon"))}
+    assert evidence.grade("EMA", others) == "proven here", "only arms of its own on tuned baselines count"
+
+
+def test_holms_adjustment():
+    assert evidence.holm([0.04, 0.01, 0.03]) == pytest.approx([0.06, 0.03, 0.06])  # 3 x 0.01, 2 x 0.03, 1 x 0.04
+    assert evidence.holm([0.9, 0.8]) == [1.0, 1.0] and evidence.holm([]) == []
 
 
 @pytest.mark.parametrize(
@@ -101,12 +118,25 @@ def test_one_record_with_a_gain_is_enough_but_not_on_an_untuned_baseline():
             "EMA reaches the baseline's loss 1.50x [1.20, 1.8] faster, which among so many candidates may be chance "
             "(p = 0.2): no gain shown.",
         ),
+        (
+            [arm("EMA", cpu_seconds=FASTER), arm("subset", role="placebo", of="EMA")],
+            "not all placebos run",
+            "EMA reaches the baseline's loss 1.50x [1.20, 1.8] faster, but not all of its placebos were run "
+            "(not subset): no gain shown.",
+        ),
+        ([arm("EMA")], "not measured", "EMA: nothing is known of its CPU seconds."),
     ],
 )
 def test_words_say_what_came_out(arms, verdict, sentence):
     document = record(*arms)
     assert evidence.verdict(document, document["arms"][1]) == verdict
     assert evidence.sentence(document, document["arms"][1]) == sentence
+
+
+def test_what_was_compared_with_no_placebos_says_so():
+    document = record(arm("EMA", cpu_seconds=FASTER), placebos=False)
+    assert evidence.verdict(document, document["arms"][1]) == "faster, without placebos"
+    assert evidence.sentence(document, document["arms"][1]).endswith(" faster; it was compared with no placebos.")
 
 
 def test_a_card_has_a_line_for_each_arm_and_the_grade():

@@ -15,7 +15,18 @@ from hf_accel.evidence import said
 if TYPE_CHECKING:
     from hf_accel.compare.results import Results, Row
 
-HEADINGS = ("arm", "horizon", "quality", "seconds", "speed-up", "verdict", "p", "set-up s", "step ms", "peak MiB")
+HEADINGS = (
+    "arm",
+    "horizon",
+    "quality",
+    "seconds",
+    "speed-up",
+    "at equal budget",
+    "p",
+    "set-up s",
+    "step ms",
+    "peak MiB",
+)
 
 
 def first_line(results: Results) -> str:
@@ -92,7 +103,7 @@ def notes(results: Results) -> list[str]:
         "seed needs for it, interpolated over its horizons, each trained to the end of its own learning-rate decay. "
         "In brackets, 95 % intervals (Student's t on logarithms over seeds, widened by the doubt of the "
         "interpolation). Outside of the baseline's range there are bounds and misses, never numbers.",
-        f"Verdict: non-inferior where the one-sided 95 % bound of the difference to the baseline of the same "
+        f"At equal budget: non-inferior where the one-sided 95 % bound of the difference to the baseline of the same "
         f"horizon is below {results.margin:g}, a margin that was fixed before. p is that of no speed-up, one-sided and "
         "adjusted for the number of candidates (Holm).",
     ]

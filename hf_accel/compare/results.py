@@ -19,7 +19,8 @@ import torch
 from hf_accel.compare import cache
 from hf_accel.compare.page import page
 from hf_accel.compare.report import markdown
-from hf_accel.compare.statistics import NonInferiority, SpeedUp, holm, non_inferiority, p_value, speed_up
+from hf_accel.compare.statistics import NonInferiority, SpeedUp, non_inferiority, p_value, speed_up
+from hf_accel.evidence import holm
 
 if TYPE_CHECKING:
     from hf_accel.compare.comparison import Arm, Comparison
@@ -35,15 +36,16 @@ Records = Mapping[tuple[str, float, int], Mapping[str, Any]]
 
 @dataclass
 class Row:
-    """An arm, over its seeds.
+    """An arm, over its seeds; of an arm that the time did not allow, there are none.
 
     Args:
         quality: Mean of the metric.
         quality_sd: Standard deviation between seeds.
         costs: Mean of each cost.
-        speed_ups: By cost; empty for the baseline.
+        speed_ups: By cost; empty for the baseline, without a cost that was not counted in some run.
         non_inferiority: Against the baseline of the same horizon.
         p_value: Of "not faster than the baseline", one-sided, adjusted for the number of candidates; only theirs.
+        p_unadjusted: The same of this candidate by itself.
         set_up_seconds: Part of the seconds that passed before the first step.
         step_seconds: Seconds of a step after that.
         peak_memory_bytes: Mean over seeds.
@@ -66,11 +68,12 @@ class Row:
     speed_ups: dict[str, SpeedUp] = field(default_factory=dict)
     non_inferiority: NonInferiority | None = None
     p_value: float | None = None
+    p_unadjusted: float | None = None
 
 
 @dataclass
 class Results:
-    """A finished comparison."""
+    """A finished comparison; ``placebos`` says whether it was to have any, ``complete`` whether all runs were made."""
 
     workload: str
     metric: str
@@ -78,6 +81,7 @@ class Results:
     margin: float
     cost: str
     tuned: str
+    placebos: bool
     trials: dict[str, list[dict[str, Any]]]
     baseline_args: dict[str, Any]
     seeds: list[int]
@@ -173,9 +177,9 @@ def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Re
             rows += [row(arm, horizon, whole) for horizon in horizons]
             continue
         seeds = [seed for seed in whole if (arm.name, arm.horizon, seed) in records]
+        rows.append(row(arm, arm.horizon, seeds))
         if not seeds:
             continue
-        rows.append(row(arm, arm.horizon, seeds))
         losses = sign * values(arm.name, arm.horizon, seeds, quality)
         curves = sign * np.stack([values("baseline", h, seeds, quality) for h in horizons], axis=1)
         for cost in COSTS:
@@ -185,15 +189,17 @@ def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Re
 
             paid = values(arm.name, arm.horizon, seeds, spent)
             costs = np.stack([values("baseline", h, seeds, spent) for h in horizons], axis=1)
-            if (costs > 0).all() and not (paid == 0).any():
+            ended = [records[arm.name, arm.horizon, seed]["status"] == "finished" for seed in seeds]
+            counted = np.append(costs, paid[ended])
+            if (np.isfinite(counted) & (counted > 0)).all():
                 rows[-1].speed_ups[cost] = speed_up(costs, curves, paid, losses)
         alike = min(horizons, key=lambda horizon, own=arm.horizon: abs(horizon - own))
         final = sign * values("baseline", alike, seeds, quality)
         rows[-1].non_inferiority = non_inferiority(losses, final, margin)
     candidates = [row for row in rows if row.role == "candidate" and comparison.cost in row.speed_ups]
-    p_values = holm([p_value(row.speed_ups[str(comparison.cost)]) for row in candidates])
-    for candidate, adjusted in zip(candidates, p_values, strict=True):
-        candidate.p_value = adjusted
+    p_values = [p_value(row.speed_ups[str(comparison.cost)]) for row in candidates]
+    for candidate, own, adjusted in zip(candidates, p_values, holm(p_values), strict=True):
+        candidate.p_unadjusted, candidate.p_value = own, adjusted
     return Results(
         workload=type(workload).name,
         metric=metric,
@@ -201,6 +207,7 @@ def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Re
         margin=margin,
         cost=str(comparison.cost),
         tuned=comparison.tuned,
+        placebos=comparison.placebos,
         trials=comparison.trials,
         baseline_args=comparison.reference.recipe.args,
         seeds=whole,

@@ -19,7 +19,6 @@ A *loss* here is any quality, turned so that lower is better.  Shape suffixes: `
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -156,12 +155,12 @@ def speed_up(
         kinds.append(kind)
     bounds, misses = kinds.count("bound"), kinds.count("miss")
     per_seed = tuple(math.exp(value) for value in logs)
+    doubt = sum(doubts) / len(logs)  # of interpolation: alike for all seeds, so no mean over seeds removes it
     if misses:
         known = bounds == 0 and all(map(math.isfinite, logs))
-        high = math.exp(mean_interval(logs, confidence)[2]) if known else math.inf
+        high = math.exp(mean_interval(logs, confidence)[2] + doubt) if known else math.inf
         return SpeedUp("miss", 0.0, 0.0, high, per_seed, bounds, misses)
     mean, low, high = mean_interval(logs, confidence)
-    doubt = sum(doubts) / len(logs)  # of interpolation: alike for all seeds, so no mean over seeds removes it
     mean, low, high = math.exp(mean), math.exp(low - doubt), math.exp(high + doubt)
     if bounds:
         # Each value is at most the truth, so the lower end holds for the truth, too.
@@ -177,18 +176,6 @@ def p_value(found: SpeedUp, confidence: float = CONFIDENCE) -> float:
     half = math.log(found.value) - math.log(found.low)
     quantile = float(student.ppf(0.5 + confidence / 2, seeds - 1))
     return float(student.sf(math.log(found.value) * quantile / max(half, 1e-12), seeds - 1))
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """P values adjusted for their number: who finds one of many below a level finds it by chance no more often.
-
-    Reference: Holm (1979), A simple sequentially rejective multiple test procedure.
-    """
-    adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, index in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, (len(p_values) - rank) * p_values[index])
-        adjusted[index] = min(largest, 1.0)
-    return adjusted
 
 
 def mean_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> tuple[float, float, float]:
@@ -233,7 +220,12 @@ class NonInferiority:
 
 
 def non_inferiority(candidate_losses_S: ArrayLike, baseline_losses_S: ArrayLike, margin: float) -> NonInferiority:
-    """Compare final losses of the same seeds; a run that failed makes the candidate inferior."""
+    """Compare final losses of the same seeds.
+
+    A candidate's run that failed makes it inferior; against a baseline without a finite loss nothing is decided.
+    """
+    if not np.isfinite(np.asarray(baseline_losses_S, float)).all():
+        return NonInferiority("undecided", math.nan, -math.inf, math.inf, margin)
     differences = np.asarray(candidate_losses_S, float) - np.asarray(baseline_losses_S, float)
     if not np.isfinite(differences).all():
         return NonInferiority("inferior", math.inf, math.inf, math.inf, margin)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 import random
@@ -101,6 +102,43 @@ def test_the_markdown_begins_with_the_sentences(results):
     ]
 
 
+def recollected(results, change, cost="cpu_seconds"):
+    """The same comparison with some records changed, or left out where the change is None."""
+    comparison = Comparison(
+        [Arm("half", Recipe(techniques=["LayerFreezing"]))], workload="synthetic", seeds=3, cost=cost
+    )
+    placebo = Arm("baseline, LR of half", Recipe(args={"learning_rate": 1.0}), "placebo", "half")
+    keys = ("arm", "horizon", "seed")
+    records = {tuple(run[key] for key in keys): change(copy.deepcopy(run)) for run in results.runs}
+    records = {key: record for key, record in records.items() if record is not None}
+    return collect(comparison, [comparison.reference, *comparison.arms, placebo], records)
+
+
+def test_a_placebo_that_the_time_did_not_allow_is_missed(results):
+    assert recollected(results, lambda run: run).complete
+    cut = recollected(results, lambda run: None if run["arm"] == "baseline, LR of half" else run)
+    assert not cut.complete and cut.row("baseline, LR of half").seeds == []
+    document = evidence.record(cut)
+    assert evidence.verdict(document, document["arms"][5]) == "not all placebos run"
+    assert "not all of its placebos were run (not baseline, LR of half)" in sentences(cut)[0]
+    for text in (markdown(cut), page(cut)):
+        assert "Not all runs were made" in text and "baseline, LR of half" in text
+
+
+def test_a_cost_that_was_not_counted_is_left_out_and_no_miss(results):
+    def uncounted(run):
+        if run["arm"] == "half" and run["seed"] == 2:
+            run["costs"]["flops"] = math.nan
+        return run
+
+    found = recollected(results, uncounted).row("half").speed_ups
+    assert "flops" not in found and found["cpu_seconds"].kind == "measured"
+    known = recollected(results, lambda run: run).row("half").speed_ups
+    assert "flops" in known
+    told = sentences(recollected(results, uncounted, cost="flops"))
+    assert told == ["half: nothing is known of its FLOPs."]
+
+
 # The page -------------------------------------------------------------------------------------------------------------
 
 
@@ -183,8 +221,6 @@ def test_a_comparison_that_measured_little_has_a_page(results):
 
 
 def collect_without(results, **changes):
-    import copy
-
     bare = copy.copy(results)
     bare.runs = [run | changes for run in results.runs]
     return bare

@@ -66,6 +66,17 @@ def test_outside_of_the_baseline_there_are_no_numbers():
     assert (both.kind, both.bounds, both.misses, both.high) == ("miss", 1, 1, math.inf)
 
 
+def test_the_bound_of_a_miss_has_the_doubt_of_interpolation():
+    costs, losses = np.tile(HORIZONS, (3, 1)), np.tile(1 + 0.3 / HORIZONS, (3, 1))
+    between, worse = 1 + 0.3 / 0.35, 1 + 0.3 / 0.2
+    doubt = fit_curve(HORIZONS, losses[0]).log_cost(between)[1]
+    assert doubt > 0.001
+    result = speed_up(costs, losses, [0.25] * 3, [between, between, worse])
+    logs = np.log(result.per_seed)
+    half = 4.302653 * logs.std(ddof=1) / math.sqrt(3)  # t(0.975, 2), from a table
+    assert math.log(result.high) == pytest.approx(logs.mean() + half + 2 / 3 * doubt, rel=1e-5)
+
+
 @pytest.mark.parametrize("cost, loss", [(math.inf, 2.0), (0.5, math.nan), (0.5, math.inf), (math.nan, math.nan)])
 def test_a_failed_run_is_a_miss(cost, loss):
     result = speed_up(*baseline(), [0.5, 0.5, cost], [logarithmic(1.0)] * 2 + [loss])
@@ -132,6 +143,7 @@ def test_non_inferiority(differences, verdict):
 
 def test_a_failed_run_is_inferior_and_margins_have_a_floor():
     assert non_inferiority([1.0, math.nan], [2.0, 2.0], 0.01).verdict == "inferior"
+    assert non_inferiority([1.0, 1.0], [2.0, math.nan], 0.01).verdict == "undecided", "the baseline has no loss"
     assert non_inferiority_margin(0.02, 0.003) == 0.01
     assert non_inferiority_margin(0.001, 0.003) == 0.003
     assert mean_interval([1.0]) == (1.0, -math.inf, math.inf)
