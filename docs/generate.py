@@ -2,14 +2,16 @@
 
     python docs/generate.py
 
-``docs/techniques/<stem>.md`` is the card of ``hf_accel/**/<stem>.py``, and ``docs/techniques.md`` the index.  The
-README's tables are renewed between their markers; the column "what it saves" is written by hand.
+``docs/techniques/<stem>.md`` is the card of ``hf_accel/**/<stem>.py``, and ``docs/techniques.md`` the index, whose
+column "what it saves" is written by hand.  What stands between markers in the README is renewed.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections import Counter
+from itertools import groupby
 from pathlib import Path
 
 from hf_accel import evidence
@@ -25,6 +27,18 @@ NOT_ON_FSDP2 = {
 }
 """Modalities whose probes FSDP2 cannot train, with the reason."""
 
+TASKS = {
+    "banking77": "classification of short texts",
+    "code-lm": "language model of code, from scratch",
+    "gsm8k-lora": "fine-tuning with LoRA",
+    "gsm8k-sft": "fine-tuning of a language model",
+    "novels-lm": "language model of novels, from scratch",
+    "sst2": "classification of phrases",
+}
+"""What workloads train, in the README's first table."""
+BEST = 4
+"""Rows of that table."""
+
 
 def main() -> None:
     """Write every document that `documents` gives, and remove cards of techniques that are gone."""
@@ -39,15 +53,24 @@ def main() -> None:
 
 def documents() -> dict[Path, str]:
     """The text of each generated document."""
-    records = evidence.load_records()
+    records, found = evidence.load_records(), evidence.folder()
     docs = {card_path(kind): card(kind, records) for _, kind in in_order()}
-    docs[ROOT / "docs" / "techniques.md"] = index(records)
+    overview = ROOT / "docs" / "techniques.md"
+    docs[overview] = index(overview.read_text(), records)
     docs[ROOT / "docs" / "sharding.md"] = sharding()
+    decayed = {name: document for name, document in records.items() if not constant_rate(document)}
+    constant = {name: document for name, document in records.items() if constant_rate(document)}
     text = (ROOT / "README.md").read_text()
-    text = renewed(text, "techniques", readme_table(text, records))
-    text = renewed(text, "kept", kept_table(evidence.folder() / "budget-kept.json"))
-    text = renewed(text, "budgets", budgets_table(evidence.folder() / "budget.json"))
-    docs[ROOT / "README.md"] = renewed(text, "results", results_table(records))
+    for name, content in {
+        "headline": headline(records, found / "overhead.json", found / "budget-kept.json"),
+        "results": results_table(decayed),
+        "constant": results_table(constant),
+        "kept": kept_table(found / "budget-kept.json"),
+        "budgets": budgets_table(found / "budget.json"),
+        "techniques": techniques_list(records),
+    }.items():
+        text = renewed(text, name, content)
+    docs[ROOT / "README.md"] = text
     return docs
 
 
@@ -56,26 +79,27 @@ def card_path(kind: type[Technique]) -> Path:
     return ROOT / "docs" / "techniques" / f"{source(kind).stem}.md"
 
 
-def index(records: Records) -> str:
-    """The table of all techniques."""
-    rows = [
-        (
-            f"[{name}](techniques/{source(kind).stem}.md)",
-            area(kind),
-            ", ".join(f"`{slot}`" for slot in owned(kind)) or "-",
-            kind.fidelity,
-            evidence.grade(name, records),
-        )
-        for name, kind in in_order()
-    ]
+def index(text: str, records: Records) -> str:
+    """The table of all techniques; what each saves is taken from the old one."""
+    saves = dict(re.findall(r"^\| \[(\w+)\]\([^)]*\) \| \w+ \| ([^|]*) \|", text, re.MULTILINE))
+    rows = []
+    for name, kind in in_order():
+        if name not in saves:
+            raise ValueError(
+                f"docs/techniques.md: its table does not say what {name} saves. "
+                f"Add a row: | [{name}](techniques/{source(kind).stem}.md) | {area(kind)} | what it saves |"
+            )
+        slots = ", ".join(f"`{slot}`" for slot in owned(kind)) or "-"
+        link = f"[{name}](techniques/{source(kind).stem}.md)"
+        rows.append((link, area(kind), saves[name], slots, kind.fidelity, evidence.grade(name, records)))
     parts = [
         "# Techniques",
-        NOTE,
+        "<!-- Written by docs/generate.py from the code, but for the column 'what it saves'. -->",
         "At most one technique owns a slot; what has none composes freely. *Fidelity*: "
         + "; ".join(f"`{name}`, {words}" for name, words in FIDELITY.items())
         + ". *Evidence*: `reported` by others, until a record in [evidence](evidence) says `proven here` or "
         "`no gain shown`; each card has the figures.",
-        table(("technique", "perspective", "slot", "fidelity", "evidence"), rows),
+        table(("technique", "perspective", "what it saves", "slot", "fidelity", "evidence"), rows),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -107,20 +131,63 @@ def renewed(text: str, name: str, content: str) -> str:
     return f"{before}<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->{after}"
 
 
-def readme_table(text: str, records: Records) -> str:
-    """The README's table of techniques; what each saves is taken from the old one."""
-    saves = dict(re.findall(r"^\| \[`(\w+)`\]\([^)]*\) \| \w+ \| ([^|]*) \|", text, re.MULTILINE))
+def techniques_list(records: Records) -> str:
+    """The README's list of techniques by perspective and kind, in bold what is proven here."""
     rows = []
-    for name, kind in in_order():
-        if name not in saves:
-            raise ValueError(f"README: its table does not say what {name} saves. Add a row with 'what it saves'.")
-        link = f"[`{name}`]({source(kind).relative_to(ROOT)})"
-        rows.append((link, area(kind), saves[name], kind.fidelity, evidence.grade(name, records)))
-    return table(("technique", "perspective", "what it saves", "fidelity", "evidence"), rows)
+    for (perspective, kind_of), found in groupby(sorted(in_order(), key=place), key=place):
+        links = []
+        for name, kind in found:
+            link = f"[{name}](docs/techniques/{source(kind).stem}.md)"
+            links.append(f"**{link}**" if evidence.grade(name, records) == "proven here" else link)
+        rows.append((perspective, kind_of, ", ".join(links)))
+    return table(("perspective", "kind", "techniques"), rows)
+
+
+def place(item: tuple[str, type[Technique]]) -> tuple[str, str]:
+    """The perspective of a technique and the folder of its file."""
+    return area(item[1]), source(item[1]).parent.name.replace("_", " ")
+
+
+def headline(records: Records, overhead: Path, kept: Path) -> str:
+    """The README's first numbers: where techniques gained most, how often they did, and what budgets and hosting do."""
+    fair = [item for item in evidence.candidates(records) if item[1]["tuned"] and item[1]["placebos"]]
+    gained = sorted((item for item in fair if evidence.gained(*item[1:])), key=lambda item: -value(*item[1:]))
+    best: dict[tuple[str, ...], tuple[str, Record, Arm]] = {}
+    for item in gained:
+        best.setdefault(tuple(evidence.techniques_of(item[2])), item)
+    shown = list(best.values())[:BEST]
+    rows = [
+        (
+            candidate_link(arm),
+            evidence.speed_up(document, arm),
+            f"{TASKS.get(document['workload'], document['workload'])}, [{name}](docs/evidence/{name}.json)",
+            str(len(document["seeds"])),
+        )
+        for name, document, arm in shown
+    ]
+    grades = Counter(evidence.grade(name, records) for name, _ in in_order())
+    ratio = json.loads(overhead.read_text())["wall"]
+    shares = [spent(run) for run in json.loads(kept.read_text())["runs"]]
+    machines = "; ".join(dict.fromkeys(document["machine"] for _, document, _ in shown))
+    facts = [
+        f"Of {len(fair)} comparisons with a tuned baseline and placebos, {len(gained)} showed a gain; each technique "
+        "is shown where it gained most, and [all results](#results) are below. Nothing has been measured on GPUs yet.",
+        f"Of {grades.total()} techniques, {grades['proven here']} gained here, {grades['no gain shown']} showed no "
+        f"gain, and {grades['reported']} rest on what others report.",
+        f"Budgets in time, tokens and FLOPs were spent to between {min(shares):.1%} and {max(shares):.1%}.",
+        f"Without techniques, a step takes {ratio['ratio']:.3f}x [{ratio['low']:.3f}, {ratio['high']:.3f}] the time of "
+        "a plain Trainer's.",
+    ]
+    parts = [
+        f"Speed-ups measured on small models on CPUs ({machines}), against tuned baselines:",
+        table(("technique or recipe", "speed-up at equal loss [95 % interval]", "task", "seeds"), rows),
+        "\n".join(f"- {fact}" for fact in facts),
+    ]
+    return "\n\n".join(parts)
 
 
 def results_table(records: Records) -> str:
-    """The README's table of results: every candidate of every record, the fastest first."""
+    """A table of results in the README: every candidate of every record, the fastest first."""
     found = list(evidence.candidates(records))
     if not found:
         return "No comparison is recorded yet."
@@ -148,30 +215,27 @@ def budgets_table(path: Path) -> str:
     rows = []
     for found in json.loads(path.read_text())["compared"]:
         fixed, cut_off = found["budgeted_against_fixed_at_equal_time"], found["budgeted_against_cut_off"]
+        mean, seconds = found["mean"], found["mean_seconds"]
+        seeds = {arm: len(runs) for arm, runs in found["runs"].items()}
+        fewer = "" if seeds["cut off"] == seeds["budgeted"] else f" ({seeds['cut off']} seeds)"
         rows.append(
             (
                 found["workload"],
                 f"{found['budget_seconds']:g} s",
-                str(len(found["runs"]["budgeted"])),
-                f"{found['mean']['budgeted']:.4f}",
-                f"{found['mean']['fixed at equal time']:.4f}",
+                str(seeds["budgeted"]),
+                f"{mean['budgeted']:.4f} in {seconds['budgeted']:.1f} s",
+                f"{mean['fixed']:.4f} in {seconds['fixed']:.1f} s",
+                f"{mean['fixed at equal time']:.4f}",
                 f"{fixed['difference']:+.4f} [{fixed['low']:+.4f}, {fixed['high']:+.4f}], margin {fixed['margin']:.4f}",
                 fixed["verdict"],
-                f"{found['mean']['cut off']:.4f}",
+                f"{mean['cut off']:.4f}{fewer}",
                 "better" if cut_off["better"] else "not shown to be better",
             )
         )
     header = (
-        *(
-            "workload",
-            "budget",
-            "seeds",
-            "loss of the budgeted run",
-            "fixed steps",
-            "difference [90 % interval]",
-            "verdict",
-        ),
-        *("cosine cut off by the clock", "budgeted is"),
+        *("workload", "budget", "seeds", "loss with `Budget`", "fixed steps, as measured"),
+        *("fixed steps, moved to equal time", "difference at equal time [90 % interval]", "verdict"),
+        *("cosine cut off by the clock", "`Budget` is"),
     )
     return table(header, rows)
 
@@ -180,20 +244,28 @@ def kept_table(path: Path) -> str:
     """The README's table of what was spent of budgets, as ``benchmarks/budget_kept.py`` recorded it."""
     events = {
         "": "-",
-        "load": "from half-way on as many other processes as cores",
+        "load": "from half-way on, one competing process per core",
         "kill": "killed half-way, resumed",
         "wide": "a model of 26 million parameters",
     }
     rows = []
     for run in json.loads(path.read_text())["runs"]:
         limit, _, event = run["case"].partition("+")
-        unit, amount = parse_budget(limit)
-        share = run["seconds"] / amount if unit == "seconds" else run["shares"][f"{unit}_share"]
         evaluation = f"{run['last_evaluation_seconds']:.1f} s"
-        rows.append(
-            (limit, events[event], f"{share:.1%}", str(run["steps"]), evaluation, f"{run['final_learning_rate']:g}")
-        )
+        rate = f"{run['final_learning_rate']:g}"
+        rows.append((limit, events[event], f"{spent(run):.1%}", str(run["steps"]), evaluation, rate))
     return table(("budget", "what was special", "spent", "steps", "last evaluation", "final learning rate"), rows)
+
+
+def spent(run: dict) -> float:
+    """The share of its budget that a run of ``benchmarks/budget_kept.py`` spent."""
+    unit, amount = parse_budget(run["case"].partition("+")[0])
+    return run["seconds"] / amount if unit == "seconds" else run["shares"][f"{unit}_share"]
+
+
+def constant_rate(document: Record) -> bool:
+    """Whether the baseline of a comparison never decays its learning rate."""
+    return document.get("baseline_args", {}).get("lr_scheduler_type", "").startswith("constant")
 
 
 def value(document: Record, arm: Arm) -> float:
@@ -202,11 +274,13 @@ def value(document: Record, arm: Arm) -> float:
 
 
 def candidate_link(arm: Arm) -> str:
-    """An arm's name, which leads to the card where it is of one technique of ours."""
+    """An arm's name, which leads to the card where it is of one technique of ours, or to its recipe."""
     names, kinds = evidence.techniques_of(arm), dict(in_order())
     if len(names) == 1 and names[0] in kinds:
         return f"[{arm['name']}](docs/techniques/{source(kinds[names[0]]).stem}.md)"
-    return f"{arm['name']} ({', '.join(names)})" if names else arm["name"]
+    recipe = Path("configs", "recipes", f"{arm['name']}.yaml")
+    name = f"[{arm['name']}]({recipe})" if (ROOT / recipe).is_file() else arm["name"]
+    return f"{name} ({', '.join(names)})" if names else name
 
 
 if __name__ == "__main__":

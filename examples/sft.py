@@ -1,4 +1,4 @@
-"""Supervised fine-tuning with TRL's SFTTrainer: rows without padding, and an average of the last weights.
+"""Supervised fine-tuning with TRL's SFTTrainer: batches of similar length, and an average of the last weights.
 
 python examples/sft.py
 python examples/sft.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara
