@@ -85,7 +85,7 @@ def trained(name: str, args: dict, seed: int, rates: list[float], folder: Path) 
         if cache.load(record) is None:
             jobs.append({"run": run, "record": str(record), "log": str(record.with_suffix(".log"))})
     if jobs:
-        run_jobs(jobs, 1, True, lambda job, status: print(name, Path(job["record"]).name, status, flush=True))
+        run_jobs(jobs, 1, True, lambda job, status: print(name, Path(job["record"]).name, status, flush=True), folder)
     documents = {rate: json.loads(record.read_text()) for rate, record in found.items()}
     return {
         rate: {"loss": document["metrics"]["eval_loss"], "cpu_seconds": document["costs"]["cpu_seconds"]}

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 def compare(
     recipes: Annotated[
-        list[str], typer.Argument(metavar="RECIPE...", help="YAML files, or techniques as 'InfoBatch(keep=0.5)'.")
-    ],
+        list[str] | None,
+        typer.Argument(metavar="RECIPE...", help="YAML files, or techniques as 'InfoBatch(keep=0.5)'."),
+    ] = None,
     workload: Annotated[
         str | None, typer.Option(help="Where to compare; without one, task, model and data of the recipe.")
     ] = None,
@@ -44,9 +45,11 @@ def compare(
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
     ablate: Annotated[bool, typer.Option("--ablate", help="Leave out each technique of a recipe in turn.")] = False,
     placebos: Annotated[bool, typer.Option(help="Run placebos beside the candidates.")] = True,
-    share: Annotated[float, typer.Option(help="Share of the budget that candidates are trained for.")] = 1.0,
+    share: Annotated[float, typer.Option(help="Share of the budget that candidates are trained for, a horizon.")] = 1.0,
     scale: Annotated[str, typer.Option(help="Scale of the workload: cpu or gpu.")] = "cpu",
-    tune: Annotated[int, typer.Option(min=0, help="Trials of learning rate and batch size for every arm.")] = 0,
+    tune: Annotated[
+        int, typer.Option(min=0, help="Trials of learning rate and batch size for every arm; 4 or more are tuning.")
+    ] = 0,
 ) -> None:
     """Measure the speed-up of recipes at equal quality, against a fair baseline."""
     from hf_accel.compare import Comparison
@@ -57,7 +60,7 @@ def compare(
     if data is not None:
         os.environ[DATA_ROOT] = str(data)
     comparison = Comparison(
-        recipes,
+        recipes or [],
         workload=workload,
         baseline=baseline,
         horizons=_numbers(horizons),

@@ -57,6 +57,24 @@ def key(run: dict[str, Any]) -> str:
     return digest.hexdigest()[:16]
 
 
+def stamp(document: Any) -> str:
+    """A hash of sizes and times of the local files that strings in a document name, and of those in named folders."""
+    if isinstance(document, dict):
+        document = list(document.values())
+    if isinstance(document, list | tuple):
+        stamps = "".join(map(stamp, document))
+        return hashlib.sha256(stamps.encode()).hexdigest()[:16] if stamps else ""
+    try:
+        path = Path(document).expanduser()
+        if document == "" or not path.exists():
+            return ""
+    except (TypeError, OSError, RuntimeError):
+        return ""  # a number, or too long for a path, or the home of nobody
+    files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    found = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
+
+
 def read(path: Path) -> dict[str, Any] | None:
     """The record of a run; None where there is none."""
     try:

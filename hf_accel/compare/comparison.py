@@ -2,11 +2,12 @@
 
     comparison = Comparison([Arm("pruned", Recipe(techniques=[InfoBatch(keep=0.5)]))], workload="digits")
     results = comparison.run()
-    print(results.rows[0].speed_ups["cpu_seconds"])
+    print(results.row("pruned").speed_ups["cpu_seconds"])
 
 The baseline is trained at every horizon, with its warm-up and its decay to zero inside it; a candidate at the nominal
 one.  Runs are ordered by seed and shuffled within a seed, so that a machine that slows down slows all arms down, and a
-comparison that ends early has whole seeds.
+comparison that ends early has whole seeds.  Placebos whose size is what candidates take are known, and begin, after the
+first seed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import torch
 from hf_accel.clock import parse_budget
 from hf_accel.compare import cache, placebos, tuning
 from hf_accel.compare.pool import run_jobs
-from hf_accel.compare.results import Results, collect, lower_is_better
+from hf_accel.compare.results import Results, collect, lower_is_better, machine
 from hf_accel.compare.workloads import DATA_ROOT, WORKLOADS, Workload, build_workload
 from hf_accel.recipe import Recipe, read_technique
 
@@ -43,6 +44,9 @@ SCHEDULE = ("lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps")
 OPTIMIZER = ("optim", "optim_args")
 """Arguments that a technique in the slot of the optimizer takes the place of."""
 
+TRIALS = 4
+"""The fewest that are called tuning: the arm as given, two other learning rates, another batch size."""
+
 
 @dataclass
 class Arm:
@@ -53,7 +57,7 @@ class Arm:
         recipe: Its arguments and techniques; arguments that it does not name are the baseline's.
         role: What it is there for.
         of: The candidate that it is a placebo or an ablation of.
-        horizon: Share of the nominal budget, of all but the baseline.
+        horizon: Share of the nominal budget, of all but the baseline; one of the comparison's horizons.
     """
 
     name: str
@@ -94,7 +98,8 @@ class Comparison:
 
     Args:
         candidates: Arms, recipes, their paths, or techniques as Python writes them.
-        workload: Name of a workload, or one; None: task, model and data of the baseline's or the first recipe.
+        workload: Name of a workload, or one; None: task, model, data and, without techniques, arguments of the
+            baseline's or the first recipe.
         baseline: Arm that takes the place of the workload's tuned baseline.
         horizons: Shares of the nominal budget at which the baseline is trained.
         seeds: How many, or which.
@@ -103,10 +108,11 @@ class Comparison:
         out: Folder of records and reports; an interrupted comparison continues from it.
         ablate: Leave out each technique of a recipe in turn.
         placebos: Run placebos beside the candidates, and Trainer's untouched defaults.
-        tune: Trials of learning rate and batch size for every arm, the baseline first (`hf_accel.compare.tuning`).
+        tune: Trials of learning rate and batch size for every arm, the baseline first (`hf_accel.compare.tuning`);
+            from `TRIALS` on, the baseline counts as tuned.
         scale: Scale of a workload that is given by name, ``cpu`` or ``gpu``.
-        share: Of the nominal budget, what candidates are trained for; half of it where they may be twice as fast, so
-            that they end within the baseline's range.
+        share: Of the nominal budget, what candidates are trained for, one of the horizons; half of it where they may
+            be twice as fast, so that they end within the baseline's range.
         cost: What speed-ups are of; None: CPU seconds, on an accelerator wall seconds.
         slots: Runs at a time; None: two on a CPU of several cores, else one.
     """
@@ -144,9 +150,11 @@ class Comparison:
         if not self.candidates and not (self.tune and self.workload):
             raise ValueError("candidates: there are none. Give a recipe, or a workload to tune the baseline of.")
         self.seconds = None if self.budget is None else _seconds(self.budget)
-        if not 0 < self.share <= self.horizons[-1]:
-            raise ValueError(f"share({self.share}): must be above 0 and at most the longest horizon. Give, say, 0.5.")
         arms = [_arm(candidate, self.share) for candidate in self.candidates]
+        for share in (*(arm.horizon for arm in arms), *([self.share] if self.placebos else [])):
+            if share not in self.horizons:
+                known = ", ".join(f"{horizon:g}" for horizon in self.horizons)
+                raise ValueError(f"share({share}): is none of the horizons ({known}). Give one of them, or add it.")
         if isinstance(self.baseline, str | Path):
             self.baseline = Recipe.load(self.baseline)
         self.workload = self._find_workload([arm.recipe for arm in arms])
@@ -164,7 +172,7 @@ class Comparison:
     def tuned(self) -> str:
         """How the baseline was tuned; empty where it was not."""
         assert isinstance(self.workload, Workload)
-        if self.tune:
+        if self.tune >= TRIALS:
             return f"{self.tune} trials for every arm of {tuning.SPACE}; seed {tuning.SEED}"
         return self.workload.tuned if self.baseline is None else ""
 
@@ -183,14 +191,15 @@ class Comparison:
             )
         options = {"task": chosen.task, "model": chosen.model, "data": chosen.data, "horizon": budgets[0]}
         workload = build_workload("recipe", options)
-        workload.args = dict(chosen.args) if chosen is self.baseline else {}  # type: ignore[misc]
+        workload.args = dict(chosen.args)  # type: ignore[misc]
         return workload
 
     # The plan -------------------------------------------------------------------------------------------------------
 
-    def plan(self) -> list[Run]:
-        """The runs that are known beforehand, in order; where arms are tuned, with their arguments before that."""
-        first, *others = self._runs(self._early_arms())
+    def plan(self, late: Sequence[Arm] = ()) -> list[Run]:
+        """The runs in order, those of late placebos as far as they are known; where arms are tuned, with their
+        arguments before that."""
+        first, *others = self._runs([*self._early_arms(), *late])
         return [first, self._hosted(), *others]
 
     def _early_arms(self) -> list[Arm]:
@@ -220,13 +229,18 @@ class Comparison:
         assert isinstance(self.workload, Workload)
         unit, amount = parse_budget(self.workload.nominal_budget())
         kind = type(self.workload)
+        options = {field.name: getattr(self.workload, field.name) for field in dataclasses.fields(kind)}
+        recipe, data = arm.recipe.to_dict(), os.environ.get(DATA_ROOT, "")
         return {
             "workload": kind.name if WORKLOADS.get(kind.name) is kind else f"{kind.__module__}:{kind.__name__}",
-            "options": {field.name: getattr(self.workload, field.name) for field in dataclasses.fields(kind)},
-            "recipe": arm.recipe.to_dict(),
+            "options": options,
+            "recipe": recipe,
             "budget": f"{amount * horizon:.12g}{unit}",
             "seed": seed,
-            "data": os.environ.get(DATA_ROOT, ""),
+            "data": data,
+            "files": cache.stamp([options, recipe.get("techniques"), data]),
+            "machine": machine(),
+            "single_threaded": self.cost == "cpu_seconds",
             **({"metric": self.metric} if self.metric and self.metric_name != "eval_loss" else {}),
         }
 
@@ -243,10 +257,10 @@ class Comparison:
         return arms
 
     def _defaults(self) -> list[Arm]:
-        """Trainer's untouched defaults; nobody's baseline, but what many people run."""
-        if not self.placebos:
-            return []
+        """Trainer's untouched defaults, which many people run; nothing where these are the baseline."""
         args = {name: value for name, value in self.reference.recipe.args.items() if name in TECHNICAL}
+        if not self.placebos or args == self.reference.recipe.args:
+            return []
         return [Arm("Trainer's defaults", Recipe(args=args), "defaults", horizon=self.share)]
 
     def _early_placebos(self) -> list[Arm]:
@@ -258,8 +272,6 @@ class Comparison:
 
     def _late_placebos(self, records: dict[Run, dict[str, Any]]) -> list[Arm]:
         """Placebos whose size is what the candidates were measured to take."""
-        if not self.placebos:
-            return []
         arms, reference = [], self.reference.recipe
 
         def mean(name: str, horizon: float, value: Callable[[dict[str, Any]], float]) -> float:
@@ -269,11 +281,10 @@ class Comparison:
             return statistics.fmean(found) if found else 0.0
 
         for arm in self.arms:
-            if arm.horizon not in self.horizons:
-                continue
 
             def ratio(value: Callable[[dict[str, Any]], float], arm: Arm = arm) -> float:
-                return mean(arm.name, arm.horizon, value) / (mean("baseline", arm.horizon, value) or 1.0)
+                plain = mean("baseline", arm.horizon, value)
+                return mean(arm.name, arm.horizon, value) / plain if plain else 0.0
 
             subset = placebos.random_subset_placebo(arm.recipe, reference, ratio(lambda r: r["costs"]["samples"]))
             batch = placebos.bigger_batch_placebo(reference, ratio(lambda r: r["peak_memory_bytes"]))
@@ -292,9 +303,13 @@ class Comparison:
         began = time.monotonic()
         if self.tune:
             self._tune(began, progress)
-        records = self._execute(self.plan(), began, progress)
-        late = self._late_placebos(records)
-        records |= self._execute(self._runs(late), began, progress)
+        plan, late, records = self.plan(), [], {}
+        if self.placebos:
+            first = [run for run in plan if run.seed == plan[0].seed]
+            records = self._execute(first, began, progress, later=plan)
+            late = self._late_placebos(records)
+            plan = self.plan(late)
+        records = self._execute(plan, began, progress, records)
         results = collect(
             self, [*self._early_arms(), *late], {(run.arm, run.horizon, run.seed): r for run, r in records.items()}
         )
@@ -353,15 +368,25 @@ class Comparison:
         return name if name.startswith("eval_") else f"eval_{name}"
 
     def _execute(
-        self, runs: list[Run], began: float, progress: Callable[[Progress], None]
+        self,
+        runs: list[Run],
+        began: float,
+        progress: Callable[[Progress], None],
+        records: dict[Run, dict[str, Any]] | None = None,
+        later: Iterable[Run] = (),
     ) -> dict[Run, dict[str, Any]]:
-        """Records of the runs: those that are there, and those that are made now, as far as the time allows."""
+        """Records of the runs: those that are there, and those that are made now, as far as the time allows.
+
+        Of runs in ``records`` nothing is done; those that come ``later`` are only counted in what is told.
+        """
         assert isinstance(self.out, Path) and self.slots is not None
         slots = self.slots
-        paths = {run: run.record(self.out) for run in runs}
-        records = {run: record for run, path in paths.items() if (record := cache.load(path)) is not None}
-        found = dict(records)
-        missing = [run for run in runs if run not in found]
+        records = dict(records or {})
+        paths = {run: run.record(self.out) for run in runs if run not in records}
+        records |= {run: record for run, path in paths.items() if (record := cache.load(path)) is not None}
+        found = {run: record for run, record in records.items() if record["status"] == "finished"}
+        missing = [run for run in runs if run not in records]
+        every = list(dict.fromkeys([*runs, *later]))
         seconds: dict[Run, float] = {}
 
         def weight(run: Run) -> float:
@@ -377,8 +402,8 @@ class Comparison:
             return sum(map(weight, waiting)) * rate
 
         def tell(last: str) -> None:
-            left = seconds_of(run for run in runs if run not in records)
-            progress(Progress(len(records), len(runs), None if left is None else left / slots, last))
+            left = seconds_of(run for run in every if run not in records)
+            progress(Progress(len(records), len(every), None if left is None else left / slots, last))
 
         def jobs():
             for run in missing:
@@ -404,7 +429,7 @@ class Comparison:
         if runs:
             tell("")
         if missing:
-            run_jobs(jobs(), min(slots, len(missing)), self.cost == "cpu_seconds", done)
+            run_jobs(jobs(), min(slots, len(missing)), self.cost == "cpu_seconds", done, self.out / "logs")
         return records
 
 

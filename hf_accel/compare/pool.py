@@ -12,7 +12,10 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import torch
 
 THREADS = (
     "OMP_NUM_THREADS",
@@ -23,24 +26,29 @@ THREADS = (
 )
 
 
-def environment(single_threaded: bool) -> dict[str, str]:
-    """The environment of a worker: one thread, nothing to download in the middle of a measurement."""
+def environment(single_threaded: bool, slot: int = 0, gpus: int | None = None) -> dict[str, str]:
+    """The environment of the worker of a slot: one thread, one of the GPUs (None: those that torch sees)."""
     own = {"TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    gpus = torch.cuda.device_count() if gpus is None else gpus
+    if gpus > 1:  # Trainer would split every batch over all of them
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        own["CUDA_VISIBLE_DEVICES"] = (visible.split(",") if visible else list(map(str, range(gpus))))[slot % gpus]
     return os.environ | own | (dict.fromkeys(THREADS, "1") if single_threaded else {})
 
 
 @contextmanager
-def server(single_threaded: bool) -> Iterator[subprocess.Popen]:
+def server(single_threaded: bool, slot: int, log: Path) -> Iterator[subprocess.Popen]:
     """A `hf_accel.compare.worker` that waits for jobs; it ends, with its present job, when the context does."""
-    process = subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-m", "hf_accel.compare.worker"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-        env=environment(single_threaded),
-        start_new_session=True,
-    )
+    with log.open("w") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-m", "hf_accel.compare.worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=environment(single_threaded, slot),
+            start_new_session=True,
+        )
     try:
         yield process
     finally:
@@ -50,13 +58,22 @@ def server(single_threaded: bool) -> Iterator[subprocess.Popen]:
 
 
 def run_jobs(
-    jobs: Iterable[dict[str, Any]], slots: int, single_threaded: bool, done: Callable[[dict[str, Any], int], None]
+    jobs: Iterable[dict[str, Any]],
+    slots: int,
+    single_threaded: bool,
+    done: Callable[[dict[str, Any], int], None],
+    logs: Path,
 ) -> None:
-    """Run jobs in order, ``slots`` at a time; ``done(job, exit status)`` is called in this thread after each."""
+    """Run jobs in order, ``slots`` at a time; ``done(job, exit status)`` is called in this thread after each.
+
+    What a worker itself has to say, beside the logs of its jobs, is in ``worker-N.log`` in the folder ``logs``.
+    """
     upcoming = iter(jobs)
     results: queue.Queue = queue.Queue()
+    paths = [logs / f"worker-{slot + 1}.log" for slot in range(slots)]
     with contextlib.ExitStack() as stack:
-        free = [stack.enter_context(server(single_threaded)) for _ in range(slots)]
+        free = [stack.enter_context(server(single_threaded, slot, path)) for slot, path in enumerate(paths)]
+        log_of = dict(zip(free, paths, strict=True))
         running = 0
         while True:
             while free and (job := next(upcoming, None)) is not None:
@@ -67,7 +84,7 @@ def run_jobs(
             process, job, status = results.get()
             running -= 1
             if status is None:
-                raise RuntimeError("compare: a worker has died. Look into the logs of the runs.")
+                raise RuntimeError(f"compare: a worker has died. See {log_of[process]} and {job['log']}.")
             free.append(process)
             done(job, status)
 

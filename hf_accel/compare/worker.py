@@ -7,6 +7,7 @@ seconds of the imports.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import json
@@ -78,14 +79,13 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     task = workload.build()
     if (name := run.get("metric")) is not None:
         task["compute_metrics"] = with_metric(name, task.get("compute_metrics"))
-    prepared = meter.seconds()
+    prepared, resident = meter.seconds(), resident_bytes()
     recipe = Recipe.from_dict(run["recipe"])
     with tempfile.TemporaryDirectory() as folder:
         args = recipe.args | {"output_dir": folder, "seed": run["seed"]} | HARNESS
         warm_up(task, args)
         set_seed(run["seed"])
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
+        reset_peak_memory()
         meter = Meter()
         set_up = SetUp(meter)
         trainer = make_trainer(task, args, recipe, run["budget"], set_up, hosted=run.get("hosted", False))
@@ -93,6 +93,8 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         set_up.counting = operations.spent
         operations.train(trainer)
         section = without(meter.seconds(), operations.spent)
+        device = trainer.args.device
+        peak = max(peak_memory_bytes(device) - (0 if device.type == "cuda" else resident), 0)
         meter = Meter()
         metrics = trainer.evaluate()
     evaluation, receipt = meter.seconds(), receipt_of(trainer)
@@ -102,11 +104,25 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         "costs": section | work_done(trainer) | {"flops": operations.executed},
         "uncharged": {"preparation": prepared, "evaluation": evaluation, "counting": operations.spent},
         "set_up": set_up.seconds,
-        "peak_memory_bytes": peak_memory_bytes(trainer.args.device),
+        "peak_memory_bytes": peak,
         "phases": {name: seconds for name, seconds in receipt.seconds.items() if name != "counting"} if receipt else {},
         "techniques": receipt.techniques if receipt else [],
         "log": [[entry["step"], entry["loss"]] for entry in trainer.state.log_history if "loss" in entry],
     }
+
+
+def resident_bytes() -> int:
+    """What is resident; 0 where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
+
+
+def reset_peak_memory() -> None:
+    """Count the peak anew; that of resident memory only Linux can."""
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def without(seconds: dict[str, float], others: dict[str, float]) -> dict[str, float]:

@@ -15,7 +15,8 @@ from hf_accel.cli import app
 from hf_accel.compare import Arm, Comparison, build_workload, cache, compare
 from hf_accel.compare import comparison as comparison_module
 from hf_accel.compare.placebos import bigger_batch_placebo, random_subset_placebo
-from hf_accel.compare.pool import run_jobs
+from hf_accel.compare.pool import environment, run_jobs
+from hf_accel.compare.results import Results
 from hf_accel.compare.worker import measure
 from hf_accel.compare.workloads import WORKLOADS, Workload
 
@@ -31,7 +32,7 @@ def known_answers(out):
     return Comparison(
         [f"{SYNTHETIC}:{name}" for name in ("SkipsHalf", "DoesNothing", "EndsEarlier")] + ["InfoBatch(keep=0.5)"],
         workload=build_workload("synthetic", {"seconds": 0.7, "noise": 0.015}),
-        horizons=(0.375, 0.75, 1.5),
+        horizons=(0.375, 0.75, 1.0, 1.5),
         seeds=5,
         out=out,
     )
@@ -78,14 +79,14 @@ def test_progress_is_told_from_the_first_run(finished):
     firsts = [progress.last for progress in told[1:4]]
     assert "baseline, horizon 0.375, seed 1" in firsts, "the shortest run is among those that begin"
     assert all(progress.seconds_left is not None for progress in told[1:])
-    assert (told[-1].done, told[-1].total, told[-1].seconds_left) == (41, 41, 0.0)
+    assert (told[-1].done, told[-1].total, told[-1].seconds_left) == (46, 46, 0.0)
 
 
 def test_the_reports_are_written(finished):
     _, out, _ = finished
     plain = json.loads((out / "results.json").read_text())
-    assert plain["workload"] == "synthetic" and len(plain["runs"]) == 41 and plain["complete"]
-    assert plain["rows"][3]["speed_ups"]["cpu_seconds"]["kind"] == "measured"
+    assert plain["workload"] == "synthetic" and len(plain["runs"]) == 46 and plain["complete"]
+    assert plain["rows"][4]["speed_ups"]["cpu_seconds"]["kind"] == "measured"
     report = (out / "report.md").read_text()
     for word in ("Baseline tuned", "SkipsHalf", "miss (5 of 5)", "## What went wrong", "Counted in other costs"):
         assert word in report, word
@@ -101,7 +102,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(finished, monkeypatc
     lost[0].unlink()
     asked = []
 
-    def counted(jobs, slots, single_threaded, done):
+    def counted(jobs, slots, single_threaded, done, logs):
         for job in jobs:
             asked.append(job["record"])
             (out / "runs" / job["record"].rpartition("/")[2]).write_text(
@@ -143,7 +144,7 @@ def test_when_the_time_is_up_whole_seeds_are_reported(finished, monkeypatch, tmp
     now = [0.0]
     monkeypatch.setattr(comparison_module.time, "monotonic", lambda: now[0])
 
-    def two_seconds_each(jobs, slots, single_threaded, done):
+    def two_seconds_each(jobs, slots, single_threaded, done, logs):
         for job in jobs:
             now[0] += 2.0
             horizon = float(job["run"]["budget"].removesuffix("samples")) / 64
@@ -166,6 +167,36 @@ def test_a_record_is_of_its_configuration_and_code(monkeypatch):
     assert cache.key(dict(run)) == key and cache.key(run | {"seed": 2}) != key
     monkeypatch.setattr(cache, "code_hash", lambda: "other code")
     assert cache.key(run) != key
+
+
+def test_a_record_is_of_its_machine_and_of_what_files_hold(tmp_path, monkeypatch):
+    text, folder = tmp_path / "train.txt", tmp_path / "model"
+    text.write_text("some text")
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+
+    def files():
+        recipe = Recipe(task="causal-lm", model=str(folder), data={"source": str(text)}, budget="2epochs")
+        return Comparison([recipe], seeds=1).plan()[0].configuration["files"]
+
+    first = files()
+    assert first == files() != ""
+    text.write_text("some other text")
+    second = files()
+    (folder / "config.json").write_text("{ }")
+    assert len({first, second, files()}) == 3
+    plain = cache.stamp(
+        {"source": "stdlib", "rate": 0.1, "none": None, "empty": "", "long": "x" * 9999, "of": "~no one"}
+    )
+    assert plain == ""
+    one, other = (
+        Comparison(["LinearToZero"], workload="code-lm", cost=cost).plan()[0].record(tmp_path)
+        for cost in ("cpu_seconds", "wall_seconds")
+    )
+    assert one != other, "one of them has one thread"
+    monkeypatch.setattr(comparison_module, "machine", lambda: "another processor")
+    moved = Comparison(["LinearToZero"], workload="code-lm", cost="cpu_seconds").plan()[0].record(tmp_path)
+    assert moved != one
 
 
 # The plan -------------------------------------------------------------------------------------------------------------
@@ -209,8 +240,10 @@ def test_candidates_may_have_a_share_of_the_budget():
     plan = Comparison(["LinearToZero"], workload="code-lm", seeds=1, horizons=(0.5, 1.0), share=0.5).plan()
     budgets = {(run.arm, run.horizon): run.configuration["budget"] for run in plan}
     assert budgets["LinearToZero", 0.5] == budgets["baseline", 0.5] == budgets["Trainer's defaults", 0.5]
-    with pytest.raises(ValueError, match="share\\(2.0\\): must be above 0 and at most the longest horizon"):
-        Comparison(["LinearToZero"], workload="code-lm", horizons=(0.5, 1.0), share=2.0)
+    message = "share\\(0.6\\): is none of the horizons \\(0.5, 1\\). Give one of them, or add it."
+    for candidate, share in (("LinearToZero", 0.6), (Arm("half", Recipe(), horizon=0.6), 0.5)):
+        with pytest.raises(ValueError, match=message):
+            Comparison([candidate], workload="code-lm", horizons=(0.5, 1.0), share=share)
 
 
 def test_ablations_leave_out_one_technique_each():
@@ -238,6 +271,44 @@ def test_a_recipe_with_data_is_a_workload_and_not_tuned():
     assert comparison.workload.name == "recipe" and comparison.tuned == ""
     assert comparison.plan()[0].configuration["options"]["data"] == {"source": "x"}
     assert {run.configuration["budget"] for run in comparison.plan() if run.arm != "baseline"} == {"2epochs"}
+    assert {run.arm for run in comparison.plan()} == {"baseline", "baseline, hosted", "candidate"}
+
+
+def test_the_baseline_of_a_recipe_is_the_recipe_without_techniques():
+    args = {"learning_rate": 1e-2, "bf16": False, "optim": "adafactor"}
+    data = {"task": "causal-lm", "model": {"config": {}}, "budget": "2epochs"}
+    comparison = Comparison([Recipe(args=args, techniques=["Muon"], **data)], seeds=1)
+    plan = {run.arm: run.configuration["recipe"] for run in comparison.plan()}
+    assert plan["baseline"] == {"args": args}
+    assert plan["Muon"] == {"args": args, "techniques": [{"Muon": {}}]}
+    assert plan["Trainer's defaults"] == {"args": {"bf16": False}}
+
+
+def test_placebos_of_a_measured_size_are_shuffled_into_the_seeds_after_the_first(monkeypatch, tmp_path):
+    asked = []
+
+    def half_the_samples(jobs, slots, single_threaded, done, logs):
+        for job in jobs:
+            asked.append((job["record"].rpartition("/")[2], job["run"]["seed"]))
+            samples = 32.0 if "InfoBatch" in job["record"] else 64.0
+            costs = dict.fromkeys(("cpu_seconds", "wall_seconds", "flops", "tokens", "samples", "steps"), samples)
+            record = {"status": "finished", "metrics": {"eval_loss": 1 / job["run"]["seed"]}, "costs": costs}
+            rest = {"set_up": {}, "peak_memory_bytes": 2**20, "phases": {}, "log": [], "whole_seconds": 1.0}
+            Path(job["record"]).write_text(json.dumps({"run": job["run"], **record, **rest}))
+            done(job, 0)
+
+    monkeypatch.setattr(comparison_module, "run_jobs", half_the_samples)
+    monkeypatch.setattr(Results, "save", lambda self, folder: None)
+    told = []
+    results = Comparison(["InfoBatch"], workload="synthetic", horizons=(0.5, 1.0), seeds=4, out=tmp_path).run(
+        told.append
+    )
+    assert results.complete and (told[1].total, told[-1].done, told[-1].total) == (17, 21, 21)
+    where = [(index, seed) for index, (name, seed) in enumerate(asked) if name.startswith("random-subset")]
+    assert [seed for _, seed in where] == [1, 2, 3, 4]
+    assert [seed for _, seed in asked] == [1] * 6 + [2] * 5 + [3] * 5 + [4] * 5
+    assert where[0][0] == 5 and {index % 5 for index, _ in where[1:]} != {0}, "not always the last of its seed"
+    assert results.row("random subset, as InfoBatch").techniques == [{"RandomSubset": {"keep": 0.5}}]
 
 
 @pytest.mark.parametrize("name", ["digits"])
@@ -255,6 +326,7 @@ def test_a_workload_trains(name):
     for record in (plain, hosted):
         assert record["status"] == "finished" and record["costs"]["steps"] == steps and record["costs"]["samples"] == 64
         assert record["set_up"]["cpu_seconds"] < record["costs"]["cpu_seconds"]
+        assert record["peak_memory_bytes"] < 2**28, "what training takes, not the imports"
     assert 0 <= plain["metrics"]["eval_accuracy"] <= 1
     assert not plain["phases"] and hosted["phases"]["forward"] > 0
 
@@ -268,10 +340,21 @@ def test_workloads_say_what_they_need(monkeypatch, tmp_path):
         Recipe(args=kind().baseline_args()).training_arguments()
 
 
-def test_a_worker_that_dies_is_an_error_not_a_wait(monkeypatch):
-    monkeypatch.setattr("sys.executable", "/bin/false")
-    with pytest.raises(RuntimeError, match="a worker has died"):
-        run_jobs([{"log": "nowhere"}], 1, True, lambda job, status: None)
+def test_a_worker_that_dies_is_an_error_not_a_wait(monkeypatch, tmp_path):
+    (tmp_path / "dying").write_text("#!/bin/sh\necho 'no memory' >&2\nexit 1\n")
+    (tmp_path / "dying").chmod(0o755)
+    monkeypatch.setattr("sys.executable", str(tmp_path / "dying"))
+    with pytest.raises(RuntimeError, match="a worker has died. See .*worker-1.log and a-run.log"):
+        run_jobs([{"log": "a-run.log"}], 1, True, lambda job, status: None, tmp_path)
+    assert (tmp_path / "worker-1.log").read_text() == "no memory\n"
+
+
+def test_every_slot_has_one_gpu(monkeypatch):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert [environment(False, slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)] == ["0", "1", "0"]
+    assert all("CUDA_VISIBLE_DEVICES" not in environment(False, 1, gpus) for gpus in (0, 1))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,GPU-8932f937")
+    assert [environment(False, slot, 2)["CUDA_VISIBLE_DEVICES"] for slot in (0, 1)] == ["3", "GPU-8932f937"]
 
 
 # The command line -----------------------------------------------------------------------------------------------------
@@ -289,6 +372,8 @@ def test_a_worker_that_dies_is_an_error_not_a_wait(monkeypatch):
         (["InfoBatch", "--workload", "digits", "--horizons", "1,x"], "horizons('1,x'): must be numbers."),
         (["InfoBatch", "--workload", "digits", "--horizons", "1"], "must be two or more above 0."),
         (["InfoBatch", "--workload", "digits", "--budget", "20steps"], "budget('20steps'): must be a time."),
+        (["InfoBatch", "--workload", "digits", "--share", "0.6"], "share(0.6): is none of the horizons (0.25, 0.5,"),
+        (["--workload", "digits"], "candidates: there are none."),
         (["InfoBatch", "InfoBatch", "--workload", "digits"], "two are called alike"),
         (["InfoBatch", "--workload", "digits", "--baseline", "no.yaml"], "recipe('no.yaml'): there is no such file."),
     ],
@@ -309,5 +394,7 @@ def test_the_command_prints_what_python_returns(monkeypatch, finished):
     assert shown.exit_code == 0 and "speed-up" in shown.output and "SkipsHalf" in shown.output
     plain = CliRunner().invoke(app, [*line, "--json"])
     assert json.loads(plain.stdout) == results.to_dict()
+    tuning = CliRunner().invoke(app, ["compare", "--workload", "synthetic", "--tune", "8"])
+    assert tuning.exit_code == 0, tuning.output
     monkeypatch.setattr(Comparison, "run", lambda self: results)
     assert compare("LayerFreezing", workload="synthetic") is results

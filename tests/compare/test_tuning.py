@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from hf_accel import Recipe
 from hf_accel.compare import Comparison, tuning
 from hf_accel.compare.tuning import Search
 from hf_accel.compare.workloads.synthetic import Synthetic
@@ -53,16 +54,23 @@ def test_arms_are_tuned_alike_and_reported_with_other_seeds(tmp_path):
         workload=Synthetic(seconds=0.05),
         horizons=(0.5, 1.0),
         seeds=2,
-        tune=3,
+        tune=4,
         placebos=False,
         out=tmp_path,
     )
     results = comparison.run()
-    assert {name: len(trials) for name, trials in results.trials.items()} == {"baseline": 3, "DoesNothing": 3}
+    assert {name: len(trials) for name, trials in results.trials.items()} == {"baseline": 4, "DoesNothing": 4}
     best = min(results.trials["baseline"], key=lambda trial: trial["loss"])
     assert results.baseline_args["learning_rate"] == best["learning_rate"]
     assert tuning.SEED not in {run["seed"] for run in results.runs}
-    assert "3 trials for every arm" in (tmp_path / "report.md").read_text()
+    assert "4 trials for every arm" in (tmp_path / "report.md").read_text()
+
+
+def test_a_trial_or_three_are_no_tuning():
+    given = Recipe(args={"learning_rate": 1e-3})
+    few = Comparison([], workload="synthetic", baseline=given, tune=3)
+    assert few.tuned == "" and Comparison([], workload="synthetic", tune=3).tuned == Synthetic.tuned
+    assert Comparison([], workload="synthetic", baseline=given, tune=4).tuned.startswith("4 trials for every arm")
 
 
 def test_what_cannot_be_tuned_is_refused():
