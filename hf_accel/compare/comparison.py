@@ -160,6 +160,8 @@ class Comparison:
         self.workload = self._find_workload([arm.recipe for arm in arms])
         if (reason := self.workload.missing()) is not None:
             raise ValueError(reason)
+        self.options = {f.name: getattr(self.workload, f.name) for f in dataclasses.fields(self.workload)}
+        self.files = cache.stamp([self.options, os.environ.get(DATA_ROOT)])
         own = Arm("baseline", self.baseline or Recipe(), "baseline")  # type: ignore[arg-type]
         self.reference = _inherit(own, self.workload.baseline_args())
         self.arms = [_inherit(arm, self.reference.recipe.args) for arm in arms]
@@ -229,16 +231,14 @@ class Comparison:
         assert isinstance(self.workload, Workload)
         unit, amount = parse_budget(self.workload.nominal_budget())
         kind = type(self.workload)
-        options = {field.name: getattr(self.workload, field.name) for field in dataclasses.fields(kind)}
-        recipe, data = arm.recipe.to_dict(), os.environ.get(DATA_ROOT, "")
         return {
             "workload": kind.name if WORKLOADS.get(kind.name) is kind else f"{kind.__module__}:{kind.__name__}",
-            "options": options,
-            "recipe": recipe,
+            "options": self.options,
+            "recipe": arm.recipe.to_dict(),
             "budget": f"{amount * horizon:.12g}{unit}",
             "seed": seed,
-            "data": data,
-            "files": cache.stamp([options, recipe.get("techniques"), data]),
+            "data": os.environ.get(DATA_ROOT, ""),
+            "files": self.files + cache.stamp(arm.recipe.techniques),
             "machine": machine(),
             "single_threaded": self.cost == "cpu_seconds",
             **({"metric": self.metric} if self.metric and self.metric_name != "eval_loss" else {}),
