@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 def compare(
     recipes: Annotated[
         list[str] | None,
-        typer.Argument(metavar="RECIPE...", help="YAML files, or techniques as 'InfoBatch(keep=0.5)'."),
+        typer.Argument(metavar="RECIPE", help="YAML files, or techniques as 'InfoBatch(keep=0.5)'."),
     ] = None,
     workload: Annotated[
         str | None, typer.Option(help="Where to compare; without one, task, model and data of the recipe.")
