@@ -81,17 +81,21 @@ class GradientCompression(Technique):
         host: Any = self.host_
         if host.is_deepspeed_enabled or host.is_fsdp_enabled:
             raise ValueError(f"{self!r}: FSDP and DeepSpeed exchange gradients themselves. Use DDP, or leave it out.")
+        if self.method == "powersgd" and args.fp16:  # what was not sent would be kept at the loss scale of its step
+            raise ValueError(f"{self!r}: PowerSGD does not follow the loss scale of fp16. Use bf16=True.")
         self.errors_: dict[str, Tensor] = {}
         self.queries_: dict[str, Tensor] = {}
         self.sent_, self.whole_ = 0, 0
-        wrapped = host.model_wrapped
+        wrapped = getattr(host.model_wrapped, "_orig_mod", host.model_wrapped)  # torch_compile wraps DDP
         if not isinstance(wrapped, DistributedDataParallel):
             logger.warning(f"{self!r}: one process sends no gradients, and nothing is compressed.")
             return
         if self.method == "bf16" and dist.get_backend() == "gloo":
             raise ValueError(f"{self!r}: gloo does not send bfloat16. Use method='fp16'.")
         self.names_ = {parameter: name for name, parameter in wrapped.module.named_parameters()}
-        wrapped.register_comm_hook(None, lambda _, bucket: self._exchange(bucket))
+        if getattr(self, "hooked_", None) is not wrapped:  # a second train() goes on with the same
+            wrapped.register_comm_hook(None, lambda _, bucket: self._exchange(bucket))
+            self.hooked_ = wrapped
 
     def synchronise(self) -> bool:
         """Always."""
@@ -102,30 +106,38 @@ class GradientCompression(Technique):
         host: Any = self.host_
         self.whole_ += bucket.buffer().numel() * bucket.buffer().element_size()
         if self.method != "powersgd":
-            half = bucket.buffer().to(torch.float16 if self.method == "fp16" else torch.bfloat16)
-            bucket.buffer().copy_(self._mean(half))
-        elif host.clock.progress < self.start:
-            bucket.buffer().copy_(self._mean(bucket.buffer()))
-        else:
-            for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-                self._exchange_factors(self.names_[parameter], gradient)
+            return self._exchange_as(torch.float16 if self.method == "fp16" else torch.bfloat16, bucket.buffer())
+        if host.clock.progress < self.start:
+            return self._exchange_as(bucket.buffer().dtype, bucket.buffer())
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            self._exchange_factors(self.names_[parameter], gradient)
         done: torch.futures.Future[Tensor] = torch.futures.Future()
         done.set_result(bucket.buffer())
         return done
+
+    def _exchange_as(self, dtype: torch.dtype, buffer: Tensor) -> torch.futures.Future[Tensor]:
+        """The mean of a buffer, sent in a type while the backward pass goes on."""
+        total = buffer.to(dtype) / dist.get_world_size()
+        self.sent_ += total.numel() * total.element_size()
+        work: Any = dist.all_reduce(total, async_op=True)
+        return work.get_future().then(lambda sent: buffer.copy_(sent.value()[0]))
 
     def _exchange_factors(self, name: str, gradient: Tensor) -> None:
         if not is_smaller(gradient.shape, self.rank):
             gradient.copy_(self._mean(gradient))
             return
         matrix_NM = gradient.reshape(len(gradient), -1)
+        matrix_NM = matrix_NM.to(torch.promote_types(matrix_NM.dtype, torch.float32))  # QR has no half precision
         if name not in self.queries_:
             generator = torch.Generator().manual_seed(len(self.queries_))
             query_MR = torch.randn(matrix_NM.shape[1], self.rank, generator=generator, dtype=torch.float64)
             self.queries_[name] = query_MR.to(matrix_NM)
             self.errors_[name] = torch.zeros_like(matrix_NM)
         matrix_NM = matrix_NM + self.errors_[name]
-        sent_NM, self.queries_[name] = low_rank(matrix_NM, self.queries_[name], self._mean)
-        self.errors_[name] = matrix_NM - sent_NM
+        sent_NM, query_MR = low_rank(matrix_NM, self.queries_[name], self._mean)
+        finite = query_MR.isfinite().all()  # on all ranks or on none
+        self.queries_[name] = torch.where(finite, query_MR, self.queries_[name])
+        self.errors_[name] = torch.where(finite, matrix_NM - sent_NM, 0.0)
         gradient.copy_(sent_NM.view_as(gradient))
 
     def _mean(self, tensor: Tensor) -> Tensor:

@@ -1,5 +1,8 @@
+import warnings
+
 import pytest
 import torch
+from accelerate import PartialState
 from ranks import run_on_ranks
 
 from hf_accel import GradientCompression
@@ -120,6 +123,65 @@ def test_resumed_errors_and_queries_go_on(tmp_path):
     straight = run_on_ranks(run, "straight", save_strategy="steps", save_steps=3)
     resumed = run_on_ranks(run, "resumed", resume=str(tmp_path / "straight" / "checkpoint-3"))
     assert largest_difference(straight[0], resumed[0]) == 0.0
+
+
+def exchanged(*gradients):
+    """What one step after another makes of these gradients of a matrix, and what it keeps: error and query."""
+    PartialState(cpu=True)
+    technique = GradientCompression("powersgd", rank=1)
+    technique.errors_, technique.queries_, technique.sent_ = {}, {}, 0
+    sent = [gradient.clone() for gradient in gradients]
+    for gradient in sent:
+        technique._exchange_factors("weight", gradient)
+    return sent, technique.errors_["weight"], technique.queries_["weight"]
+
+
+def test_what_is_not_finite_passes():
+    def run():
+        gradient = random(8, 12)
+        infinite = gradient.clone()
+        if PartialState(cpu=True).process_index == 1:
+            infinite[2, 3] = torch.inf
+        (_, sent, again), error, query = exchanged(gradient, infinite, gradient)
+        assert not sent.isfinite().all(), "and all ranks know of it"
+        assert again.isfinite().all() and error.isfinite().all() and query.isfinite().all()
+        _, error, query = exchanged(gradient, infinite)
+        first = exchanged(gradient)[2]
+        return torch.equal(query, first), bool((error == 0).all())
+
+    assert run_on_ranks(run) == [(True, True)] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision_is_factorised_in_single(dtype):
+    def run():
+        gradient = random(8, 12).to(dtype)
+        (sent,), error, _ = exchanged(gradient)
+        (expected,), _, _ = exchanged(gradient.float())
+        assert sent.dtype == dtype and error.dtype == torch.float32
+        return torch.equal(sent, expected.to(dtype))
+
+    assert run_on_ranks(run) == [True, True]
+
+
+def test_powersgd_refuses_a_loss_scale(tmp_path):
+    with pytest.raises(ValueError, match="does not follow the loss scale of fp16. Use bf16=True"):
+        tiny_trainer([GradientCompression("powersgd")], tmp_path, fp16=True).train()
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_second_training_compresses_as_well(compiled, tmp_path):
+    def run():
+        warnings.filterwarnings("ignore", "The .grad attribute")  # of dynamo
+        args = {"torch_compile": True, "torch_compile_backend": "eager"} if compiled else {}
+        trainer = tiny_trainer([GradientCompression()], tmp_path, max_steps=1, **args)
+        shares = []
+        for _ in range(2):
+            trainer.train()
+            shares.append(trainer.receipt.techniques[0]["report"]["share"])
+        return shares
+
+    assert run_on_ranks(run) == [[0.5, 0.5]] * 2
 
 
 def test_bfloat16_is_refused_where_it_cannot_be_sent(tmp_path):
