@@ -32,12 +32,17 @@ REMOVED_OF_ZERO = {
     "mics_shard_size": "zero_hpz_partition_size",
     "mics_hierarchical_params_gather": "zero_hpz_partition_size",
     "zeropp_loco_param": "zero_quantized_gradients",
-    "cpu_offload": "offload_optimizer: {device: cpu}",
     "cpu_offload_params": "offload_param: {device: cpu}",
+}
+"""Keys of ``zero_optimization`` that DeepSpeed 0.19 refuses."""
+
+DEPRECATED_OF_ZERO = {
+    "cpu_offload": "offload_optimizer: {device: cpu}",
+    "cpu_offload_param": "offload_param: {device: cpu}",
     "cpu_offload_use_pin_memory": "pin_memory in offload_optimizer and offload_param",
     "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
 }
-"""Keys of ``zero_optimization`` that are gone or were renamed."""
+"""Keys of ``zero_optimization`` that it still takes."""
 
 REMOVED_OPTIMIZERS = {"OneBitAdam": "AdamW", "OneBitLamb": "Lamb", "ZeroOneAdam": "AdamW"}
 
@@ -63,6 +68,11 @@ def of_deepspeed(config: Mapping[str, Any]) -> list[str]:
         for key, other in REMOVED_OF_ZERO.items()
         if key in zero
     ]
+    said += [
+        f"zero_optimization.{key}: is deprecated. Use {other}."
+        for key, other in DEPRECATED_OF_ZERO.items()
+        if key in zero
+    ]
     optimizer = config.get("optimizer", {}).get("type")
     if optimizer in REMOVED_OPTIMIZERS:
         said.append(
@@ -82,17 +92,21 @@ def _enabled(config: Mapping[str, Any], key: str) -> bool:
     return config.get(key, {}).get("enabled") is True
 
 
+def _offloads(zero: Mapping[str, Any], key: str) -> bool:
+    return (zero.get(key) or {}).get("device", "none") != "none"  # which is DeepSpeed's default
+
+
 CONTRADICTIONS: tuple[tuple[Callable[[Mapping[str, Any], Mapping[str, Any]], bool], str], ...] = (
     (
         lambda config, zero: _enabled(config, "fp16") and _enabled(config, "bf16"),
         "fp16 and bf16: both are enabled. Keep one; bf16 needs no loss scale.",
     ),
     (
-        lambda config, zero: "offload_param" in zero and zero.get("stage", 0) < 3,
+        lambda config, zero: _offloads(zero, "offload_param") and zero.get("stage", 0) < 3,
         "zero_optimization.offload_param: weights are offloaded by stage 3 only. Set stage 3, or leave it out.",
     ),
     (
-        lambda config, zero: "offload_optimizer" in zero and zero.get("stage", 0) < 1,
+        lambda config, zero: _offloads(zero, "offload_optimizer") and zero.get("stage", 0) < 1,
         "zero_optimization.offload_optimizer: needs a stage of 1 or more. Set one.",
     ),
     (

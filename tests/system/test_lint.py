@@ -7,7 +7,7 @@ import pytest
 from typer.testing import CliRunner
 
 from hf_accel.cli import app
-from hf_accel.system.lint import REMOVED, REMOVED_OF_ZERO, lint, of_accelerate, of_deepspeed
+from hf_accel.system.lint import DEPRECATED_OF_ZERO, REMOVED, REMOVED_OF_ZERO, lint, of_accelerate, of_deepspeed
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 OURS = [*(CONFIGS / "accelerate").glob("*.yaml"), *(CONFIGS / "deepspeed").glob("*.json")]
@@ -29,6 +29,23 @@ def test_deepspeed_refuses_what_we_say_it_refuses(key):
 @pytest.mark.parametrize("key", REMOVED_OF_ZERO)
 def test_keys_of_zero_that_are_gone(key):
     assert any(key in sentence for sentence in of_deepspeed({"zero_optimization": {"stage": 2, key: 1}}))
+    config = pytest.importorskip("deepspeed.runtime.zero.config")
+    with pytest.raises(ValueError, match=f"{key}\n.*not permitted"):
+        config.DeepSpeedZeroConfig(**{key: True})
+
+
+@pytest.mark.parametrize("key", DEPRECATED_OF_ZERO)
+def test_keys_of_zero_that_are_deprecated(key, caplog):
+    (sentence,) = of_deepspeed({"zero_optimization": {"stage": 2, key: True}})
+    assert f"{key}: is deprecated" in sentence
+    config = pytest.importorskip("deepspeed.runtime.zero.config")
+    config.DeepSpeedZeroConfig(stage=2, **{key: True})
+    assert f"{key} is deprecated" in caplog.text
+
+
+def test_nothing_is_offloaded_to_none():
+    offloads = {"offload_param": {"device": "none"}, "offload_optimizer": {"device": "none"}}
+    assert of_deepspeed({"zero_optimization": {"stage": 0, **offloads}}) == []
 
 
 @pytest.mark.parametrize(

@@ -197,7 +197,7 @@ class LayerFreezing(Technique):
 
         def keep(block, args, output, i):
             hidden = output[0] if isinstance(output, tuple) else output
-            activations[i].append(hidden.flatten(0, -2).mean(0).double().cpu())
+            activations[i].append(hidden.flatten(0, -2).mean(0).cpu().double())
 
         hooks = [block.register_forward_hook(functools.partial(keep, i=i)) for i, block in enumerate(self.blocks_)]
         modes = [(module, module.training) for module in model.modules()]

@@ -47,7 +47,7 @@ def scaled_already(model: Any) -> bool:
     usual, layers = getattr(model.config, "initializer_range", None), residual_projections(model)
     weights: list[torch.Tensor] = [layer.weight for layer in layers.values()]  # type: ignore[misc]
     values = torch.cat([weight.detach().flatten() for weight in weights])
-    return usual is not None and bool(values.double().std() < 0.75 * usual)  # one block, two branches: 0.71
+    return usual is not None and bool(values.cpu().double().std() < 0.75 * usual)  # one block, two branches: 0.71
 
 
 @dataclass(eq=False)

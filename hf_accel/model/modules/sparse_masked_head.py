@@ -81,6 +81,11 @@ class SparseMaskedHead(Technique):
         for hook in ("loss_head", "extra_loss"):
             if others := [t for t in host.techniques if t is not self and hook in t.answers()]:
                 raise ValueError(f"{self!r}: {others[0]!r} reads the outputs as well. Leave one of them out.")
+        if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
+            raise ValueError(
+                f"{self!r}: ZeRO-3 has cut the model's weights, with which its head is to be tried. Make the model "
+                "before TrainingArguments."
+            )
         if not _is_by_position(model):
             raise ValueError(
                 f"{self!r}: the head of {type(model).__name__} does not treat each position by itself. Leave it out."

@@ -1,9 +1,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoConfig, AutoModelForMaskedLM, TrainerCallback
+from ranks import backend_args, run_on_ranks
+from transformers import AutoConfig, AutoModelForMaskedLM, TrainerCallback, TrainingArguments
 
-from hf_accel import ChunkedCrossEntropy, LearningRateSearch, SharpnessAware, SparseMaskedHead
+from hf_accel import AccelTrainer, ChunkedCrossEntropy, LearningRateSearch, SharpnessAware, SparseMaskedHead
 from hf_accel.model.modules.sparse_masked_head import _is_by_position
 from hf_accel.testing import losses_of, tiny_bert, tiny_llama, tiny_trainer
 
@@ -119,3 +120,14 @@ def test_what_it_cannot_do_is_refused(tmp_path):
     model.cls.register_forward_pre_hook(lambda module, args: (args[0] - args[0].mean(1, keepdim=True),))
     with pytest.raises(ValueError, match="does not treat each position by itself"):
         tiny_trainer([SparseMaskedHead()], tmp_path, model=model)
+
+
+def test_weights_that_zero_has_cut_are_refused(tmp_path):
+    def run():
+        args = TrainingArguments(str(tmp_path), **backend_args("zero3"))  # from now on models are made in parts
+        model = model_of("bert")
+        with pytest.raises(ValueError, match="ZeRO-3 has cut the model's weights.*before TrainingArguments"):
+            AccelTrainer(model, args, techniques=[SparseMaskedHead()])
+        return True
+
+    assert run_on_ranks(run, backend="zero3") == [True, True]
