@@ -33,7 +33,7 @@ from transformers import AutoConfig
 from hf_accel.notation import dump_yaml, nearest
 from hf_accel.recipe import Recipe
 from hf_accel.system.footprint import Trace, trace
-from hf_accel.tasks.models import load_model, load_tokenizer
+from hf_accel.tasks.models import dtype_of, load_model, load_tokenizer
 
 KEPT_BACK = 0.1
 """Share of a device's memory for what an allocator loses between tensors, and for the context of the device."""
@@ -60,7 +60,7 @@ class Subject:
 
     Args:
         name: For people.
-        build: Makes it, of the type its weights are saved in.
+        build: Makes it, of the type its weights are saved in, or that a recipe trains them in.
         rows: Examples of a forward pass on a device.
         length: Positions of an example; None: of images, which have a size of their own.
         labels: ``tokens`` or ``rows``: of what the labels are.
@@ -173,8 +173,10 @@ def _subject_of_recipe(recipe: Recipe, name: str, rows: int | None, length: int 
     if isinstance(recipe.model, dict) and "quantization_config" in recipe.model:
         raise ValueError("model.quantization_config: plan does not count quantised weights. Add --set model=PATH.")
     kind = getattr(transformers, TASKS[recipe.task])
-    if isinstance(recipe.model, str):
-        config = _read_config(recipe.model)
+    if isinstance(recipe.model, str) or "path" in recipe.model:
+        saved = {"path": recipe.model} if isinstance(recipe.model, str) else recipe.model
+        config = _read_config(saved["path"])
+        config.dtype = dtype_of(saved.get("dtype", "float32"))  # as `load_model` has it
     else:
         with torch.device("meta"):
             config = load_model(kind, recipe.model, load_tokenizer(recipe.data.get("tokenizer"), recipe.model)).config

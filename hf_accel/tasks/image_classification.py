@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification
+from transformers.models.auto.image_processing_auto import get_image_processor_config
 
 from hf_accel.recipe import RecipeError, check_fields
 from hf_accel.tasks.files import existing, read_table
@@ -41,10 +42,14 @@ class ImageData:
 
 
 class Images(Dataset):
-    """Pairs of an image, (C, H, W) in [-1, 1], and the number of its class; files are read when they are asked for."""
+    """Pairs of an image, (C, H, W), and the number of its class; files are read when they are asked for.
 
-    def __init__(self, files: list[bytes | Path], classes: list[int], size: int):
+    ``mean`` and ``std``, a number or one for each channel, are those of values in [0, 1].
+    """
+
+    def __init__(self, files: list[bytes | Path], classes: list[int], size: int, mean: Any = 0.5, std: Any = 0.5):
         self.files, self.classes, self.size = files, classes, size
+        self.mean_C11, self.std_C11 = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
 
     def __len__(self) -> int:
         return len(self.files)
@@ -58,7 +63,7 @@ class Images(Dataset):
         if image.size != (self.size, self.size):
             image = image.resize((self.size, self.size), Image.Resampling.BICUBIC)
         values = torch.from_numpy(np.array(image)).permute(2, 0, 1)
-        return values.float() / 127.5 - 1, self.classes[index]
+        return (values / 255 - self.mean_C11) / self.std_C11, self.classes[index]
 
 
 def image_classification(model: str | dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
@@ -71,12 +76,16 @@ def image_classification(model: str | dict[str, Any], data: dict[str, Any]) -> d
     sources = (options.train, options.validation)
     files, labels = zip(*(read_images(source, options) for source in sources), strict=True)
     classes, names = numbered(dict(zip(sources, labels, strict=True)), options.train)
-    if not isinstance(model, str):
+    path = model if isinstance(model, str) else model.get("path")
+    if path is None:
         names["image_size"] = options.size
+    loaded = load_model(AutoModelForImageClassification, model, None, ignore_mismatched_sizes=True, **names)
+    said = {} if path is None else get_image_processor_config(path)
+    seen_as = options.size, said.get("image_mean", 0.5), said.get("image_std", 0.5)  # as it was trained
     return {
-        "model": load_model(AutoModelForImageClassification, model, None, **names),
-        "train_dataset": Images(files[0], classes[options.train], options.size),
-        "eval_dataset": Images(files[1], classes[options.validation], options.size),
+        "model": loaded,  # its head made anew, where it was for other classes
+        "train_dataset": Images(files[0], classes[options.train], *seen_as),
+        "eval_dataset": Images(files[1], classes[options.validation], *seen_as),
         "data_collator": collate,
         "compute_metrics": accuracy,
     }

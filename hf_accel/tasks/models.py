@@ -5,12 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from hf_accel.notation import nearest
 from hf_accel.recipe import RecipeError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""Of weights, by their names in a recipe."""
 
 
 def load_tokenizer(name: str | None, model: str | dict[str, Any]) -> Any:
@@ -32,21 +36,22 @@ def load_tokenizer(name: str | None, model: str | dict[str, Any]) -> Any:
 def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options: Any) -> PreTrainedModel:
     """A model of an auto class: the weights of a path or name, quantised where it is ``{path: ..., quantization_config:
     {...}}`` as transformers reads it, or new ones of ``{config: {model_type: ...}}``; ``options`` are what the data say
-    of its configuration."""
+    of its configuration.
+
+    Saved weights that are not quantised are trained in float32, whatever they were saved in, for small updates vanish
+    in half precision; ``{path: ..., dtype: bfloat16}`` keeps them so, as for `LoRA`, which does not train them.
+    """
     if isinstance(model, str):
-        try:
-            return kind.from_pretrained(model, **options)
-        except (OSError, ValueError) as error:
-            raise RecipeError(_not_loaded("model", model, error)) from None
-        except ImportError as error:  # what reads its quantised weights
-            raise RecipeError(f"model({model!r}): {_on_a_line(error)}") from None
+        return _load_saved(kind, model, **options)
+    if set(model) == {"path", "dtype"}:
+        return _load_saved(kind, **model, **options)
     if set(model) == {"path", "quantization_config"}:
         return _load_quantised(kind, **model, **options)
     given = model.get("config")
     if set(model) != {"config"} or not isinstance(given, dict) or "model_type" not in given:
         raise RecipeError(
-            f"model({model!r}): must be a path or a configuration. Write '{{config: {{model_type: ...}}}}', or "
-            "'{path: ..., quantization_config: {...}}'."
+            f"model({model!r}): must be a path or a configuration. Write '{{config: {{model_type: ...}}}}', "
+            "'{path: ..., dtype: bfloat16}' or '{path: ..., quantization_config: {...}}'."
         )
     given = dict(given)
     name = given.pop("model_type")
@@ -65,6 +70,25 @@ def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options
         return kind.from_config(AutoConfig.for_model(name, **values))
     except (ValueError, TypeError, KeyError, StrictDataclassError) as error:
         raise RecipeError(f"model.config: {_on_a_line(error)} Correct the configuration.") from None
+
+
+def dtype_of(name: str) -> torch.dtype:
+    """A type of weights; RecipeError where a name is of none."""
+    if name not in DTYPES:
+        raise RecipeError(f"model.dtype({name!r}): is no type of weights. {nearest(str(name), DTYPES)}")
+    return DTYPES[name]
+
+
+def _load_saved(kind: Any, path: str, dtype: Any = None, **options: Any) -> PreTrainedModel:
+    wanted = None if dtype is None else dtype_of(dtype)
+    try:
+        config = AutoConfig.from_pretrained(path)
+        quantised = getattr(config, "quantization_config", None) is not None
+        return kind.from_pretrained(path, dtype=wanted or ("auto" if quantised else torch.float32), **options)
+    except (OSError, ValueError) as error:
+        raise RecipeError(_not_loaded("model", path, error)) from None
+    except ImportError as error:  # what reads its quantised weights
+        raise RecipeError(f"model({path!r}): {_on_a_line(error)}") from None
 
 
 def _load_quantised(kind: Any, path: str, quantization_config: Any, **options: Any) -> PreTrainedModel:

@@ -53,7 +53,9 @@ def sequence_classification(model: str | dict[str, Any], data: dict[str, Any]) -
         encoded = tokenizer(texts(table, source, options.text_column), truncation=True, max_length=options.context)
         sets[source] = Dataset.from_dict({**encoded, "labels": classes[source]})
     return {
-        "model": load_model(AutoModelForSequenceClassification, model, tokenizer, **names),
+        "model": load_model(
+            AutoModelForSequenceClassification, model, tokenizer, ignore_mismatched_sizes=True, **names
+        ),  # a head for other classes is made anew
         "train_dataset": sets[options.train],
         "eval_dataset": sets[options.validation],
         "processing_class": tokenizer,

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import BertConfig, LlamaConfig, ResNetConfig, ViTConfig
 
+from hf_accel import Recipe
 from hf_accel.notation import load_yaml
 from hf_accel.system.planning import (
     BUCKET,
@@ -205,3 +206,11 @@ def test_no_model(tmp_path):
 def test_the_type_of_the_weights_is_that_of_the_configuration(tmp_path):
     LlamaConfig(architectures=["LlamaForCausalLM"], dtype="bfloat16").save_pretrained(tmp_path)
     assert subject_of(str(tmp_path)).dtype is torch.bfloat16
+    for model, dtype in [
+        (str(tmp_path), torch.float32),
+        ({"path": str(tmp_path), "dtype": "bfloat16"}, torch.bfloat16),
+    ]:
+        Recipe("causal-lm", model, {"source": "text"}).save(tmp_path / "recipe.yaml")
+        subject = subject_of(str(tmp_path / "recipe.yaml"), rows=1, length=4)
+        with torch.device("meta"):
+            assert subject.dtype is next(subject.build().parameters()).dtype is dtype

@@ -1,3 +1,4 @@
+import json
 import re
 
 import numpy as np
@@ -5,7 +6,12 @@ import pandas
 import pytest
 import torch
 from PIL import Image
-from transformers import ByT5Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    ByT5Tokenizer,
+)
 
 from hf_accel import Recipe, RecipeError
 from hf_accel.tasks import build_task
@@ -27,6 +33,8 @@ BERT = {
     "num_attention_heads": 2,
     "max_position_embeddings": 64,
 }
+
+VIT = {"model_type": "vit", "patch_size": 4, "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
 
 
 @pytest.fixture
@@ -100,6 +108,29 @@ def test_saved_models_are_loaded_with_their_tokenizer(text, tmp_path):
     assert again["train_dataset"][0] == first["train_dataset"][0]
     for name, value in first["model"].state_dict().items():
         assert torch.equal(value, again["model"].state_dict()[name])
+
+
+def test_saved_weights_are_trained_in_single_precision(text, tmp_path):
+    first = build_task(Recipe("causal-lm", {"config": LLAMA | {"dtype": "bfloat16"}}, {"source": text}))["model"]
+    first.save_pretrained(tmp_path)
+    path, data = str(tmp_path), {"source": text, "tokenizer": "bytes"}
+    assert first.dtype is torch.bfloat16, "a configuration may say so"
+    assert build_task(Recipe("causal-lm", path, data))["model"].dtype is torch.float32
+    assert build_task(Recipe("causal-lm", {"path": path, "dtype": "bfloat16"}, data))["model"].dtype is torch.bfloat16
+    with pytest.raises(RecipeError, match=r"model.dtype\('bf16'\): is no type of weights"):
+        build_task(Recipe("causal-lm", {"path": path, "dtype": "bf16"}, data))
+
+
+def test_a_head_for_other_classes_is_made_anew(labelled, tmp_path):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(**BERT, vocab_size=259, num_labels=5)
+    saved = AutoModelForSequenceClassification.from_config(config)
+    saved.save_pretrained(tmp_path / "model")
+    data = labelled | {"tokenizer": "bytes"}
+    model = build_task(Recipe("sequence-classification", str(tmp_path / "model"), data))["model"]
+    assert model.classifier.weight.shape == (2, 16) and model.config.id2label == {0: "a", 1: "b"}
+    for name, value in saved.base_model.state_dict().items():
+        assert torch.equal(model.base_model.state_dict()[name], value)
 
 
 def bad(task="causal-lm", model=None, **data):
@@ -183,6 +214,30 @@ def test_masked_lm_hides_bytes_behind_what_is_no_byte(text):
 
 @pytest.mark.parametrize("kind", ["table", "folder"])
 def test_image_classification(kind, tmp_path):
+    data = black_and_white(tmp_path, kind)
+    task = build_task(Recipe("image-classification", {"config": VIT}, data))
+    assert task["model"].config.id2label == {0: "black", 1: "white"} and task["model"].config.image_size == 8
+    batch = task["data_collator"]([task["train_dataset"][i] for i in range(4)])
+    assert batch["pixel_values"].shape == (4, 3, 8, 8)
+    colours = batch["pixel_values"].mean((1, 2, 3))
+    assert torch.allclose(colours, 2.0 * batch["labels"] - 1) and sorted(batch["labels"].tolist()) == [0, 0, 1, 1]
+    assert torch.isfinite(task["model"](**batch).loss)
+
+
+def test_images_are_as_a_saved_model_knows_them(tmp_path):
+    config = AutoConfig.for_model(**VIT, image_size=8, num_labels=5)
+    AutoModelForImageClassification.from_config(config).save_pretrained(tmp_path / "model")
+    said = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.25, 0.125]}
+    (tmp_path / "model" / "preprocessor_config.json").write_text(json.dumps(said))
+    task = build_task(Recipe("image-classification", str(tmp_path / "model"), black_and_white(tmp_path, "table")))
+    assert task["model"].classifier.weight.shape == (2, 8)
+    (black, _), (white, _) = (task["train_dataset"][i] for i in range(2))
+    assert torch.allclose(black.mean((1, 2)), torch.tensor([-0.2, -0.8, -2.4]))
+    assert torch.allclose(white.mean((1, 2)), torch.tensor([1.8, 3.2, 5.6]))
+
+
+def black_and_white(tmp_path, kind):
+    """Black and white images in turn, as a table or a folder."""
     data = {"size": 8}
     for name in ("train", "validation"):
         rows = []
@@ -194,14 +249,7 @@ def test_image_classification(kind, tmp_path):
             rows.append({"image": path.read_bytes(), "label": path.parent.name})
         pandas.DataFrame(rows).to_parquet(tmp_path / f"{name}.parquet")
         data[name] = str(tmp_path / (f"{name}.parquet" if kind == "table" else name))
-    vit = {"model_type": "vit", "patch_size": 4, "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2}
-    task = build_task(Recipe("image-classification", {"config": vit}, data))
-    assert task["model"].config.id2label == {0: "black", 1: "white"} and task["model"].config.image_size == 8
-    batch = task["data_collator"]([task["train_dataset"][i] for i in range(4)])
-    assert batch["pixel_values"].shape == (4, 3, 8, 8)
-    colours = batch["pixel_values"].mean((1, 2, 3))
-    assert torch.allclose(colours, 2.0 * batch["labels"] - 1) and sorted(batch["labels"].tolist()) == [0, 0, 1, 1]
-    assert torch.isfinite(task["model"](**batch).loss)
+    return data
 
 
 def test_a_model_that_was_saved_quantised_needs_its_package(text, tmp_path):
