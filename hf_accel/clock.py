@@ -10,11 +10,13 @@ Everything that depends on "when" asks the clock; only a budget speaks in units.
 the learning rate reaches its end when the last update is done and the run ends on time.  Energy is counted likewise.
 
 What a step takes of seconds, tokens, operations and joules is known only after it.  Of these units a run stays below
-the limit: it ends when another step, as dear as those before, would not fit.
+the limit: it ends when another step, as dear as those before, would not fit.  How long the next step takes is judged
+from the second on: the first also loads and compiles, and another follows it unless the limit is reached already.
 """
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Callable, Mapping
@@ -72,6 +74,11 @@ def parse_budget(text: str) -> tuple[str, float]:
     return unit, amount
 
 
+def passes(before: float, now: float, every: float) -> bool:
+    """Whether a multiple of ``every`` lies after ``before`` and not after ``now``; all three are shares of a run."""
+    return math.floor(now / every + 1e-9) > math.floor(before / every + 1e-9)
+
+
 @dataclass
 class Clock:
     """What was spent of each unit, over all ranks and all earlier parts of the run.
@@ -99,18 +106,19 @@ class Clock:
     done: bool = False
     """Whether the budget is spent: no further update is made."""
     step_seconds: float = 0.0
-    """Seconds of a step, of about the last ten; 0 before the first."""
+    """Seconds of a step, of about the last ten without the first; 0 before it."""
     step_costs: dict[str, float] = field(default_factory=dict)
     """What the dearest of about the last fifty steps took, of the other units that are known afterwards."""
     _started: float = 0.0
     _earlier: float = 0.0
     _step_began: float | None = None
+    _timed_steps: int = 0
 
     def start(self, ago: float = 0.0) -> None:
         """Begin to count seconds, ``ago`` before this moment, after those of earlier parts of the run."""
         self._started = self.now() - ago
         self._earlier = self.spent["seconds"]
-        self._step_began = None
+        self._step_began, self._timed_steps = None, 0
 
     @property
     def seconds(self) -> float:
@@ -143,8 +151,9 @@ class Clock:
         spent["seconds"] = self.seconds
         if self._step_began is not None:
             duration = self.now() - self._step_began
-            # The recent past predicts the next step: about the last ten.
-            self.step_seconds += (duration - self.step_seconds) * (0.1 if self.step_seconds else 1.0)
+            self._timed_steps += 1
+            # The recent past predicts the next step: about the last ten, but not the first.
+            self.step_seconds += (duration - self.step_seconds) * (0.1 if self._timed_steps > 2 else 1.0)
         self._update()
 
     def has(self, unit: str, amount: float) -> bool:
@@ -168,12 +177,14 @@ class Clock:
             values = self.share([*(shares[unit] for unit in measured), *(float(late[unit]) for unit in measured)])
             shares |= dict(zip(measured, values, strict=False))
             late |= dict(zip(measured, map(bool, values[len(measured) :]), strict=True))
-        self.done = any(late.values()) or any(shares[unit] >= 1.0 for unit in shares.keys() - late.keys())
+        self.done = any(late.values()) or any(share >= 1.0 for share in shares.values())
         # Progress never goes back, although the reserve may shrink.
         self.progress = 1.0 if self.done else max(self.progress, min(max(shares.values(), default=0.0), 1.0))
 
     def _another_fits(self, unit: str) -> bool:
-        step = self.step_seconds if unit == "seconds" else self.step_costs.get(unit, 0.0)
+        step = self.step_costs.get(unit, 0.0)
+        if unit == "seconds":
+            step = self.step_seconds if self._timed_steps > 1 else 0.0
         return self.has(unit, self.spent[unit] + step)
 
     def _reserved(self, unit: str) -> float:

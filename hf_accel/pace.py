@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, Subset
 from transformers import ProgressCallback, TrainerCallback
+from transformers.trainer import _is_peft_model
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
-from hf_accel.clock import CONTINUOUS
+from hf_accel.clock import CONTINUOUS, passes
 from hf_accel.stream import keyed_random
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 BEAT_SECONDS = 2.0
 """How often the seconds spent are written down."""
+STEADY = 5
+"""The first step whose pace is one to compare others with."""
 
 
 class Pacer(TrainerCallback):
@@ -67,7 +70,7 @@ class Pacer(TrainerCallback):
         for kind, flag in (("logging", "should_log"), ("eval", "should_evaluate"), ("save", "should_save")):
             share = getattr(args, f"{kind}_steps") or 0
             strategy = getattr(args, f"{kind}_strategy")
-            if 0 < share < 1 and strategy == "steps" and progress // share > self.fired_at // share:
+            if 0 < share < 1 and strategy == "steps" and passes(self.fired_at, progress, share):
                 setattr(control, flag, True)
         self.fired_at = progress
         for callback in self.trainer.callback_handler.callbacks:
@@ -131,7 +134,7 @@ class Ending:
 
     def __init__(self, trainer: AccelTrainerMixin):
         self.trainer = trainer
-        self.positions = 0.0
+        self.steps, self.positions = 0, 0.0
         self.pace_when_measured = 0.0
         self.measured: float | None = None
         self.evaluates = str(getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy)) != "no"
@@ -149,11 +152,17 @@ class Ending:
         return seconds + 0.05
 
     def _slowdown(self) -> float:
-        """Seconds of a position now over those when the evaluation was measured; both about of the last ten steps."""
+        """Seconds of a position now over those when the evaluation was measured; both about of the last ten steps.
+
+        1 until the fifth step, for the first ones load and compile.
+        """
         trainer, duration = self.trainer, self.trainer.clock.step_seconds
         if duration == 0 or trainer._trained_positions == 0:
             return 1.0
         self.positions += (trainer._trained_positions - self.positions) * (0.1 if self.positions else 1.0)
+        self.steps += 1
+        if self.steps < STEADY:
+            return 1.0
         pace = duration / self.positions
         if self.measured != trainer.evaluation_seconds:
             self.measured, self.pace_when_measured = trainer.evaluation_seconds, pace
@@ -186,6 +195,9 @@ def probe_evaluation(trainer: AccelTrainerMixin) -> float:
 
 
 def _guess_saving(trainer: AccelTrainerMixin) -> float:
-    """Seconds of one checkpoint, from the size of weights and two moments on a disk that writes 300 MB a second."""
-    size = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    return 0.1 + 3 * size / 300e6
+    """Seconds of one checkpoint on a disk that writes 300 MB a second: of the weights, or of adapters alone, and of two
+    moments of what is trained."""
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in trainer.model.parameters()]
+    trained = sum(size for size, requires_grad in sizes if requires_grad)
+    weights = trained if _is_peft_model(trainer.model) else sum(size for size, _ in sizes)
+    return 0.1 + (weights + 2 * trained) / 300e6

@@ -3,7 +3,7 @@ import math
 import pytest
 
 from hf_accel import Budget
-from hf_accel.clock import Clock, parse_budget
+from hf_accel.clock import Clock, parse_budget, passes
 
 
 class FakeTime:
@@ -84,6 +84,36 @@ def test_seconds_are_kept_with_what_the_end_costs(step, reserve):
     # Within one step of the limit, and never beyond it.
     assert 60.0 - step <= clock.seconds + 1e-9 and clock.seconds <= 60.0 + 1e-9
     assert clock.progress == 1.0
+
+
+def test_a_first_step_that_compiles_does_not_end_the_run():
+    time = FakeTime()
+    clock = Clock({"seconds": 60.0}, now=time)
+    clock.start()
+    durations = [35.0, *[1.0] * 100]
+    for duration in durations:
+        clock.step_begins()
+        time.seconds += duration
+        clock.advance()
+        if clock.done:
+            break
+    assert clock.seconds == 60.0 and clock.spent["steps"] == 26
+
+
+def test_a_first_step_that_takes_the_whole_budget_ends_the_run():
+    time = FakeTime()
+    clock = Clock({"seconds": 60.0}, now=time)
+    clock.start()
+    clock.step_begins()
+    time.seconds += 60.0
+    clock.advance()
+    assert clock.done
+
+
+@pytest.mark.parametrize("every, times", [(0.1, 10), (0.05, 20), (0.2, 5)])
+def test_every_share_of_a_run_is_passed_once(every, times):
+    passed = [step for step in range(1, 1001) if passes((step - 1) / 1000, step / 1000, every)]
+    assert passed == [1000 * (i + 1) // times for i in range(times)]
 
 
 def test_a_slower_machine_overruns_by_at_most_a_step():

@@ -7,11 +7,13 @@ from fractions import Fraction
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import TrainerCallback
 
 from hf_accel import Budget, LayerFreezing, LearningRateSearch, SharpnessAware
 from hf_accel.clock import Clock
-from hf_accel.testing import collate_padded, losses_of, tiny_trainer
+from hf_accel.pace import _guess_saving
+from hf_accel.testing import collate_padded, losses_of, tiny_llama, tiny_trainer
 
 
 def of_one_length(features):
@@ -211,3 +213,28 @@ def test_seconds_of_a_run_that_was_stopped_and_resumed_are_kept(tmp_path):
     second.train(resume_from_checkpoint=True)
     assert spent - 2.1 < second.clock.seconds - second.clock.now() <= spent  # but for what is after the last heartbeat
     assert 60 * 0.95 < second.clock.seconds <= 60 and second.receipt.final_learning_rate == 0.0
+
+
+def test_a_first_step_that_compiles_changes_neither_the_reserve_nor_the_end(tmp_path):
+    trainer = tiny_trainer([Budget("60s")], tmp_path, **EVALUATED)
+    machine = Machine(trainer, step=0.5, batch=0.25)
+    step, reserves = trainer.training_step, []
+
+    def first_compiles(*args, **kwargs):
+        machine.seconds += 29.0 * (trainer.state.global_step == 0)
+        reserves.append(trainer.clock.reserve)
+        return step(*args, **kwargs)
+
+    trainer.training_step = first_compiles
+    trainer.train()
+    assert 60 * 0.95 < trainer.clock.seconds <= 60 and len(reserves) > 20
+    assert reserves == pytest.approx([reserves[0]] * len(reserves), rel=0.15)
+
+
+def test_of_adapters_a_checkpoint_holds_the_trained_weights_alone(tmp_path):
+    model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
+    trained = 4 * sum(p.numel() for name, p in model.named_parameters() if "lora" in name)
+    assert _guess_saving(tiny_trainer([], tmp_path, model=model)) == pytest.approx(0.1 + 3 * trained / 300e6, rel=1e-9)
+    whole = tiny_llama()
+    size = 4 * sum(p.numel() for p in whole.parameters())
+    assert _guess_saving(tiny_trainer([], tmp_path, model=whole)) == pytest.approx(0.1 + 3 * size / 300e6, rel=1e-9)

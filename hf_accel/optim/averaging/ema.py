@@ -11,7 +11,8 @@ average is near that point now; without it, one has to spend steps on decaying t
 reached earlier, by about 12 % of GPU hours over the workloads of AlgoPerf (1), and evaluations show about what an
 annealed model would reach.
 
-It costs one more copy of the trainable weights, sharded as these are, and one pass over them a step.
+It costs one more copy of the trainable weights, in fp32 of fp16 and bf16 ones, sharded as these are, and one pass over
+them a step.
 
 Reference: (1) Ajroldi, Orvieto, Geiping, "When, Where and Why to Average Weights?", ICML 2025, arXiv:2502.06761; (2)
 Polyak, Juditsky, "Acceleration of stochastic approximation by averaging", 1992.  Departures: the average of fp16 or
@@ -34,7 +35,7 @@ from typing import ClassVar
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-from hf_accel.optim.averaging.running_average import RunningAverage, at_least_float32
+from hf_accel.optim.averaging.running_average import RunningAverage, at_least_float32, move
 from hf_accel.technique import Positive
 
 
@@ -43,8 +44,7 @@ def ema_update(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], de
 
     ``decay`` is in [0, 1], 2^(-1/h) for a half life of h updates.  For any loop: start with clones of the weights.
     """
-    update = get_ema_multi_avg_fn(decay)
-    update(list(averages.values()), [weights[name].to(average.dtype) for name, average in averages.items()], None)
+    move(get_ema_multi_avg_fn(decay), averages, weights)
 
 
 @dataclass(eq=False)

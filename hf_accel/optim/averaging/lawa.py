@@ -34,7 +34,7 @@ import annotated_types as at
 import torch
 from torch import Tensor
 
-from hf_accel.optim.averaging.running_average import passes
+from hf_accel.clock import passes
 from hf_accel.technique import Technique
 from hf_accel.weights import gather, local_parameters, scatter
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from hf_accel.technique import Technique
 from hf_accel.weights import gather, local_parameters, scatter
 
+Tensors = Mapping[str, Tensor]
+
 
 def at_least_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Copies; in float32 where they are in fp16 or bf16, whose 8 to 11 bits are too few for small changes."""
@@ -20,9 +22,14 @@ def at_least_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def passes(before: float, now: float, every: float) -> bool:
-    """Whether a multiple of ``every`` lies after ``before`` and not after ``now``; all three are shares of a run."""
-    return math.floor(now / every + 1e-9) > math.floor(before / every + 1e-9)
+def move(update: Callable[..., None], averages: Tensors, weights: Tensors, updates: int | None = None) -> None:
+    """Call ``update(averages, weights, updates)`` on lists, for all tensors at once where the dtypes are the same, and
+    one by one where each weight is converted first."""
+    alike = [name for name, average in averages.items() if weights[name].dtype == average.dtype]
+    if alike:
+        update([averages[name] for name in alike], [weights[name] for name in alike], updates)
+    for name in averages.keys() - set(alike):
+        update([averages[name]], [weights[name].to(averages[name].dtype)], updates)
 
 
 @dataclass(eq=False)

@@ -10,7 +10,8 @@ Where ``every`` is less than a step, each step is averaged.
 While the learning rate stays high, the weights go around a wide flat region, and their mean lies nearer to its middle
 than any of them, where the model generalises better.
 
-It costs one more copy of the trainable weights, sharded as these are, and a pass over them at each share.
+It costs one more copy of the trainable weights, in fp32 of fp16 and bf16 ones, sharded as these are, and a pass over
+them at each share.
 
 Reference: Izmailov et al. (2018), Averaging Weights Leads to Wider Optima and Better Generalization,
 https://arxiv.org/abs/1803.05407.  Departures: the learning rate stays that of the run's own schedule, where the authors
@@ -32,7 +33,8 @@ from typing import Annotated, ClassVar
 import annotated_types as at
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
-from hf_accel.optim.averaging.running_average import RunningAverage, at_least_float32, passes
+from hf_accel.clock import passes
+from hf_accel.optim.averaging.running_average import RunningAverage, at_least_float32, move
 from hf_accel.technique import Fraction
 
 
@@ -68,8 +70,7 @@ class StochasticWeightAveraging(RunningAverage):
         if self.updates_ == 0:
             self.averages_ = at_least_float32(weights)
         else:
-            current = [weights[name].to(average.dtype) for name, average in self.averages_.items()]
-            get_swa_multi_avg_fn()(list(self.averages_.values()), current, self.updates_)
+            move(get_swa_multi_avg_fn(), self.averages_, weights, self.updates_)
         self.updates_ += 1
 
     def report(self):
