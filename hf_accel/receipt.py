@@ -68,7 +68,8 @@ class Receipt:
 
     Args:
         seconds: Wall seconds by phase; ``other`` is what no phase accounts for.  Of this process, all parts of the run
-            since ``train()`` was last entered.
+            since ``train()`` was last entered.  On an accelerator, seconds until work was handed over: it is waited
+            for in whichever phase needs a number of it first.
         wall_seconds: Wall seconds of the whole run, earlier parts included.
         steps: Optimizer updates.
         skipped_steps: Updates that were refused (NaN, spikes).

@@ -63,6 +63,12 @@ class Updating(Hosting):
                     f"optim={self.args.optim}: it makes its own parameter groups. Choose another optimizer."
                 )
             self.optimizer = cls([{k: v for k, v in g.items() if k != "names"} for g in groups], **kwargs)
+            if "bitsandbytes" in str(cls) and kwargs.get("optim_bits") == 8:  # as Trainer does
+                from bitsandbytes.optim import GlobalOptimManager
+
+                for module in model.modules():
+                    if isinstance(module, nn.Embedding):
+                        GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
         return self.optimizer
 
     def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:

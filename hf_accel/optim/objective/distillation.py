@@ -11,8 +11,8 @@ agree.  MSE compares hidden states of equal width at the items, for a class thos
 with embeddings, and block s of S with the teacher's block round(s * T_blocks / S).
 
 The teacher answers at every step, or once before training: with ``cache``, one pass over the training set writes what
-it says of each example (``top_k`` log-probabilities an item), which later epochs and runs read.  Either way its seconds
-are in the receipt, and its operations among those of the run.  It is no part of the model or of a checkpoint.
+it says of each example (``top_k`` log-probabilities an item), which later epochs and runs read.  Either way its
+operations are among those of the run, and its seconds in the receipt.  It is no part of the model or of a checkpoint.
 
 Reference: Hinton et al. (2015), Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531; hidden
 states as in Jiao et al. (2020), TinyBERT, https://arxiv.org/abs/1909.10351, without their projection; without a teacher
@@ -167,7 +167,11 @@ class Distillation(Technique):
             raise ValueError(f"{self!r}: masks differ each time, and a cache would not fit them. Leave out cache.")
 
     def _load_teacher(self) -> Any:
-        return self.initial_ if self.teacher is None else load_frozen(self, self.teacher)
+        if self.teacher is not None:
+            return load_frozen(self, self.teacher)
+        if getattr(self.initial_, "is_quantized", False):
+            return self.initial_  # cannot be moved, and was loaded to where it is
+        return self.initial_.to(self.host_.args.device)  # FSDP and others move the model after it was copied
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
         """The same examples; the model is asked for its hidden states where they are compared."""
@@ -245,8 +249,7 @@ class Distillation(Technique):
         for ids_B in bar:
             (micro,) = reader[StepPlan(0, ids_B, None, len(ids_B), seed=args.seed)].micro_batches
             inputs = send_to_device(micro.inputs, args.device)
-            with host.accelerator.autocast():
-                outputs = judge(self, teacher, inputs)
+            outputs = judge(self, teacher, inputs)
             example = host.head.losses(outputs, inputs, len(ids_B))
             items_N = example.mask_BL.flatten().nonzero().squeeze(1)
             counts_B = torch.bincount(example.example_BL.flatten()[items_N], minlength=len(ids_B))

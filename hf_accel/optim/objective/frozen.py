@@ -68,7 +68,8 @@ def judge(technique: Technique, model: PreTrainedModel, inputs: Mapping[str, Any
     """The outputs of a frozen model.  Its operations are added to the trainer's, 2 for a parameter and position."""
     host: Any = technique.host_
     host.current_flos += 2 * inputs[model.main_input_name].numel() * model.num_parameters(exclude_embeddings=True)
-    return model(**host.head.without_labels(model, inputs))
+    with host.accelerator.autocast():  # as around the forward pass of the model that is trained
+        return model(**host.head.without_labels(model, inputs))
 
 
 def _num_classes(config: Any, tokens: bool) -> int:

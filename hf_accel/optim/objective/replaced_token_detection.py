@@ -132,10 +132,10 @@ class ReplacedTokenDetection(Technique):
         host: Any = self.host_
         if host.is_fsdp_enabled or host.is_deepspeed_enabled:
             raise ValueError(f"{self!r}: {OTHER_BACKENDS}. Use DDP.")
-        if host.requested_micro_batch_size == "auto" and host.args.world_size > 1:
+        if host.requested_micro_batch_size == "auto":
             raise ValueError(
-                f"{self!r}: several ranks look for the largest micro-batch before any token is replaced. Give "
-                "micro_batch_size a number."
+                f"{self!r}: tokens are replaced before the largest micro-batch is looked for, and may be what does not "
+                "fit. Give micro_batch_size a number."
             )
         tokenizer = host.processing_class
         if getattr(tokenizer, "mask_token_id", None) is None:

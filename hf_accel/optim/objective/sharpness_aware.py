@@ -87,6 +87,12 @@ class SharpnessAware(Technique):
         super().on_train_begin(args, state, control, **kwargs)
         if self.host_.is_deepspeed_enabled:
             raise ValueError(f"{self!r}: DeepSpeed keeps the gradient to itself. Use DDP or FSDP2.")
+        narrow = {p.dtype for p in self.host_.model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
+        if narrow:
+            raise ValueError(
+                f"{self!r}: weights in {narrow.pop()} round the ascent away. Load the model with dtype=torch.float32 "
+                "and set bf16=True."
+            )
         self.model_: nn.Module = self.host_.model
         self.direction_: Vector = {}
         self.steps_, self.extra_passes_, self.left_out_, self.in_a_row_ = 0, 0, 0, 0

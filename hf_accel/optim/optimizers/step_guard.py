@@ -58,6 +58,7 @@ class StepGuard(Technique):
     }
 
     def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
         if self.host_.is_deepspeed_enabled:
             raise ValueError(f"{self!r}: DeepSpeed updates within the backward pass. Leave it out.")
         self.mean_log_norm_, self.seen_, self.refused_, self.in_a_row_ = 0.0, 0, 0, 0
