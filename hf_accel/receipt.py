@@ -24,6 +24,7 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
         self._names: list[str] = []
         self._since = 0.0
+        self.synchronises = False  # waits for the accelerator, so that a phase is what it took and not its launch
 
     def charge(self, name: str) -> Charge:
         """Charge what happens inside to a name."""
@@ -40,6 +41,8 @@ class Stopwatch:
         self._names.pop()
 
     def _settle(self) -> None:
+        if self.synchronises and torch.accelerator.is_available():
+            torch.accelerator.synchronize()
         now = time.perf_counter()
         if self._names:
             name = self._names[-1]

@@ -32,6 +32,7 @@ from transformers import Trainer
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 
 from hf_accel.losses import honours_num_items
+from hf_accel.memory import is_out_of_memory
 from hf_accel.pace import probe_evaluation
 from hf_accel.technique import Technique
 from hf_accel.trainer import attach
@@ -93,6 +94,7 @@ class Watch(Technique):
         self.before_: dict[str, float] = {}
         self.steps_: list[float] = []
         self.began_ = time.perf_counter()
+        self.host_.stopwatch.synchronises = True  # type: ignore[union-attr]
 
     def on_step_begin(self, args, state, control, **kwargs):
         host: Any = self.host_
@@ -112,6 +114,7 @@ class Watch(Technique):
         self.mode_.close()
         steps = max(state.global_step - WARM, 1)
         host.stopwatch._settle()
+        host.stopwatch.synchronises = False
         self.seconds_ = {
             name.partition(".")[2] or name: (seconds - self.before_.get(name, 0.0)) / steps
             for name, seconds in host.stopwatch.seconds.items()
@@ -214,9 +217,7 @@ def communication(trainer: Any, passes: int = 5) -> float:
         began = time.perf_counter()
         with contextlib.nullcontext() if exchanges else wrapped.no_sync():
             trainer.compute_loss(wrapped, dict(inputs)).backward()
-        if torch.accelerator.is_available():
-            torch.accelerator.synchronize()
-        seconds[exchanges].append(time.perf_counter() - began)
+        seconds[exchanges].append(_now() - began)
         wrapped.zero_grad()
     with_it, without = (statistics.median(seconds[exchanges][1:]) for exchanges in (True, False))
     return max(with_it - without, 0.0)
@@ -319,9 +320,14 @@ def _of_checkpointing(trainer: Any, step: float) -> list[Finding]:
     if not getattr(model, "is_gradient_checkpointing", False):
         return []
     batch = next(iter(Trainer.get_train_dataloader(trainer)))
-    needed, with_it = _memory_and_seconds(trainer, batch)
-    model.activation_checkpointing_disable()
-    more, without = _memory_and_seconds(trainer, batch)
+    try:
+        needed, with_it = _memory_and_seconds(trainer, batch)
+        model.activation_checkpointing_disable()
+        more, without = _memory_and_seconds(trainer, batch)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        return []
     free = free_memory(trainer.args.device)
     if more > 0.8 * free or without > with_it * (1 - NOTABLE):
         return []
@@ -336,33 +342,45 @@ def _of_checkpointing(trainer: Any, step: float) -> list[Finding]:
 
 
 def _memory_and_seconds(trainer: Any, batch: Any, passes: int = 3) -> tuple[int, float]:
-    """Bytes that a forward pass keeps for its backward, and seconds of both, the least of several."""
+    """Bytes that a forward pass keeps for its backward beside the weights, and seconds of both, the least."""
     model, kept, seconds = trainer.model, 0, []
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     model.train()
     inputs = trainer._prepare_inputs(batch)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal kept
-        kept += tensor.numel() * tensor.element_size()
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            known.add(storage.data_ptr())
+            kept += storage.nbytes()
         return tensor
 
     for number in range(passes):
-        began = time.perf_counter()
+        began = _now()
         hooks: Any = contextlib.nullcontext()
         if number == 0:
             hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with hooks:
             loss = model(**inputs).loss
         loss.backward()
-        seconds.append(time.perf_counter() - began)
+        seconds.append(_now() - began)
         model.zero_grad()
     return kept, min(seconds[1:])
 
 
+def _now() -> float:
+    """Seconds, when all that was asked of an accelerator is done."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return time.perf_counter()
+
+
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, or on the machine."""
+    """Bytes that are free on a device, those that its allocator holds for later included, or on the machine."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return psutil.virtual_memory().available
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from typer.testing import CliRunner
 
 from hf_accel import LengthGrouped, LocalSGD, Recipe
 from hf_accel.cli import app
-from hf_accel.system.doctor import Watch, examine, planned_evaluations, planned_steps
+from hf_accel.system.doctor import Watch, _memory_and_seconds, examine, planned_evaluations, planned_steps
 from hf_accel.testing import CountingText, collate_padded
 
 SETTINGS = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
@@ -122,6 +123,27 @@ def test_nothing_is_found_where_nothing_was_planted(tmp_path):
     found = examine(healthy(tmp_path))
     assert found.findings == [] and found.traps == []
     assert found.run_seconds == pytest.approx(320 * sum(found.seconds.values()), rel=0.5)
+
+
+def test_checkpointing_that_memory_needs_is_no_finding(tmp_path):
+    def refuse(model, inputs):
+        if not model.is_gradient_checkpointing:
+            raise torch.OutOfMemoryError("out of memory")
+
+    trainer = checkpointing_without_need(tmp_path)
+    trainer.model.register_forward_pre_hook(refuse)
+    assert examine(trainer).findings == []
+
+
+def test_what_a_forward_pass_keeps_is_counted_once_and_without_weights():
+    class Squared(torch.nn.Linear):
+        def forward(self, x):
+            hidden = super().forward(x)
+            return SimpleNamespace(loss=(hidden * hidden).sum())
+
+    inputs = {"x": torch.ones(3, 4, requires_grad=True)}
+    trainer = SimpleNamespace(model=Squared(4, 5, bias=False), _prepare_inputs=lambda batch: batch)
+    assert _memory_and_seconds(trainer, inputs)[0] == 4 * (3 * 4 + 3 * 5)
 
 
 def test_techniques_of_a_recipe_are_examined_with_it(tmp_path):
