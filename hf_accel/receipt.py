@@ -18,7 +18,11 @@ PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "saving")
 
 
 class Stopwatch:
-    """Seconds by name, exclusive: while an inner name is charged, the outer one is not."""
+    """Seconds by name, exclusive: while an inner name is charged, the outer one is not.
+
+    It does not wait for an accelerator: a name is charged until its work was handed over, and whoever waits first is
+    charged the wait.
+    """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -72,6 +72,10 @@ State = Mapping[str, Any]
 """Tensors, numbers, strings, and lists and dicts of these."""
 
 
+class Diverged(RuntimeError):
+    """A technique gives the run up, for update after update was refused."""
+
+
 @dataclasses.dataclass(eq=False)
 class Technique(TrainerCallback):
     """Base class of every technique.

@@ -26,7 +26,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_accel.memory import random_state_kept
 from hf_accel.stream import keyed_random
-from hf_accel.technique import SLOTS, Technique
+from hf_accel.technique import SLOTS, Diverged, Technique
 
 QUIET = {
     "eval_strategy": IntervalStrategy.NO,
@@ -59,8 +59,8 @@ class ShortRun:
     """What came of a short run.
 
     Args:
-        loss: Of the evaluation; NaN where there was none.
-        losses: Of each step, where they were asked for.
+        loss: Of the evaluation; NaN where there was none, infinite where a technique gave the run up.
+        losses: Of each step, where they were asked for; the last infinite where a technique gave the run up.
         steps: Updates.
         spent: What the clock counted, per unit.
         step_seconds: Of a step, of about the last ten.
@@ -113,12 +113,17 @@ def short_run(
         trial.create_accelerator_and_postprocess()
         trial._settle()
         set_seed(host.args.seed)
-        trial.train()
-        loss = float("nan") if probe is None else _evaluation_loss(trial, probe)
+        loss, given_up = float("nan"), []
+        try:
+            trial.train()
+        except Diverged:
+            loss, given_up, probe = float("inf"), [float("inf")], None
+        if probe is not None:
+            loss = _evaluation_loss(trial, probe)
         return ShortRun(
             loss=loss,
-            losses=[entry["loss"] for entry in trial.state.log_history if "loss" in entry],
-            steps=trial.state.global_step,
+            losses=[entry["loss"] for entry in trial.state.log_history if "loss" in entry] + given_up,
+            steps=max(trial.state.global_step, 1),
             spent=dict(trial.clock.spent),
             step_seconds=trial.clock.step_seconds,
             evaluated=0 if probe is None else len(probe),

@@ -134,7 +134,7 @@ class GradientNoiseScale(Technique):
         return loss
 
     def _measure(self, whole: Tensor, parts: Tensor, micros: list[MicroBatch]) -> None:
-        """Add a step to the means; without waiting for the accelerator."""
+        """Add a step to the means."""
         host: Any = self.host_
         examples = sum(int((micro.ids_B >= 0).sum()) for micro in micros)
         items_MK = torch.stack([self._items(micro) for micro in micros]).double()

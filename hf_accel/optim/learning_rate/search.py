@@ -208,10 +208,20 @@ def _plain(value: Any) -> Any:
 
 @dataclass(eq=False)
 class _RangeTest(Technique):
-    """The rate grows exponentially; the run ends where the loss diverges."""
+    """The rate grows exponentially to the peak, `HIGHEST`; the run ends where the loss diverges.
+
+    A rate of its own, as Muon's, so grows to itself and not above.
+    """
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        self.rates_: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.rates_.append(HIGHEST * self.schedule(self.progress(state)))  # as before where an update was refused
 
     def schedule(self, progress: float) -> float:
-        return (HIGHEST / LOWEST) ** progress
+        return (LOWEST / HIGHEST) ** (1 - progress)
 
     def on_log(self, args, state, control, logs, **kwargs):
         losses = [entry["loss"] for entry in state.log_history if "loss" in entry]
@@ -270,17 +280,18 @@ def search(
     if known is not None:
         shortest(known, steps)  # raises before anything is trained
     unlimited = dict.fromkeys(limits, 1e30)
+    range_test = _RangeTest()
     run = counted(
         short_run(
             host,
-            LOWEST,
+            HIGHEST,
             unlimited | {"steps": float(steps)},
-            techniques=[_RangeTest()],
+            techniques=[range_test],
             without=without,
             each_step=True,
         )
     )
-    rates = [LOWEST * (HIGHEST / LOWEST) ** (i / steps) for i in range(len(run.losses))]
+    rates = range_test.rates_[: len(run.losses)]
     found.range_test = {"rates": rates, "losses": run.losses}
     end = divergence(run.losses)
     found.diverged_at = None if end is None else rates[end]

@@ -39,7 +39,7 @@ from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
 from hf_accel.memory import random_state_kept
-from hf_accel.technique import Positive, State, Technique
+from hf_accel.technique import Diverged, Positive, State, Technique
 from hf_accel.weights import gather, local_parameters, scatter
 
 logger = logging.get_logger(__name__)
@@ -165,7 +165,7 @@ class SharpnessAware(Technique):
         self.left_out_ += 1
         self.in_a_row_ += 1
         if self.in_a_row_ == PATIENCE:
-            raise RuntimeError(
+            raise Diverged(
                 f"{self!r}: the gradients of {PATIENCE} steps in a row were not finite. Lower learning_rate or rho, or "
                 "look at the data of these steps."
             )

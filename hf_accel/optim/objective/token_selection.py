@@ -15,8 +15,8 @@ micro-batches change anything; a text counts in proportion to its length.
 When to use: continued pre-training on mixed web text with a reference for what is wanted (the authors report up to 30
 points on mathematics); it is mostly an adaptation to the reference's kind of text.
 When not to use: to save time in a step, for every token is still computed and the reference's pass comes on top (its
-seconds and operations are in the receipt); noisy text without a reference, whose noise has the highest loss.  We know
-of no independent replication.
+operations are in the receipt, and its seconds, on an accelerator those until the work was handed over); noisy text
+without a reference, whose noise has the highest loss.  We know of no independent replication.
 """
 
 from __future__ import annotations

@@ -187,7 +187,8 @@ class Muon(Technique):
     """Trains the matrices of the blocks with Muon and everything else with AdamW.
 
     Args:
-        lr: Peak learning rate of the matrices, above 0; that of the rest is ``args.learning_rate``.
+        lr: Peak learning rate of the matrices, above 0; that of the rest is ``args.learning_rate``,
+            and only this is what a search of the learning rate finds.
         momentum: Decay of the momentum per step, in [0, 1).
         momentum_warmup: Progress, in [0, 1], at which the momentum has risen from 0.85 to ``momentum``.
         cautious: Whether weight decay passes over what the update enlarges; of the matrices only.

@@ -25,7 +25,7 @@ from typing import Annotated, Any, ClassVar
 import annotated_types as at
 from torch import Tensor
 
-from hf_accel.technique import Technique
+from hf_accel.technique import Diverged, Technique
 
 MEMORY = 50
 """Updates that the running mean remembers; none is refused for its size before a tenth of them was seen."""
@@ -69,7 +69,7 @@ class StepGuard(Technique):
             self.refused_ += 1
             self.in_a_row_ += 1
             if self.in_a_row_ >= self.patience:
-                raise RuntimeError(
+                raise Diverged(
                     f"{self!r}: {self.in_a_row_} updates in a row were refused, the last for a norm of {norm:g}. "
                     "Lower learning_rate, or look at the data of these steps."
                 )

@@ -114,3 +114,15 @@ def test_adapters_are_counted_with_their_blocks():
     assert len(lora) == 8
     assert all(distance == 4 - int(re.search(r"layers\.(\d)", name)[1]) for name, distance in lora.items())
     assert {distance for name, distance in distances.items() if "modules_to_save" in name} == {0}
+
+
+def test_8_bit_optimizers_keep_embeddings_in_32_bits_as_trainers_do(tmp_path):
+    manager = pytest.importorskip("bitsandbytes").optim.GlobalOptimManager.get_instance()
+    trainer = tiny_trainer([LayerwiseDecay()], tmp_path, optim="adamw_bnb_8bit")
+    trainer.create_optimizer()
+    overrides = [
+        (name, options)
+        for module, name, options in manager.module_weight_config_triple
+        if module is trainer.model.get_input_embeddings()
+    ]
+    assert overrides == [("weight", {"optim_bits": 32})]

@@ -2,13 +2,15 @@ from __future__ import annotations
 
 import math
 import random
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
 from transformers import Trainer
 
-from hf_accel import AccelTrainer, Budget, InfoBatch, LinearToZero, find_lr
+from hf_accel import AccelTrainer, Budget, InfoBatch, LinearToZero, Muon, StepGuard, Technique, find_lr
 from hf_accel.optim.learning_rate import search as module
 from hf_accel.optim.learning_rate.search import bracket, divergence, halve, index_of, rate_at, smoothed
 from hf_accel.testing import tiny_llama, tiny_trainer, weights_of
@@ -193,3 +195,27 @@ def test_other_trainers_and_given_optimizers_are_refused(tmp_path):
     given = AccelTrainer(plain.model, plain.args, train_dataset=plain.train_dataset, optimizers=(optimizer, None))
     with pytest.raises(ValueError, match="has an optimizer already"):
         find_lr(given, share=3)
+
+
+def test_a_run_that_a_technique_gives_up_has_diverged(tmp_path):
+    host = tiny_trainer([StepGuard(max_ratio=1.0001, patience=1)], tmp_path)
+    run = short_run(host, 1e-3, {"steps": 30.0}, each_step=True, probe=probe_of(host, 4))
+    assert run.loss == math.inf == run.losses[-1] and divergence(run.losses) == len(run.losses) - 1 == run.steps
+
+
+@dataclass(eq=False)
+class Rates(Technique):
+    """Remembers the highest rate of each algorithm."""
+
+    highest: ClassVar[dict[str, float]] = {}
+
+    def on_step_begin(self, args, state, control, optimizer=None, **kwargs):
+        for group in optimizer.param_groups:
+            self.highest[group["algorithm"]] = max(group["lr"], self.highest.get(group["algorithm"], 0.0))
+
+
+def test_in_the_range_test_a_rate_of_its_own_stays_below_itself(tmp_path):
+    test, host = module._RangeTest(), tiny_trainer([Muon(lr=0.02), Rates()], tmp_path)
+    short_run(host, module.HIGHEST, {"steps": 14.0}, techniques=[test])
+    assert Rates.highest == pytest.approx({"muon": 0.02 / math.sqrt(10), "adamw": 10 / math.sqrt(10)})
+    assert test.rates_ == pytest.approx([1e-6 * 10 ** (i / 2) for i in range(14)])

@@ -332,3 +332,23 @@ def test_a_cache_needs_indices(tmp_path):
     trainer.train_dataset = datasets.Dataset.from_list([CountingText()[0]]).to_iterable_dataset()
     with pytest.raises(ValueError, match="it chooses examples by their index"):
         trainer.train()
+
+
+def test_the_teacher_answers_in_the_precision_of_the_run(tmp_path):
+    trainer, seen = tiny_trainer([Distillation(TEACHER)], tmp_path, bf16=True, max_steps=1), set()
+    technique = trainer.techniques[0]
+    technique.inspect_dataset(trainer.train_dataset)
+    layer = technique.teacher_.model.layers[0].mlp.up_proj
+    layer.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+    technique._load_teacher = lambda: technique.teacher_
+    technique.inspect_dataset = lambda dataset: None
+    trainer.train()
+    assert seen == {torch.bfloat16} and layer.weight.dtype == torch.float32
+
+
+def test_the_model_as_it_was_is_moved_to_the_device(tmp_path):
+    technique = Distillation()
+    trainer = tiny_trainer([technique], tmp_path)
+    technique.initial_.to("meta")
+    trainer.args.__dict__["_setup_devices"] = torch.device("meta")
+    assert {p.device.type for p in technique._load_teacher().parameters()} == {"meta"}

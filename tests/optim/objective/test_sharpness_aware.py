@@ -200,3 +200,9 @@ def test_the_weights_come_back_where_the_second_pass_fails(tmp_path):
     with pytest.raises(OSError, match="the disk is gone"):
         trainer.train()
     assert largest_difference(weights_of(trainer), dict(tiny_llama(**EXACT).state_dict())) == 0.0
+
+
+def test_weights_of_16_bits_are_refused(tmp_path):
+    trainer = tiny_trainer([SharpnessAware()], tmp_path, model=tiny_llama().bfloat16())
+    with pytest.raises(ValueError, match="SharpnessAware.*torch.bfloat16.*float32 and set bf16=True"):
+        trainer.train()

@@ -5,6 +5,7 @@ import random
 
 import pytest
 import torch
+from transformers import Trainer
 
 from hf_accel import StepGuard
 from hf_accel.optim.optimizers.step_guard import is_spike
@@ -77,3 +78,10 @@ def test_it_resumes_with_what_it_has_seen(tmp_path):
 def test_many_in_a_row_end_the_run_with_a_sentence(tmp_path):
     with pytest.raises(RuntimeError, match=r"StepGuard\(max_ratio=10.0, patience=3\): 3 updates in a row were refused"):
         poisoned(tmp_path, set(range(5, 20)), StepGuard(patience=3))
+
+
+def test_a_plain_trainer_is_refused(tmp_path):
+    trainer = tiny_trainer([], tmp_path, trainer_class=Trainer)
+    trainer.add_callback(StepGuard())
+    with pytest.raises((TypeError, ValueError), match="StepGuard.*needs accept_step"):
+        trainer.train()
