@@ -289,10 +289,13 @@ class AccelTrainerMixin(Updating, Resuming):
             for kind in ("logging", "eval", "save"):
                 if 0 < (getattr(self.args, f"{kind}_steps") or 0) < 1:
                     setattr(self.state, f"{kind}_steps", sys.maxsize)  # the pacer fires at fractions of progress
+        if self.paced and resume is not None and self._resumed is not None and "clock" not in self._resumed:
+            steps, epochs = self.state.global_step, self.state.epoch if self.stream is None else position[0]
+            self.clock.advance(steps=steps, samples=steps * self.nominal_batch_size, epochs=epochs)
         if self.stream is None or resume is None:
             return position
         if not (self._resumed and "stream" in self._resumed):
-            return position  # a plain Trainer's checkpoint: only its whole epochs are known
+            return position[0], 0  # a plain Trainer's checkpoint: only its whole epochs are known
         return self.stream.epoch + int(self.stream.epoch_is_over), 0
 
     def _run_epoch(self, **kwargs):

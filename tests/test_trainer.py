@@ -165,6 +165,17 @@ def test_resumes_as_trainer_does(watched, step, tmp_path):
         assert largest_difference(weights_of(straight), weights_of(plain)) == 0.0
 
 
+@pytest.mark.parametrize("step", [5, 8])
+def test_a_stream_goes_on_from_a_plain_checkpoint(step, tmp_path):
+    plain = tiny_trainer([], tmp_path / "a", trainer_class=Trainer, max_steps=16, save_strategy="steps", save_steps=1)
+    plain.train()
+    streamed = tiny_trainer([], tmp_path / "b", micro_batch_size=2, max_steps=16)
+    streamed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
+    assert streamed.state.global_step == 16 and streamed.clock.spent["steps"] == 16
+    rates = [[e["learning_rate"] for e in t.state.log_history if "learning_rate" in e] for t in (plain, streamed)]
+    assert rates[1] == pytest.approx(rates[0])
+
+
 def vision_trainer(directory, **args):
     torch.manual_seed(0)
     config = ViTConfig(
