@@ -43,7 +43,8 @@ def multiply_in_float8(model: nn.Module, paths: Mapping[str, Any], *, recipe: An
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
         raise ValueError("torchao: is not installed. Install it with: pip install 'hf-accel[quant]'.") from None
-    config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate)
+    # Padded, for the number of tokens is a side of a product, too, and need not be a multiple of 16.
+    config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate, pad_inner_dim=True)
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, path: path in paths)
     for path in paths:
         evaluate_plainly(model.get_submodule(path))  # type: ignore[arg-type]

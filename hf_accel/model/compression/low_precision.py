@@ -27,7 +27,7 @@ def convertible_layers(model: Any) -> dict[str, nn.Linear]:
         path: layer
         for path, layer in linear_layers(model).items()
         if type(layer) is nn.Linear
-        and all(side % MULTIPLE == 0 for side in layer.weight.shape)
+        and all(side % MULTIPLE == 0 for side in (layer.out_features, layer.in_features))
         and (path.endswith(".base_layer") or not adapted)
     }
     if not layers:

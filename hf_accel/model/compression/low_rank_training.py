@@ -154,7 +154,7 @@ class LowRankTraining(Technique):
         """Factors beside the weights, for the optimizer to know them from the start."""
         assert self.host_ is not None
         args = self.host_.args
-        if args.deepspeed_plugin is not None or args.fsdp:
+        if args.deepspeed_plugin is not None or self.host_.is_fsdp_enabled:
             raise ValueError(f"{self!r}: matrices are decomposed whole, and FSDP and ZeRO cut them. Use DDP.")
         find_unused = args.ddp_find_unused_parameters
         if args.world_size > 1 and (args.gradient_checkpointing if find_unused is None else not find_unused):

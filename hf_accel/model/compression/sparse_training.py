@@ -37,6 +37,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import annotated_types as at
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from hf_accel.model.blocks import linear_layers
 from hf_accel.technique import Fraction, State, Technique
@@ -107,7 +108,7 @@ class SparseTraining(Technique):
     variations: ClassVar = {"interval": 0.5}
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if args.deepspeed_plugin is not None or args.fsdp:
+        if args.deepspeed_plugin is not None or args.fsdp or any(isinstance(m, FSDPModule) for m in model.modules()):
             raise ValueError(f"{self!r}: a mask is of a whole matrix, and FSDP and ZeRO cut them. Use DDP, or drop it.")
         if hasattr(model, "peft_config"):
             raise ValueError(f"{self!r}: {type(model).__name__} trains adapters, which are small. Leave one out.")
@@ -181,10 +182,10 @@ class SparseTraining(Technique):
         generator = torch.Generator().manual_seed(self.seed_ + 1_000_003 * int(self.progress_ / self.interval))
         fraction = dropped_fraction(self.progress_, drop=self.drop, stop=self.stop)
         for path, weight in self.weights_.items():
-            random = torch.rand(weight.shape, generator=generator)
+            random = torch.rand(weight.shape, generator=generator) if self.method == "set" else None
             if weight.grad is None:
                 continue  # it is frozen, or the step is refused
-            score = weight.grad.abs() if self.method == "rigl" else random.to(weight)
+            score = weight.grad.abs() if random is None else random.to(weight)
             mask = moved(self.masks_[path], weight, score, fraction)
             self.risen_ += int((mask & ~self.masks_[path]).sum())
             self.masks_[path] = mask

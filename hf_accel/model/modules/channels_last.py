@@ -50,23 +50,28 @@ class ChannelsLast(Technique):
         "two_ranks_equal_one[ddp]": "Trainer's own loss of an image classifier grows with the number of ranks"
     }
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
+    def on_train_begin(self, args, state, control, model=None, optimizer: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if args.deepspeed_plugin is not None:
             raise ValueError(f"{self!r}: under DeepSpeed ZeRO, {self.refused_backends['zero']}. Leave it out.")
         self.convolutions_: list[Any] = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
         if not self.convolutions_:
             raise ValueError(f"{self!r}: {type(model).__name__} has no convolutions of images. Leave it out.")
-        self._lay_out(torch.channels_last)
+        self._lay_out(torch.channels_last, optimizer)
         self.hook_ = model.register_forward_pre_hook(images_last, with_kwargs=True)
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_train_end(self, args, state, control, optimizer: Any = None, **kwargs):
         self.hook_.remove()
-        self._lay_out(torch.contiguous_format)
+        self._lay_out(torch.contiguous_format, optimizer)
 
-    def _lay_out(self, memory_format: torch.memory_format) -> None:
+    def _lay_out(self, memory_format: torch.memory_format, optimizer: Any) -> None:
+        """Put weights into an order, and their moments, which fused optimizers pair with them by address."""
         for convolution in self.convolutions_:
             convolution.to(memory_format=memory_format)
+            moments = {} if optimizer is None else optimizer.state.get(convolution.weight, {})
+            for name, value in moments.items():
+                if isinstance(value, Tensor) and value.dim() == 4:
+                    moments[name] = value.to(memory_format=memory_format)
 
     def report(self) -> Mapping[str, Any]:
         """Convolutions whose weights were reordered."""

@@ -158,6 +158,7 @@ class ChunkedTokenHead(TokenHead):
     """A language model's loss from hidden states, which the model gives in the place of logits while it trains."""
 
     projection: nn.Linear
+    host: Any
 
     def losses(
         self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
@@ -166,13 +167,14 @@ class ChunkedTokenHead(TokenHead):
         if hidden_RLH.shape[-1] == self.projection.out_features:  # of a model in evaluation, or of another one
             return super().losses(outputs, inputs, num_examples, label_smoothing)
         targets_RL = self._targets(inputs).to(hidden_RLH.device)
-        losses_N = chunked_cross_entropy(
-            hidden_RLH.flatten(0, -2),
-            self.projection.weight,
-            self.projection.bias,
-            targets_RL.flatten(),
-            label_smoothing,
-        )
+        with self.host.accelerator.autocast():  # as around the forward pass, which the projection has left
+            losses_N = chunked_cross_entropy(
+                hidden_RLH.flatten(0, -2),
+                self.projection.weight,
+                self.projection.bias,
+                targets_RL.flatten(),
+                label_smoothing,
+            )
         example_RL = self._examples(inputs, num_examples).to(losses_N.device)
         return ExampleLosses(losses_N.view_as(targets_RL), targets_RL.ne(IGNORED), example_RL)
 
@@ -209,7 +211,7 @@ class ChunkedCrossEntropy(Technique):
             )
         if readers := [t for t in host.techniques if "extra_loss" in t.answers()]:
             raise ValueError(f"{self!r}: {readers[0]!r} reads the logits, which are not there. Leave one of them out.")
-        return ChunkedTokenHead(head.kind, head.shift, projection)
+        return ChunkedTokenHead(head.kind, head.shift, projection, host)
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer
@@ -52,3 +54,28 @@ def test_a_model_without_convolutions_is_refused(tmp_path):
     trainer = tiny_trainer([ChannelsLast()], tmp_path, model=tiny_llama(), modality="text")
     with pytest.raises(ValueError, match=r"ChannelsLast\(\): LlamaForCausalLM has no convolutions of images. Leave it"):
         trainer.train()
+
+
+@torch.no_grad()
+def test_moments_that_were_loaded_are_put_in_the_order_of_the_weights(tmp_path):
+    model = tiny_resnet()
+    trainer = tiny_trainer([ChannelsLast()], tmp_path, model=model, modality="image")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    twin = copy.deepcopy(model)
+    expected = torch.optim.AdamW(twin.parameters(), fused=True)
+    expected.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    technique = ChannelsLast()
+    technique.on_train_begin(trainer.args, trainer.state, trainer.control, model=model, optimizer=optimizer)
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        other.grad = torch.randn_like(other, memory_format=torch.contiguous_format)
+        parameter.grad = other.grad.clone()
+        if parameter.dim() == 4:
+            parameter.grad = parameter.grad.contiguous(memory_format=torch.channels_last)
+            assert all(in_order(value) for value in optimizer.state[parameter].values() if value.dim() == 4)
+    optimizer.step()
+    expected.step()
+    for parameter, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(parameter, other, rtol=1e-5, atol=1e-6, check_stride=False)

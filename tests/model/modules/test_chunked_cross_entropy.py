@@ -123,6 +123,28 @@ def test_training_is_that_with_all_logits(tmp_path):
     assert "forward" not in vars(chunked.model.lm_head)
 
 
+def test_autocast_holds_for_the_projection_too(tmp_path, monkeypatch):
+    dtypes = []
+    chunks = module._chunks
+
+    def see(hidden, weight, bias, dtype, wide):
+        dtypes.append(dtype)
+        return chunks(hidden, weight, bias, dtype, wide)
+
+    monkeypatch.setattr(module, "_chunks", see)
+    found = []
+    for techniques in ([], [ChunkedCrossEntropy()]):
+        trainer = tiny_trainer(techniques, tmp_path, dropout=0.0, bf16=True, max_steps=1, optim="sgd", max_grad_norm=0)
+        start = {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
+        trainer.train()
+        changes = [(trainer.model.state_dict()[name] - value).flatten() for name, value in start.items()]
+        found.append((losses_of(trainer)[0], torch.cat(changes)))
+    (dense_loss, dense), (loss, chunked) = found
+    assert set(dtypes) == {torch.bfloat16}
+    assert loss == pytest.approx(dense_loss, rel=1e-2)
+    assert (chunked - dense).norm() < 2e-2 * dense.norm()
+
+
 def test_examples_have_the_losses_they_have_with_all_logits(tmp_path):
     weighted = [
         tiny_trainer([InfoBatch(), *more], tmp_path, dropout=0.0, dtype=torch.float64)
