@@ -24,6 +24,7 @@ from torch import Tensor
 
 STATE = "accel_state"
 COMPLETE = "accel_complete.json"
+SCRATCH = "accel_complete.json.tmp"
 INCOMPLETE = "accel_incomplete"
 AVERAGED = "averaged.safetensors"
 
@@ -87,6 +88,7 @@ def mark_incomplete(directory: str | Path) -> None:
     Path(directory).mkdir(parents=True, exist_ok=True)
     Path(directory, INCOMPLETE).touch()
     Path(directory, COMPLETE).unlink(missing_ok=True)
+    Path(directory, SCRATCH).unlink(missing_ok=True)
 
 
 def mark_complete(directory: str | Path) -> None:
@@ -98,7 +100,7 @@ def mark_complete(directory: str | Path) -> None:
         "sizes": {str(path.relative_to(directory)): path.stat().st_size for path in files},
         "digests": {path.name: _digest(path) for path in files if path.name.startswith("accel_")},
     }
-    scratch = directory / (COMPLETE + ".tmp")
+    scratch = directory / SCRATCH
     scratch.write_text(json.dumps(document, indent=1))
     scratch.replace(directory / COMPLETE)
     (directory / INCOMPLETE).unlink()

@@ -106,11 +106,12 @@ class Saving(Stepping):
 
     @functools.cached_property
     def _saving_groups(self) -> list[Any]:
-        """A process group for each writer, whose messages must not mix with those of training; none on one process.
+        """A process group for each writer, whose messages must not mix with those of training; none where there are no
+        process groups.
 
         All ranks make them at the same time.
         """
-        if self.args.world_size == 1:
+        if not dist.is_initialized():
             return [None, None, None]
         return [dist.new_group(backend="gloo") for _ in range(3)]
 

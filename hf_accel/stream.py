@@ -13,6 +13,7 @@ Shape suffixes: ``N`` examples of a step or an epoch, ``B`` examples of a micro-
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import math
 import random
@@ -247,6 +248,9 @@ class StepStream:
         if len(self.dataset) == 0:
             raise ValueError("train_dataset: it has no examples. Give at least one.")
         reader = StepReader(self.dataset, collate)
+        several = self.batch_size > self.micro_batch_size * self.world
+        if several and loader.get("num_workers") and loader.get("prefetch_factor") is None:
+            loader["prefetch_factor"] = 1  # one item is a whole step
         plans: Any = _Plans(self)
         as_it_is: Any = _as_it_is
         return reader, DataLoader(reader, sampler=plans, batch_size=None, collate_fn=as_it_is, **loader)
@@ -308,10 +312,10 @@ class StepStream:
             size = min(max(int(size), 1), len(upcoming_N))
             end = position + size
             self._drawn.append(size)
-            yield StepPlan(
+            yield StepPlan(  # copies: workers are sent all that a view is of
                 self.epoch,
-                self.ids_N[position:end],
-                None if self.weights_N is None else self.weights_N[position:end],
+                self.ids_N[position:end].clone(),
+                None if self.weights_N is None else self.weights_N[position:end].clone(),
                 self.micro_batch_size,
                 self.rank,
                 self.world,
@@ -396,6 +400,11 @@ class _Collate:
 
     def __init__(self, owner: Technique, collator: Callable):
         self.owner, self.collator = owner, collator
+
+    def __getstate__(self) -> dict[str, Any]:
+        owner = copy.copy(self.owner)
+        vars(owner).pop("host_", None)  # the trainer stays where it is
+        return {"owner": owner, "collator": self.collator}
 
     def __call__(self, features: list[Any]) -> Mapping[str, Any]:
         return self.owner.collate(features, self.collator)

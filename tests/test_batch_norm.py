@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from ranks import assert_backend, backend_args, run_on_ranks
@@ -12,7 +14,8 @@ from transformers import ResNetConfig, ResNetForImageClassification, Trainer
 
 from hf_accel import ExponentialMovingAverage, LatestWeightAveraging, StochasticWeightAveraging
 from hf_accel.batch_norm import statistics
-from hf_accel.testing import losses_of, tiny_llama, tiny_trainer, weights_of
+from hf_accel.technique import Technique
+from hf_accel.testing import largest_difference, losses_of, tiny_llama, tiny_trainer, weights_of
 from hf_accel.weights import gather
 
 EVERY = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 8, "eval_steps": 8}
@@ -118,3 +121,21 @@ def test_two_ranks_have_the_same_statistics(tmp_path):
     assert all(torch.equal(first[name], second[name]) for name in first)
     averaged = load_file(tmp_path / "checkpoint-24" / "averaged.safetensors")
     assert all(torch.equal(averaged[name], buffer) for name, buffer in saved.items())
+
+
+@dataclass(eq=False)
+class Kept(Technique):
+    """Keeps the first examples of every step, after all were judged."""
+
+    number: int = 8
+
+    def step_select(self, ids_B, losses_B):
+        return torch.arange(self.number), None
+
+
+def test_judging_moves_no_statistics(tmp_path):
+    plain = train([], tmp_path / "plain", trainer_class=Trainer)
+    whole = train([Kept()], tmp_path / "whole")
+    assert largest_difference(weights_of(plain), weights_of(whole)) == 0.0
+    part = train([Kept(4)], tmp_path / "part")
+    assert all(int(value) == 24 for name, value in weights_of(part).items() if "num_batches_tracked" in name)

@@ -67,3 +67,10 @@ def test_truncated_state_is_one_sentence(tmp_path):
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(ckpt.CheckpointError, match="cannot be read .*Resume from another checkpoint"):
         ckpt.load_state(tmp_path, ckpt.STATE)
+
+
+def test_what_a_write_that_was_killed_has_left_is_no_part_of_the_next(tmp_path):
+    write(tmp_path / "checkpoint-5")
+    (tmp_path / "checkpoint-5" / "accel_complete.json.tmp").write_text("{")
+    write(tmp_path / "checkpoint-5")
+    assert ckpt.whats_wrong(tmp_path / "checkpoint-5") is None

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+import torch.distributed as dist
 from ranks import run_on_ranks
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, TrainerCallback
@@ -259,6 +260,18 @@ def test_ranks_with_optimizers_of_their_own(tmp_path):
     )
     assert losses[0] == losses[1] == losses[2]
     assert largest_difference(weights[0], weights[1]) == 0.0 == largest_difference(weights[0], weights[2])
+
+
+def alone(directory):
+    trainer = make(directory)
+    trainer.train()
+    faults = [ckpt.whats_wrong(path) for path in ckpt.checkpoints(directory)]
+    return [dist.get_backend(group) for group in trainer._saving_groups if group is not None], faults
+
+
+def test_one_rank_of_one_has_groups_that_need_no_accelerator(tmp_path):
+    ((backends, faults),) = run_on_ranks(alone, tmp_path, world=1, timeout=SECONDS)
+    assert backends == ["gloo"] * 3 and faults == [None] * 4
 
 
 def one_rank_cannot_write(directory):

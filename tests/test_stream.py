@@ -174,3 +174,19 @@ def test_other_data_is_refused():
         stream(n=22).load_state_dict(s.state_dict())
     with pytest.raises(ValueError, match="no examples"):
         stream(n=0)
+
+
+def test_a_plan_holds_its_own_examples_only():
+    """Workers are sent the whole storage of a tensor."""
+    s = stream(1000, slots=Slots(select=Odd()))
+    s.set_epoch(0)
+    plan = next(s.draw())
+    for tensor in (plan.ids_N, plan.weights_N):
+        assert tensor.untyped_storage().nbytes() == tensor.nbytes and len(tensor) == 6
+
+
+def test_steps_of_several_micro_batches_are_not_read_far_ahead():
+    for micro, asked, expected in ((6, None, 2), (2, None, 1), (2, 3, 3)):
+        loader = stream(micro_batch_size=micro, loader={"num_workers": 1, "prefetch_factor": asked}).loader
+        assert loader.prefetch_factor == expected
+    assert stream(micro_batch_size=2, loader={"prefetch_factor": None}).loader.prefetch_factor is None

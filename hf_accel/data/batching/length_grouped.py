@@ -33,12 +33,18 @@ from hf_accel.data.lengths import example_lengths, padding_share
 from hf_accel.technique import State, Technique
 
 
-def group_by_length(lengths_N: Tensor, batch_size: int, mega_batch: int, generator: torch.Generator) -> Tensor:
-    """A permutation of range(N) whose consecutive batches hold examples of similar length; (N,)."""
+def group_by_length(
+    lengths_N: Tensor, batch_size: int, mega_batch: int, generator: torch.Generator, drop_last: bool = False
+) -> Tensor:
+    """A permutation of range(N) whose consecutive batches hold examples of similar length; (N,).
+
+    With ``drop_last``, what does not fill a batch is any of the examples, and not the shortest ones of a group.
+    """
     shuffled_N = torch.randperm(len(lengths_N), generator=generator)
     if mega_batch == 1:
         return shuffled_N
-    groups = shuffled_N.split(mega_batch * batch_size)
+    whole = len(shuffled_N) // batch_size * batch_size if drop_last else len(shuffled_N)
+    groups = shuffled_N[:whole].split(mega_batch * batch_size)
     sorted_N = torch.cat([group[lengths_N[group].argsort(descending=True, stable=True)] for group in groups])
     *batches, last = sorted_N.split(batch_size)
     # The last batch may be smaller: moved, it would shift the borders of all batches behind it.
@@ -46,7 +52,7 @@ def group_by_length(lengths_N: Tensor, batch_size: int, mega_batch: int, generat
     if batches:
         longest = max(range(len(batches)), key=lambda i: int(lengths_N[batches[i]].max()))
         batches[0], batches[longest] = batches[longest], batches[0]
-    return torch.cat([*batches, last])
+    return torch.cat([*batches, last, shuffled_N[whole:]])
 
 
 @dataclass(eq=False)
@@ -74,7 +80,9 @@ class LengthGrouped(Technique):
         """Batches of similar length, in random order."""
         lengths_N = self.lengths_N_[ids_N]
         shuffled_N = torch.randperm(len(ids_N), generator=torch.Generator().set_state(generator.get_state()))
-        order_N = group_by_length(lengths_N, batch_size, self.mega_batch, generator)
+        host: Any = self.host_
+        drop_last = host.args.dataloader_drop_last
+        order_N = group_by_length(lengths_N, batch_size, self.mega_batch, generator, drop_last)
         self.padding_ = {
             "padding": padding_share(lengths_N[order_N], batch_size),
             "padding_shuffled": padding_share(lengths_N[shuffled_N], batch_size),

@@ -34,6 +34,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import annotated_types as at
+import datasets
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -76,6 +77,12 @@ def filled_up(row: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
     return padded
 
 
+def _has_token_ids(dataset: Any) -> bool:
+    if isinstance(dataset, IterableDataset):
+        return False
+    return "input_ids" in (dataset.column_names if isinstance(dataset, datasets.Dataset) else dataset[0])
+
+
 @dataclass(eq=False)
 class Packing(Technique):
     """Trains on packed micro-batches of a causal language model.
@@ -98,7 +105,7 @@ class Packing(Technique):
     def inspect_dataset(self, dataset: Any) -> None:
         """Find the longest example."""
         self.width_ = self.max_length or 0
-        if isinstance(dataset, IterableDataset) and self.max_length is not None:
+        if self.max_length is not None and not _has_token_ids(dataset):
             return  # the longest one comes to light when it is read
         lengths_N = example_lengths(dataset, "input_ids", asking=self, remedy="Give max_length=.")
         self._check_fits(longest := int(lengths_N.max()))

@@ -107,10 +107,10 @@ def difficulties(dataset: Any, kind: str, asking: Technique) -> Tensor:
 
 
 def _column(dataset: Any, name: str) -> Iterator[Any]:
-    if isinstance(dataset, datasets.Dataset):
+    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
         for rows in dataset.select_columns([name]).iter(batch_size=1000):
             yield from rows[name]  # type: ignore[index]
-    else:
+    else:  # a transform may make one column of others
         yield from (dataset[i][name] for i in range(len(dataset)))
 
 

@@ -20,6 +20,7 @@ step of b examples costs 1 + 10/3 times as much as a plain one of b examples, an
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Mapping
@@ -139,7 +140,9 @@ class ReducibleLoss(Technique):
         small.train()
         parameters = [p for p in small.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
-        size = host.nominal_batch_size
+        size, rows = host.nominal_batch_size, min(host.micro_batch_size, host._train_batch_size)
+        # Gradients in float16 would need a scaler.
+        precision = contextlib.nullcontext if args.fp16 else host.accelerator.autocast
         steps = math.ceil(len(held) / size) * self.epochs
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         with random_state_kept(args.device):
@@ -147,11 +150,11 @@ class ReducibleLoss(Technique):
             for epoch in range(self.epochs):
                 shuffled_N = torch.randperm(len(held), generator=torch.Generator().manual_seed(args.seed + epoch))
                 for ids_B in shuffled_N.split(size):
-                    batch = reader[StepPlan(epoch, ids_B, None, host.micro_batch_size, seed=args.seed)]
+                    batch = reader[StepPlan(epoch, ids_B, None, rows, seed=args.seed)]
                     micros = [(send_to_device(m.inputs, args.device), len(m.ids_B)) for m in batch.micro_batches]
                     items_K = torch.stack([head.count(inputs, number) for inputs, number in micros]).sum(0)
                     for inputs, number in micros:
-                        with host.accelerator.autocast():
+                        with precision():
                             example, _ = losses_and_outputs(head, small, inputs, number)
                             loss = weighted_mean(example, items_K)
                         loss.backward()

@@ -34,10 +34,26 @@ def test_one_step_groups_are_the_shuffled_order_itself():
     assert torch.equal(group_by_length(lengths, 4, 1, generator()), torch.randperm(50, generator=generator()))
 
 
+def test_what_does_not_fill_a_step_is_not_always_the_shortest(tmp_path):
+    """Steps of 6 of 64 examples leave 4 out, which change from epoch to epoch; all others are grouped as ever."""
+    technique = LengthGrouped(mega_batch=4)
+    trainer = tiny_trainer([technique], tmp_path, dataloader_drop_last=True, per_device_train_batch_size=6)
+    stream, left_out = trainer.get_train_dataloader(), Counter()
+    for epoch in range(40):
+        stream.set_epoch(epoch)
+        assert len(stream.ids_N) == 60
+        left_out.update(set(range(64)) - set(stream.ids_N.tolist()))
+    assert len(left_out) > 50 and max(left_out.values()) < 12
+    lengths = torch.randint(1, 40, (64,), generator=generator(1))
+    orders = [group_by_length(lengths, 8, 3, generator(), drop_last) for drop_last in (False, True)]
+    assert torch.equal(*orders)
+
+
 def test_it_orders_what_was_selected_and_reports_the_padding_it_saved():
     rows = [{"input_ids": [0] * int(n)} for n in torch.randint(1, 60, (200,), generator=generator(2))]
     technique, other = LengthGrouped(mega_batch=10), LengthGrouped()
-    technique.host_ = other.host_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length"))
+    args = SimpleNamespace(length_column_name="length", dataloader_drop_last=False)
+    technique.host_ = other.host_ = SimpleNamespace(args=args)
     technique.inspect_dataset(rows)
     ids = torch.arange(0, 200, 3)
     order = technique.order(ids, 4, generator())

@@ -203,6 +203,15 @@ def test_what_does_not_fit_is_refused():
         Packing().prepare_model(bert)
 
 
+def test_a_given_length_needs_no_token_ids():
+    for rows in ([{"text": "a b"}], datasets.Dataset.from_dict({"text": ["a b"]})):
+        technique = Packing(max_length=8)
+        technique.inspect_dataset(rows)
+        assert technique.width_ == 8
+        with pytest.raises(ValueError, match=r"no column 'input_ids'.*Give max_length="):
+            Packing().inspect_dataset(rows)
+
+
 def test_it_packs_a_stream(tmp_path):
     args = tiny_trainer([], tmp_path, max_steps=6).args
     rows = datasets.Dataset.from_list([CountingText()[i] for i in range(40)]).to_iterable_dataset()

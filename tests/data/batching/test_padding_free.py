@@ -16,7 +16,7 @@ from transformers import (
 from hf_accel.data.batching.padding_free import PaddingFree, flatten
 from hf_accel.data.flattening import flattening_fault
 from hf_accel.stream import MicroBatch
-from hf_accel.testing import tiny_llama
+from hf_accel.testing import largest_difference, tiny_llama, tiny_trainer, weights_of
 
 SMALL = {
     "vocab_size": 97,
@@ -187,3 +187,15 @@ def test_it_reports_the_padding_it_avoided():
     other = PaddingFree()
     other.load_state_dict("rank", technique.state_dict("rank"))
     assert other.report() == technique.report()
+
+
+def test_workers_that_are_not_forks_read_the_same(tmp_path):
+    runs = []
+    for context in (None, "spawn"):
+        workers = {} if context is None else {"dataloader_num_workers": 1}
+        trainer = tiny_trainer(
+            [PaddingFree()], tmp_path, dataloader_multiprocessing_context=context, max_steps=2, **workers
+        )
+        trainer.train()
+        runs.append(weights_of(trainer))
+    assert largest_difference(*runs) == 0.0

@@ -30,6 +30,9 @@ def test_difficulties_are_brute_force():
         counts = Counter(token for row in ROWS for token in row)
         expected = [-sum(math.log(counts[token] / 12) for token in row) for row in ROWS]
         assert difficulties(dataset, "rarity", asking).tolist() == pytest.approx(expected)
+    made = datasets.Dataset.from_dict({"text": ["a b c", "a"], "rank": [1, 2]})
+    made.set_transform(lambda rows: {"input_ids": [text.split() for text in rows["text"]], "twice": rows["rank"] * 2})
+    assert difficulties(made, "length", DifficultyCurriculum()).tolist() == [3, 1]
     noise = np.random.default_rng(0).integers(0, 50000, 200).tolist()
     repeated = noise[:10] * 20
     ratios = difficulties([{"input_ids": noise}, {"input_ids": repeated}], "compression", DifficultyCurriculum())

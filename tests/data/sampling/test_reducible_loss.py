@@ -57,6 +57,24 @@ def test_a_smaller_copy_is_trained_on_what_is_held_out(tmp_path):
     assert trainer.receipt.samples == 3 * 32 * 0.5
 
 
+def test_the_copy_is_trained_in_micro_batches_of_a_device(tmp_path):
+    """Although the model's own are still to be found, from all examples of an update on."""
+    trainer = tiny_trainer(
+        [technique := ReducibleLoss(holdout=0.5)],
+        tmp_path,
+        micro_batch_size="auto",
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=4,
+    )
+    rows = []
+    trainer.model.model.embed_tokens.register_forward_pre_hook(
+        lambda module, args: rows.append(len(args[0])) if module.training else None
+    )
+    technique.prepare_dataset(trainer.train_dataset)
+    technique._train_small(technique.held_)
+    assert trainer.micro_batch_size == 16 and set(rows) == {4}
+
+
 def test_the_copy_has_the_first_blocks():
     model = tiny_llama(dropout=0.0)
     small = shallower(model, 0.5)
