@@ -13,7 +13,7 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
             monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "scipy", None)
     result = CliRunner().invoke(app, ["compare", "InfoBatch()", "--workload", "digits"])
-    assert result.exit_code == 2 and "needs scipy. Install it with" in result.output
+    assert result.exit_code == 2 and "Install it with: pip install 'hf-accel[compare]'" in result.output
 
 
 def test_a_file_in_the_place_of_a_folder_is_refused_at_once(tmp_path):
