@@ -139,9 +139,11 @@ def _advice(trainer: Stepping, rows: int) -> str:
 
 def agree(trainer: Stepping) -> int:
     """The largest micro-batch, by halving, that fits on every rank at the longest examples."""
+    assert trainer.stream is not None
     size, group = trainer.micro_batch_size, trainer._cpu_group  # made before a rank may fail: all ranks make it
+    longest = _longest(trainer.stream.reader.dataset)
     while True:
-        fits = torch.tensor(float(_fits(trainer, size)))
+        fits = torch.tensor(float(_fits(trainer, size, longest)))
         work = torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN, group=group, async_op=True)
         assert work is not None
         try:
@@ -159,16 +161,25 @@ def agree(trainer: Stepping) -> int:
         size //= 2
 
 
-def _fits(trainer: Stepping, size: int) -> bool:
-    """Whether one forward and backward pass over the longest examples fits on this rank."""
+def moments(trainer: Stepping) -> list[Tensor]:
+    """As much memory as an optimizer with two moments takes in its first step; none where it has taken it."""
+    if trainer.optimizer.state:
+        return []
+    return [torch.empty_like(p) for p in trainer.model.parameters() if p.requires_grad for _ in range(2)]
+
+
+def _fits(trainer: Stepping, size: int, longest: int) -> bool:
+    """Whether one forward and backward pass over copies of the longest example fits on this rank, beside the moments
+    of the optimizer."""
     stream = trainer.stream
     assert stream is not None
-    longest = _longest(stream.reader.dataset)
     batch = stream.read(StepPlan(0, torch.full((size,), longest), None, size, seed=stream.seed))
     # Not through DDP, which would wait for the other ranks; a sharded model is sharded in place.
     model = trainer.model
     before = Before(trainer, model, technique_states(trainer))
+    held: list[Tensor] = []
     try:
+        held += moments(trainer)
         trainer._accumulate_once(model, batch, trainer._count_items(batch))
         return True
     except RuntimeError as error:
@@ -179,6 +190,7 @@ def _fits(trainer: Stepping, size: int) -> bool:
         if isinstance(model, FSDPModule):
             # Leave it as after a whole pass, wherever it broke off; the same place on every rank.
             model._get_fsdp_state()._root_post_backward_final_callback()
+        held.clear()
         before.restore()
 
 

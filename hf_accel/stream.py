@@ -359,6 +359,13 @@ class StepStream:
             return self.epoch + 1.0
         return self.epoch + self.consumed / (math.ceil(len(self.ids_N) / self.batch_size) * self.batch_size)
 
+    def pass_over(self, epoch: int, steps: int) -> None:
+        """Stand where a plain Trainer does after so many steps of an epoch; at its beginning, where it is chosen of
+        which examples the epoch is."""
+        if steps and self.slots.select is None:
+            self.set_epoch(epoch)
+            self.consumed = steps * self.batch_size
+
     # State ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:

@@ -225,7 +225,7 @@ class IterableStepStream(StepStream):
             windows = self._windows_from(*start)
             self._read_ahead(windows, 1)
             before = self.examples.pop(self.consumed - 1, None)
-            if before is not None and digest(before) == self._last:
+            if before is not None and self._last in (digest(before), ""):  # a plain Trainer does not say which it was
                 return windows
             if start[0]:
                 logger.warning(f"train_dataset: its state is not exact. Reading its first {self.consumed} examples.")

@@ -289,13 +289,19 @@ class AccelTrainerMixin(Updating, Resuming):
             for kind in ("logging", "eval", "save"):
                 if 0 < (getattr(self.args, f"{kind}_steps") or 0) < 1:
                     setattr(self.state, f"{kind}_steps", sys.maxsize)  # the pacer fires at fractions of progress
-        if self.paced and resume is not None and self._resumed is not None and "clock" not in self._resumed:
-            steps, epochs = self.state.global_step, self.state.epoch if self.stream is None else position[0]
-            self.clock.advance(steps=steps, samples=steps * self.nominal_batch_size, epochs=epochs)
-        if self.stream is None or resume is None:
+        if self._resumed is None:
             return position
-        if not (self._resumed and "stream" in self._resumed):
-            return position[0], 0  # a plain Trainer's checkpoint: only its whole epochs are known
+        if self.stream is not None and "stream" not in self._resumed:
+            self.stream.pass_over(*position)
+        if self.paced and "clock" not in self._resumed:  # of a plain Trainer
+            steps, epochs = self.state.global_step, self.state.epoch
+            if self.stream is not None:
+                epochs = self.stream.epochs if self.stream.consumed else position[0]
+            self.clock.advance(steps=steps, samples=steps * self.nominal_batch_size, epochs=epochs)
+        if self.stream is None:
+            return position
+        if "stream" not in self._resumed:
+            return position[0], 0
         return self.stream.epoch + int(self.stream.epoch_is_over), 0
 
     def _run_epoch(self, **kwargs):

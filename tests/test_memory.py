@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hf_accel import BatchSizeRamp, ExponentialMovingAverage, InfoBatch, PaddingFree, SequenceLengthWarmup, Technique
-from hf_accel.memory import NotEnoughMemory, first_micro_batch_size
+from hf_accel.memory import NotEnoughMemory, first_micro_batch_size, moments
 from hf_accel.testing import largest_difference, losses_of, tiny_llama, tiny_trainer, weights_of
 
 OUT_OF_MEMORY = "CUDA out of memory. Tried to allocate 2.00 GiB."
@@ -265,3 +265,15 @@ def test_objectives_that_ask_twice(tmp_path):
     auto, _ = train([Twice()], tmp_path, "auto", 3)
     small, _ = train([Twice()], tmp_path, 2)
     assert_same_run(auto, small)
+
+
+def test_the_trial_leaves_room_for_the_moments(tmp_path):
+    trainer = tiny_trainer([], tmp_path, micro_batch_size=4, max_steps=1)
+    trainer.model.model.embed_tokens.weight.requires_grad_(False)
+    trainer.create_optimizer()
+    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
+    assert sum(tensor.numel() for tensor in moments(trainer)) == 2 * trained
+    trainer.train()
+    assert moments(trainer) == []
+    held = trainer.optimizer.state.values()
+    assert sum(value.numel() for state in held for value in state.values() if value.dim()) == 2 * trained

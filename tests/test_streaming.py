@@ -396,3 +396,14 @@ def test_images_are_mixed_and_resumed_bit_exactly(tmp_path):
     assert losses_of(resumed) == losses_of(straight)
     assert largest_difference(weights_of(resumed), weights_of(straight)) == 0.0
     assert all(t.took_effect(t.report()) for t in straight.techniques)
+
+
+def test_goes_on_where_a_plain_trainer_was(tmp_path):
+    args = {"max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    plain = hosted([], tmp_path, table().to_iterable_dataset(), Trainer, **args)
+    plain.train()
+    resumed = hosted([Watch()], tmp_path / "resumed", table().to_iterable_dataset(), **args)
+    resumed.allow_changes = True
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert losses_of(resumed) == losses_of(plain)
+    assert largest_difference(weights_of(resumed), weights_of(plain)) == 0.0

@@ -17,7 +17,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_accel import AccelTrainer, Budget, Technique, accelerated, attach
+from hf_accel import AccelTrainer, Budget, RandomSubset, Technique, accelerated, attach
 from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_trainer, weights_of
 
 
@@ -165,15 +165,29 @@ def test_resumes_as_trainer_does(watched, step, tmp_path):
         assert largest_difference(weights_of(straight), weights_of(plain)) == 0.0
 
 
-@pytest.mark.parametrize("step", [5, 8])
-def test_a_stream_goes_on_from_a_plain_checkpoint(step, tmp_path):
-    plain = tiny_trainer([], tmp_path / "a", trainer_class=Trainer, max_steps=16, save_strategy="steps", save_steps=1)
+@pytest.mark.parametrize("length", [{"max_steps": 16}, {"num_train_epochs": 2}], ids=["steps", "epochs"])
+@pytest.mark.parametrize("step", [5, 8], ids=["mid-epoch", "epoch-end"])
+def test_a_stream_goes_on_where_a_plain_trainer_was(step, length, tmp_path):
+    args = {"save_strategy": "steps", "save_steps": step, **length}
+    plain = tiny_trainer([], tmp_path, trainer_class=Trainer, **args)
     plain.train()
-    streamed = tiny_trainer([], tmp_path / "b", micro_batch_size=2, max_steps=16)
-    streamed.train(resume_from_checkpoint=str(tmp_path / "a" / f"checkpoint-{step}"))
-    assert streamed.state.global_step == 16 and streamed.clock.spent["steps"] == 16
-    rates = [[e["learning_rate"] for e in t.state.log_history if "learning_rate" in e] for t in (plain, streamed)]
-    assert rates[1] == pytest.approx(rates[0])
+    resumed = tiny_trainer([], tmp_path / "resumed", micro_batch_size=8, **args)
+    resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert resumed.state.global_step == 16 and resumed.clock.progress == 1.0 and resumed.receipt.samples == 128
+    logged = [[e | {"accel/progress": 0} for e in t.state.log_history[:16]] for t in (plain, resumed)]
+    assert logged[0] == logged[1]
+    assert largest_difference(weights_of(resumed), weights_of(plain)) == 0.0
+
+
+@pytest.mark.parametrize("select", [False, True])
+def test_techniques_go_on_where_a_plain_trainer_was(select, tmp_path):
+    """In the middle of its epoch; at its beginning, where examples are chosen."""
+    args = {"save_strategy": "steps", "save_steps": 5, "max_steps": 16}
+    tiny_trainer([], tmp_path, trainer_class=Trainer, **args).train()
+    trainer = tiny_trainer([RandomSubset(keep=1.0) if select else Watch()], tmp_path / "resumed", **args)
+    trainer.allow_changes = True
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
+    assert trainer.state.global_step == 16 and trainer.stream.epochs == (11 / 8 if select else 2.0)
 
 
 def vision_trainer(directory, **args):

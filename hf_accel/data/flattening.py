@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_accel.technique import Technique
 
 BORDER = 6
 """Length of the first of the two examples that are tried; the second is longer by one."""
+
+BLOCKS = 8
+"""Blocks of the copy that is tried where the model itself cannot be: among so many are all kinds that a model mixes."""
 
 
 def unpadded(examples: Sequence[Mapping[str, Tensor]], asking: Technique) -> list[dict[str, Tensor]]:
@@ -48,20 +53,47 @@ def end_to_end(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def flattening_fault(model: nn.Module, num_rows: int = 1) -> str | None:
+def flattening_fault(model: Any, num_rows: int = 1, host: Any = None) -> str | None:
     """Why flattened rows would not train as their examples do apart; None where they would.
 
-    Tried on ``num_rows`` equal rows.  Leaves the model as found.
+    Tried on ``num_rows`` equal rows, on the device and in the precision of ``host``, the trainer.  Leaves the model as
+    found.
     """
     modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if host is None else host.args.device
+    accelerator = getattr(host, "accelerator", None)  # a quantised model is asked before there is one
+    precision = contextlib.nullcontext() if accelerator is None else accelerator.autocast()
     try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            model.eval()
-            return _fault(model, model, num_rows) or None
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
+            tried = model if _can_run(model, device) else _fresh(model).to(device)
+            tried.eval()
+            return _fault(tried, tried, num_rows) or None
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+def _can_run(model: Any, device: torch.device) -> bool:
+    """Whether a model computes where it is now: flash attention does on accelerators only, and nothing does without
+    weights, which ZeRO-3 keeps elsewhere from the beginning and FSDP may read on the first rank only."""
+    weight = next(model.parameters())
+    if weight.device.type == "meta" or hasattr(weight, "ds_tensor"):
+        return False
+    return weight.device.type == device.type or "flash" not in model.config._attn_implementation
+
+
+def _fresh(model: Any) -> Any:
+    """The first blocks of a model of the same kind, with weights of its own, alike on every rank."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters
+    config = copy.deepcopy(base.config)
+    text = config.get_text_config()
+    if (number := getattr(text, "num_hidden_layers", 0)) > BLOCKS:
+        for name, value in list(vars(text).items()):
+            if isinstance(value, list) and len(value) == number:
+                setattr(text, name, value[:BLOCKS])
+        text.num_hidden_layers = BLOCKS
+    torch.manual_seed(0)
+    return type(base)(config).to(base.dtype)
 
 
 def _fault(model: Any, forward: Callable, num_rows: int) -> str:
@@ -114,7 +146,7 @@ def _noisy(parameter: Tensor, generator: torch.Generator) -> Tensor:
 
 def check_kept_apart(model: Any, asking: Technique, num_rows: int = 1) -> None:
     """Raise ValueError where a model would mix examples of a row."""
-    if (fault := flattening_fault(model, num_rows)) is not None:
+    if (fault := flattening_fault(model, num_rows, asking.host_)) is not None:
         raise ValueError(
             f"{asking!r}: {type(model).__name__} with {model.config._attn_implementation!r} attention: {fault}, "
             "so flattened examples would not train as padded ones. Pad, and group examples by length."

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
@@ -52,6 +54,11 @@ def test_outputs_and_gradients_are_those_of_masked_attention():
         apart = [gradients(model, **inputs), gradients(model, **padded), gradients(model, input_ids=ids)]
         for a, b in zip(masked, apart, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_models_that_will_be_trained_elsewhere_are_left_alone():
+    hosts = [SimpleNamespace(args=SimpleNamespace(device=torch.device(kind))) for kind in ("cpu", "cuda")]
+    assert [can_attend_by_segment(tiny_llama(), host=host) for host in hosts] == [True, False]
 
 
 def test_models_with_another_attention_are_left_alone():

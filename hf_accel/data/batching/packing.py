@@ -99,7 +99,7 @@ class Packing(Technique):
     def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps packed examples apart."""
         check_kept_apart(model, self, num_rows=1 if "flash" in model.config._attn_implementation else 2)
-        self.by_segment_ = can_attend_by_segment(model, num_rows=2)
+        self.by_segment_ = can_attend_by_segment(model, num_rows=2, host=self.host_)
         return model
 
     def inspect_dataset(self, dataset: Any) -> None:

@@ -55,7 +55,7 @@ class PaddingFree(Technique):
     def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps flattened examples apart."""
         check_kept_apart(model, self)
-        self.by_segment_ = can_attend_by_segment(model)
+        self.by_segment_ = can_attend_by_segment(model, host=self.host_)
         return model
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):

@@ -3,6 +3,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ranks import run_on_ranks
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -11,12 +12,14 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
     GPT2LMHeadModel,
+    LlamaForCausalLM,
+    TrainingArguments,
 )
 
 from hf_accel.data.batching.padding_free import PaddingFree, flatten
 from hf_accel.data.flattening import flattening_fault
 from hf_accel.stream import MicroBatch
-from hf_accel.testing import largest_difference, tiny_llama, tiny_trainer, weights_of
+from hf_accel.testing import largest_difference, losses_of, tiny_llama, tiny_trainer, weights_of
 
 SMALL = {
     "vocab_size": 97,
@@ -173,9 +176,45 @@ def test_projections_of_zero_hide_nothing(kind, auto, fault):
     )
 
 
+DEEP = {"num_hidden_layers": 12}
+
+
+@pytest.mark.parametrize("place", ["meta", "zero"])
+@pytest.mark.parametrize(
+    ("kind", "fields", "fault"),
+    [
+        ("llama", GROUPED | DEEP, None),
+        ("gpt2", GPT2 | {"n_layer": 12}, None),
+        ("qwen2", GROUPED | DEEP | {"use_sliding_window": True, "max_window_layers": 3}, None),
+        ("opt", {**SMALL, **DEEP, "ffn_dim": 48, "word_embed_proj_dim": 32}, "depends on the one before"),
+    ],
+)
+def test_models_whose_weights_are_elsewhere_are_judged_by_a_copy(kind, fields, fault, place):
+    model = tiny(kind, **fields)
+    if place == "meta":
+        model.to("meta")
+    else:  # as ZeRO-3 leaves them
+        for parameter in model.parameters():
+            parameter.ds_tensor = parameter.data
+            parameter.data = torch.empty(0)
+    random, blocks = torch.get_rng_state(), len([name for name, _ in model.named_parameters()])
+    found = flattening_fault(model, host=SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"))))
+    assert found is None if fault is None else fault in found
+    assert torch.equal(torch.get_rng_state(), random)
+    assert len([name for name, _ in model.named_parameters()]) == blocks
+    assert model.config.num_hidden_layers == 12
+
+
+def test_it_is_tried_in_the_precision_of_training(tmp_path):
+    model, seen = tiny_llama(), set()
+    model.lm_head.register_forward_hook(lambda module, args, output: seen.add(output.dtype))
+    tiny_trainer([PaddingFree()], tmp_path, model=model, bf16=True)
+    assert seen == {torch.bfloat16}
+
+
 def test_it_reports_the_padding_it_avoided():
     technique = PaddingFree()
-    technique.host_ = object()
+    technique.host_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
     model = tiny_llama()
     model.config.use_cache = False  # as Trainer sets it
     technique.prepare_model(model)
@@ -199,3 +238,25 @@ def test_workers_that_are_not_forks_read_the_same(tmp_path):
         trainer.train()
         runs.append(weights_of(trainer))
     assert largest_difference(*runs) == 0.0
+
+
+def under_zero_3(directory):
+    from ranks import backend_args
+
+    args = {"per_device_train_batch_size": 4, "max_steps": 2}
+    runs = [tiny_trainer([PaddingFree()], directory, **args, **backend_args("ddp"))]
+    runs[0].train()
+    args |= backend_args("zero3")
+    # Once there are arguments that say so, from_pretrained shards.
+    held = TrainingArguments(str(directory), **args)  # noqa: F841
+    model = LlamaForCausalLM.from_pretrained(directory / "model")
+    assert model.lm_head.weight.numel() == 0
+    runs.append(tiny_trainer([PaddingFree()], directory, model=model, **args))
+    runs[1].train()
+    return [losses_of(run) for run in runs]
+
+
+def test_models_that_are_sharded_from_the_beginning_train(tmp_path):
+    tiny_llama().save_pretrained(tmp_path / "model")
+    for apart, sharded in run_on_ranks(under_zero_3, tmp_path, backend="zero3"):
+        assert sharded == pytest.approx(apart, rel=1e-3)
