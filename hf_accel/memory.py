@@ -204,6 +204,18 @@ def _longest(dataset: Any) -> int:
 
 
 @contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Leave a model's buffers, such as the statistics of batch normalisation, as they were."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+@contextlib.contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
     """Leave the generators that a model draws from as they were found."""
     states = _random_states(device)

@@ -93,15 +93,12 @@ class Stepping(Hosting):
         model: Any = self.model_wrapped
         per_example = []
         model.train()
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        with torch.no_grad(), memory.random_state_kept(self.args.device):
+        with torch.no_grad(), memory.buffers_kept(self.model), memory.random_state_kept(self.args.device):
             for micro in batch.micro_batches:
                 inputs = self._prepare_inputs(_model_inputs(micro))
                 forward = functools.partial(model, **self.head.without_labels(self.model, inputs))
                 outputs = self._counted(inputs, forward, needed=False)
                 per_example.append(self.head.losses(outputs, inputs, len(micro.ids_B)).per_example(len(micro.ids_B)))
-            for buffer, before in buffers:
-                buffer.copy_(before)  # statistics of batch normalisation move once a step
         ids, values = self._gathered(torch.cat([m.ids_B for m in batch.micro_batches]), torch.cat(per_example))
         by_id = dict(zip(ids.tolist(), values.tolist(), strict=True))
         plan = batch.plan

@@ -38,7 +38,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from hf_accel.memory import random_state_kept
+from hf_accel.memory import buffers_kept, random_state_kept
 from hf_accel.technique import Diverged, Positive, State, Technique
 from hf_accel.weights import gather, local_parameters, scatter
 
@@ -109,19 +109,17 @@ class SharpnessAware(Technique):
         with random_state_kept(host.args.device):
             loss = backward()
         num_observed = len(host._observed)
-        buffers = [(buffer, buffer.clone()) for buffer in self.model_.buffers()]
         first = {name: gradient.clone() for name, gradient in self._gradient().items()}
         before = self._ascend(first)
         self.model_.zero_grad(set_to_none=True)
         try:
-            backward()
+            with buffers_kept(self.model_):
+                backward()
         finally:
             with torch.no_grad():
                 weights = local_parameters(self.model_)
                 for name, weight in before.items():
                     weights[name].copy_(weight)
-                for buffer, value in buffers:
-                    buffer.copy_(value)
             del host._observed[num_observed:]
         if self.reuse and self.every > 1:
             self.direction_ = orthogonal_direction(self._gradient(), first, self._sharded)
