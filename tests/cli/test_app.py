@@ -11,7 +11,8 @@ def test_a_package_that_is_missing_is_named(monkeypatch):
     for name in list(sys.modules):
         if name.startswith("hf_accel.compare"):
             monkeypatch.delitem(sys.modules, name)
-    monkeypatch.setitem(sys.modules, "scipy", None)
+    for name in ["scipy", *(name for name in sys.modules if name.startswith("scipy."))]:
+        monkeypatch.setitem(sys.modules, name, None)
     result = CliRunner().invoke(app, ["compare", "InfoBatch()", "--workload", "digits"])
     assert result.exit_code == 2 and "Install it with: pip install 'hf-accel[compare]'" in result.output
 
