@@ -37,6 +37,8 @@ OWNERS["outer weights"] = ["DiLoCo", "GradientCompression", "LocalSGD", "Progres
 OWNERS["lost blocks"] = ["ExpandFrom", "ProgressiveStacking", "ShrinkFrom"]
 OWNERS["frozen blocks"] = ["LayerFreezing", "ProgressiveStacking"]
 OWNERS["places of blocks"] = ["ProgressiveStacking", "RandomTokenDrop"]
+OWNERS["mean weights"] = ["DiLoCo", "LocalSGD", "LowRankTraining", "SparseTraining"]
+OWNERS["slow weights"] = ["Lookahead", "LowRankTraining"]
 RULES = {
     "logits": "reads the logits, which are not there. Leave one",
     "layers": "no plain nn.Linear|no trainable linear layer",
@@ -47,6 +49,8 @@ RULES = {
     "outer weights": "of before a growth. Leave one out",
     "lost blocks": "to blocks that would be lost. Leave one out",
     "frozen blocks": "by their places, and copies are elsewhere. Leave one out",
+    "mean weights": "of which there is no mean. Leave one of the two out",
+    "slow weights": "know nothing of the products before they begin. Leave one of the two out",
     "places of blocks": "by their places, and copies are elsewhere. Leave one out",
 }
 FREE = [name for name in KINDS if not any(name in owners for owners in OWNERS.values())]

@@ -23,18 +23,31 @@ without ``torch.compile``, where scaling makes it several times slower.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from hf_accel.model.compression.low_precision import UNEQUAL, convertible_layers, evaluate_plainly
+from hf_accel.model.compression.low_precision import UNEQUAL, ContiguousGradient, convertible_layers
 from hf_accel.technique import Technique
 
 CAPABILITY = (8, 9)
 """The first CUDA devices whose matrix products take float8: Ada; then Hopper."""
+
+
+@functools.cache
+def _plain_in_evaluation(kind: type[nn.Linear]) -> type[nn.Linear]:
+    """A class of layers that compute in float8 only while they train: evaluations show what a saved model does."""
+
+    def forward(self: nn.Linear, x: Tensor) -> Tensor:
+        if not self.training:
+            return nn.Linear.forward(self, x)
+        return ContiguousGradient.apply(kind.forward(self, x.contiguous()))  # type: ignore[return-value]
+
+    return type(kind.__name__, (kind,), {"forward": forward})
 
 
 def multiply_in_float8(model: nn.Module, paths: Mapping[str, Any], *, recipe: Any, emulate: bool = False) -> None:
@@ -47,7 +60,8 @@ def multiply_in_float8(model: nn.Module, paths: Mapping[str, Any], *, recipe: An
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate, pad_inner_dim=True)
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, path: path in paths)
     for path in paths:
-        evaluate_plainly(model.get_submodule(path))  # type: ignore[arg-type]
+        layer: Any = model.get_submodule(path)
+        layer.__class__ = _plain_in_evaluation(type(layer))
 
 
 @dataclass(eq=False)

@@ -21,26 +21,43 @@ layers; GPUs with float8.  It is a prototype of torchao's.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from hf_accel.model.compression.low_precision import UNEQUAL, convertible_layers, evaluate_plainly
+from hf_accel.model.compression.low_precision import UNEQUAL, ContiguousGradient, convertible_layers
 from hf_accel.technique import Technique
+
+
+class Int8Linear(nn.Linear):
+    """A linear layer that multiplies in 8-bit integers while it trains."""
+
+    multiply: Callable[..., Tensor]
+    """Of inputs, a weight, a bias and what is made of integers."""
+    config: Any
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        if torch.is_autocast_enabled(x.device.type):  # torchao computes in the dtype of what it is given
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        product = ContiguousGradient.apply(self.multiply(x.contiguous(), self.weight, None, self.config))
+        return product if self.bias is None else product + self.bias.to(product.dtype)  # type: ignore[union-attr]
 
 
 def multiply_in_int8(layer: nn.Linear, *, grad_weight: bool = True) -> None:
     """Let a linear layer, in place, multiply in 8-bit integers; the gradient of its weight only if asked for."""
     try:
-        from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
-        from torchao.quantization import quantize_
+        from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig, int8_mixed_precision
     except ImportError:
         raise ValueError("torchao: is not installed. Install it with: pip install 'hf-accel[quant]'.") from None
-    # Its other way, a subclass of tensors, quantises nothing in torchao 0.18.
-    quantize_(layer, Int8MixedPrecisionTrainingConfig(grad_weight=grad_weight, module_swap=True))
-    evaluate_plainly(layer)
+    # Its layer adds a bias in float32, whose gradient is none of 16 bits; its tensors quantise nothing in torchao 0.18.
+    layer.__class__ = Int8Linear
+    layer.multiply = int8_mixed_precision._Int8MixedPrecisionTrainingLinearFunction.apply
+    layer.config = Int8MixedPrecisionTrainingConfig(grad_weight=grad_weight)
 
 
 @dataclass(eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
@@ -48,18 +47,3 @@ class ContiguousGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
         return grad.contiguous()
-
-
-def evaluate_plainly(layer: nn.Linear) -> None:
-    """Let a converted layer compute in fewer bits only while it trains: evaluations show what a saved model does."""
-    layer.__class__ = _plain_in_evaluation(type(layer))
-
-
-@functools.cache
-def _plain_in_evaluation(kind: type[nn.Linear]) -> type[nn.Linear]:
-    def forward(self: nn.Linear, x: Tensor) -> Tensor:
-        if not self.training:
-            return nn.Linear.forward(self, x)
-        return ContiguousGradient.apply(kind.forward(self, x.contiguous()))  # type: ignore[return-value]
-
-    return type(kind.__name__, (kind,), {"forward": forward})

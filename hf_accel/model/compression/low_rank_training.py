@@ -20,8 +20,8 @@ al. (2023), Cuttlefish, https://arxiv.org/abs/2305.02538 (when to change).  Depa
 of progress at the latest; Cuttlefish's choice of ranks and of layers by profiling is left out.
 
 When to use: wide models, for which the authors measured up to 1.2 times the speed on one GPU; others found no gain.
-When not to use: narrow models, whose thin products are no faster than whole ones; with `Lookahead`, whose slow weights
-know nothing of the factors before the change; with activation checkpointing under DDP.
+When not to use: narrow models, whose thin products are no faster than whole ones; with activation checkpointing under
+DDP.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_accel.model.blocks import linear_layers
+from hf_accel.optim.averaging.lookahead import Lookahead
 from hf_accel.technique import Fraction, State, Technique
 
 Share = Annotated[float, at.Interval(gt=0, lt=1)]
@@ -182,6 +183,12 @@ class LowRankTraining(Technique):
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
+        for other in self.host_.techniques:
+            if isinstance(other, Lookahead):
+                raise ValueError(
+                    f"{self!r}: the slow weights of {other!r} know nothing of the products before they begin. Leave "
+                    "one of the two out."
+                )
         layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, Factorised)}
         self.layers_ = layers
         if not all(layer.weight.requires_grad for layer in self.layers_.values()):

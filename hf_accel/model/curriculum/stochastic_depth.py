@@ -29,7 +29,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import Counter
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
@@ -48,19 +48,32 @@ class Place(NamedTuple):
     """Where a block lies."""
 
     block: nn.Module
+    parameters: list[str]
+    """Names of its arguments."""
     stack: int
     column: int
     """Among the blocks of all stacks."""
     keep: float
     """How probably it is kept."""
+    least: int
+    """Rows that are computed in any case."""
     is_branch: bool
     """Whether it gives what is added, and not the sum."""
 
     def rows(self, kept_R: np.ndarray) -> np.ndarray:
         """Those that are computed, ascending: those that are kept, and where these are too few the first others."""
-        least = 1 + any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in self.block.modules())
-        needed = max(int(kept_R.sum()), min(least, len(kept_R)))
+        needed = max(int(kept_R.sum()), min(self.least, len(kept_R)))
         return np.sort(np.argsort(~kept_R, kind="stable")[:needed])
+
+
+class Drawn(NamedTuple):
+    """What a batch draws."""
+
+    num_rows: int
+    rows: Sequence[Tensor]
+    """Those that each block computes, (K,)."""
+    scales: Sequence[Tensor]
+    """By which it multiplies what it adds, (K,); 0 for rows that do not keep it."""
 
 
 def keep_probabilities(num_blocks: int, keep: float) -> list[float]:
@@ -113,14 +126,17 @@ class StochasticDepth(Technique):
         if (getattr(base.config, "_attn_implementation", None) or "").startswith(("flex", "paged")):
             raise ValueError(f"{self!r}: {base.config._attn_implementation} attention has one mask for all. Use sdpa.")
         self.keys_: Keys | None = None
-        self.drawn_: np.ndarray | None = None
+        self.drawn_: Drawn | None = None
         self.beside_: dict[int, tuple] = {}
         self.counts_ = {"kept": 0, "all": 0}
         self.places_: list[Place] = []
         self.ends_ = []
         for stack, blocks in enumerate(stacks):
             for block, keep in zip(blocks, keep_probabilities(len(blocks), self.keep), strict=True):
-                place = Place(block, stack, len(self.places_), keep, isinstance(block, nn.Sequential))
+                parameters = list(inspect.signature(block.forward).parameters)
+                least = 1 + any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in block.modules())
+                is_branch = isinstance(block, nn.Sequential)
+                place = Place(block, parameters, stack, len(self.places_), keep, least, is_branch)
                 self.places_.append(place)
                 self.ends_.append(surround(block, functools.partial(self._call, place), innermost=True))
         # A function of its own, for copies of the model are not to copy the technique as well.
@@ -143,9 +159,11 @@ class StochasticDepth(Technique):
         keys = None if self.keys_ is None or self.keep == 1 else self.keys_.of_examples(model, inputs)
         self.drawn_ = None
         if keys is not None and torch.is_grad_enabled():
-            self.drawn_ = self._draw(keys, _num_rows(model, inputs))
-            self.counts_["kept"] += int(self.drawn_.sum())
-            self.counts_["all"] += self.drawn_.size
+            main = _main_input(model, inputs)
+            kept_RL = self._draw(keys, len(main))
+            self.drawn_ = self._on_device(kept_RL, main.device)
+            self.counts_["kept"] += int(kept_RL.sum())
+            self.counts_["all"] += kept_RL.size
 
     def _draw(self, keys: list[int], num_rows: int) -> np.ndarray:
         """Which rows keep which blocks, (R, L)."""
@@ -156,31 +174,41 @@ class StochasticDepth(Technique):
         drawn_RL = np.stack([generator.random(len(self.places_)) for generator in generators])
         return drawn_RL < [place.keep for place in self.places_]
 
+    def _on_device(self, kept_RL: np.ndarray, device: torch.device) -> Drawn:
+        """In two copies for all blocks, for each of them waits."""
+        rows = [place.rows(kept_RL[:, place.column]) for place in self.places_]
+        scales = [kept_RL[own, place.column] / place.keep for own, place in zip(rows, self.places_, strict=True)]
+        sizes = [len(own) for own in rows]
+        return Drawn(
+            len(kept_RL),
+            torch.from_numpy(np.concatenate(rows)).to(device).split(sizes),
+            torch.from_numpy(np.concatenate(scales)).float().to(device).split(sizes),
+        )
+
     def _call(self, place: Place, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.drawn_ is None or not torch.is_grad_enabled():
             return call(*args, **kwargs)
-        kept_R = self.drawn_[:, place.column]
-        parameters = list(inspect.signature(place.block.forward).parameters)
-        given = dict(zip(parameters, args, strict=False)) | kwargs
-        x = given[parameters[0]]
-        if len(x) != len(kept_R):
-            raise ValueError(f"{self!r}: blocks see {len(x)} rows, the batch has {len(kept_R)}. Leave it out.")
-        rows_K = place.rows(kept_R)
-        scale = torch.as_tensor(kept_R[rows_K] / place.keep, dtype=x.dtype, device=x.device)
+        given = dict(zip(place.parameters, args, strict=False)) | kwargs
+        first = place.parameters[0]
+        x = given[first]
+        if len(x) != self.drawn_.num_rows:
+            raise ValueError(f"{self!r}: blocks see {len(x)} rows, the batch has {self.drawn_.num_rows}. Leave it out.")
+        rows_K, scale = (of_blocks[place.column].to(x.device) for of_blocks in (self.drawn_.rows, self.drawn_.scales))
         whole = len(rows_K) == len(x)
         if not whole:
-            rows = torch.as_tensor(rows_K, device=x.device)
-            given = {name: rows_of(name, value, rows, len(x)) for name, value in given.items()}
-        output = call(*(given[name] for name in parameters[: len(args)]), **{name: given[name] for name in kwargs})
+            given = {name: rows_of(name, value, rows_K, len(x)) for name, value in given.items()}
+        output = call(
+            *(given[name] for name in place.parameters[: len(args)]), **{name: given[name] for name in kwargs}
+        )
         new, beside = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         if not place.is_branch:
-            refuse_other_shape(self, given[parameters[0]], new)
+            refuse_other_shape(self, given[first], new)
         if place.keep < 1:
-            scale = scale.view(-1, *[1] * (new.dim() - 1))
-            new = new * scale if place.is_branch else given[parameters[0]] + (new - given[parameters[0]]) * scale
+            scale = scale.to(x.dtype).view(-1, *[1] * (new.dim() - 1))
+            new = new * scale if place.is_branch else given[first] + (new - given[first]) * scale
         if not whole:
             base = new.new_zeros(len(x), *new.shape[1:]) if place.is_branch else x
-            new = base.index_copy(0, rows, new.to(base.dtype))
+            new = base.index_copy(0, rows_K, new.to(base.dtype))
         if beside is None:
             return new
         if whole:
@@ -196,7 +224,7 @@ class StochasticDepth(Technique):
             return (*keys.of_step, keys.passes)
         if (micro := keys.host._micro) is None:
             return None
-        drawn_RL = self._draw(keys.of_micro_batch(), _num_rows(keys.host.model, micro.inputs))
+        drawn_RL = self._draw(keys.of_micro_batch(), len(_main_input(keys.host.model, micro.inputs)))
         computed = Counter[int]()
         for place in self.places_:
             size = sum(parameter.numel() for parameter in place.block.parameters())
@@ -218,5 +246,5 @@ class StochasticDepth(Technique):
         return report["kept"] < 1
 
 
-def _num_rows(model: Any, inputs: Mapping[str, Any]) -> int:
-    return len(inputs[getattr(model, "main_input_name", "input_ids")])
+def _main_input(model: Any, inputs: Mapping[str, Any]) -> Tensor:
+    return inputs[getattr(model, "main_input_name", "input_ids")]

@@ -57,20 +57,29 @@ def kept_share(progress: float, *, start: float, end: float) -> float:
     return max(math.floor(share * LEVELS) / LEVELS, start)
 
 
-def draw_kept(examples_RL: Tensor, seen_RL: Tensor, share: float, drawn: list[np.random.Generator]) -> Tensor:
-    """The positions that are kept, ascending, (R, K): of each example's tokens the share, its first among them.  Rows
-    in which these are fewer than in others keep some padding as well, or where there is none further tokens.
+def places_of(examples_RL: Tensor, seen_RL: Tensor, num_examples: int) -> list[np.ndarray]:
+    """Where the tokens of each example are, ascending, as indices into all positions.
 
     Args:
         examples_RL: which example each position belongs to, from 0.
         seen_RL: which positions are tokens and not padding.
+    """
+    return [(seen_RL & (examples_RL == i)).flatten().nonzero().flatten().numpy() for i in range(num_examples)]
+
+
+def draw_kept(places: list[np.ndarray], seen_RL: Tensor, share: float, drawn: list[np.random.Generator]) -> Tensor:
+    """The positions that are kept, ascending, (R, K): of each example's tokens the share, its first among them.  Rows
+    in which these are fewer than in others keep some padding as well, or where there is none further tokens.
+
+    Args:
+        places: where the tokens of each example are.
+        seen_RL: which positions are tokens and not padding.
         drawn: a generator for each example.
     """
     rank_RL = np.where(seen_RL.numpy(), 2, 1)  # what is kept in any case has 0
-    for example, generator in enumerate(drawn):
-        places = (seen_RL & (examples_RL == example)).flatten().nonzero().flatten().numpy()
-        others = math.floor(share * len(places) + 1e-9) - 1
-        chosen = [places[:1], places[1:][generator.permutation(max(len(places) - 1, 0))[: max(others, 0)]]]
+    for own, generator in zip(places, drawn, strict=True):
+        others = math.floor(share * len(own) + 1e-9) - 1
+        chosen = [own[:1], own[1:][generator.permutation(max(len(own) - 1, 0))[: max(others, 0)]]]
         rank_RL.reshape(-1)[np.concatenate(chosen)] = 0
     kept = max(int((rank_RL == 0).sum(1).max()), 1)
     order_RL = np.argsort(rank_RL, axis=1, kind="stable")
@@ -126,7 +135,8 @@ class RandomTokenDrop(Technique):
         self.parameters_ = list(inspect.signature(blocks[0].forward).parameters)
         # A function of its own, for copies of the model are not to copy the technique as well.
         self.hook_ = model.register_forward_pre_hook(lambda _, args, inputs: self._see(model, inputs), with_kwargs=True)
-        self.ends_ = [surround(block, functools.partial(self._call, i)) for i, block in list(enumerate(blocks))[1:-1]]
+        self.middle_ = range(1, len(blocks) - 1)
+        self.ends_ = [surround(blocks[i], functools.partial(self._call, i)) for i in self.middle_]
 
     def _blocks(self, model: Any) -> nn.ModuleList:
         try:
@@ -175,37 +185,43 @@ class RandomTokenDrop(Technique):
         examples_RL = examples_of({**inputs, "labels": ids_RL}, len(keys))
         self.batch_ = examples_RL.cpu(), seen_RL.cpu(), keys
 
-    def _draw(self, i: int, num_rows: int, length: int) -> Tensor | None:
-        """The positions that a block keeps; None for all.  Once a pass, for checkpointing calls a block again."""
-        if i not in self.drawn_:
-            assert self.batch_ is not None and self.keys_ is not None
-            examples_RL, seen_RL, keys = self.batch_
-            if examples_RL is None or seen_RL is None:
-                seen_RL = torch.ones(num_rows, length, dtype=torch.bool)
-                examples_RL = torch.arange(num_rows)[:, None].expand(num_rows, length)
-            if seen_RL.shape != (num_rows, length):
-                raise ValueError(
-                    f"{self!r}: blocks see {num_rows} x {length} positions, the batch has {tuple(seen_RL.shape)}. "
-                    "Leave out what adds positions (prompt tuning)."
-                )
-            kept_RK = None
-            if self.share_ < 1:
-                generators = [np.random.default_rng((*self.keys_.of_step, i, key)) for key in keys]
-                kept_RK = draw_kept(examples_RL, seen_RL, self.share_, generators)
-            self.counts_["kept"] += num_rows * length if kept_RK is None else kept_RK.numel()
-            self.counts_["all"] += num_rows * length
-            self.drawn_[i] = kept_RK
-        return self.drawn_[i]
+    def _draw(self, num_rows: int, length: int, device: torch.device) -> None:
+        """Draw the positions that each block keeps; None for all.  In one copy, for each of them waits."""
+        assert self.batch_ is not None and self.keys_ is not None
+        examples_RL, seen_RL, keys = self.batch_
+        if examples_RL is None or seen_RL is None:
+            seen_RL = torch.ones(num_rows, length, dtype=torch.bool)
+            examples_RL = torch.arange(num_rows)[:, None].expand(num_rows, length)
+        if seen_RL.shape != (num_rows, length):
+            raise ValueError(
+                f"{self!r}: blocks see {num_rows} x {length} positions, the batch has {tuple(seen_RL.shape)}. "
+                "Leave out what adds positions (prompt tuning)."
+            )
+        self.counts_["all"] += len(self.middle_) * num_rows * length
+        if self.share_ == 1:
+            self.drawn_ = dict.fromkeys(self.middle_)
+            self.counts_["kept"] += len(self.middle_) * num_rows * length
+            return
+        places = places_of(examples_RL, seen_RL, len(keys))
+        kept = []
+        for i in self.middle_:
+            generators = [np.random.default_rng((*self.keys_.of_step, i, key)) for key in keys]
+            kept.append(draw_kept(places, seen_RL, self.share_, generators))
+        sizes = [kept_RK.numel() for kept_RK in kept]
+        of_blocks = torch.cat([kept_RK.flatten() for kept_RK in kept]).to(device).split(sizes)
+        self.drawn_ = {i: own.view(num_rows, -1) for i, own in zip(self.middle_, of_blocks, strict=True)}
+        self.counts_["kept"] += sum(sizes)
 
     def _call(self, i: int, call: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
         if self.batch_ is None:
             return call(*args, **kwargs)
         hidden_states = self.parameters_[0]
         whole_RLH = args[0] if args else kwargs[hidden_states]
-        kept_RK = self._draw(i, *whole_RLH.shape[:2])
-        if kept_RK is None:
+        if not self.drawn_:  # once a pass, for checkpointing calls a block again
+            self._draw(*whole_RLH.shape[:2], whole_RLH.device)
+        if (kept_RK := self.drawn_[i]) is None:
             return call(*args, **kwargs)
-        kept_RK = kept_RK.to(whole_RLH.device, non_blocking=True)
+        kept_RK = kept_RK.to(whole_RLH.device)
         given = dict(zip(self.parameters_, args, strict=False)) | kwargs
         try:
             few = {name: argument_at_kept(name, given[name], kept_RK) for name in given if name != hidden_states}

@@ -15,6 +15,8 @@ import annotated_types as at
 import torch.distributed as dist
 from torch import Tensor
 
+from hf_accel.model.compression.low_rank_training import LowRankTraining
+from hf_accel.model.compression.sparse_training import SparseTraining
 from hf_accel.technique import State, Technique
 from hf_accel.weights import buffers, local_parameters
 
@@ -44,6 +46,12 @@ class Rounds(Technique):
         host: Any = self.host_
         if host.is_deepspeed_enabled or host.is_fsdp_enabled:
             raise ValueError(f"{self!r}: under FSDP and DeepSpeed no rank has weights of its own. Use DDP.")
+        for technique in host.techniques:
+            if isinstance(technique, LowRankTraining | SparseTraining):
+                raise ValueError(
+                    f"{self!r}: each rank would choose other weights to train by {technique!r}, of which there is no "
+                    "mean. Leave one of the two out."
+                )
         if args.world_size > 1:
             for technique in host.techniques:
                 if technique.answers() & {"accept_step", "averaging"}:

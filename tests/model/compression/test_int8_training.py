@@ -42,6 +42,26 @@ def test_products_are_those_of_integers(grad_weight):
     np.testing.assert_allclose(layer.bias.grad, grad.sum(0), **close)
 
 
+@pytest.mark.parametrize("grad_weight", [True, False])
+def test_under_autocast_products_are_those_of_16_bits(grad_weight):
+    torch.manual_seed(0)
+    layer = nn.Linear(32, 16)
+    x, grad = torch.randn(48, 32, requires_grad=True), torch.randn(48, 16).bfloat16()
+    multiply_in_int8(layer, grad_weight=grad_weight)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = layer(x)
+    assert out.dtype == torch.bfloat16
+    out.backward(grad)
+    values, weight, grad = (t.detach().bfloat16().double().numpy() for t in (x, layer.weight, grad))
+    close = {"rtol": 0.02, "atol": 0.05}  # of 8 bits
+    expected = product(values, weight.T) + layer.bias.detach().double().numpy()
+    np.testing.assert_allclose(out.detach().double(), expected, **close)
+    np.testing.assert_allclose(x.grad, product(grad, weight), **close)
+    expected = product(grad.T, values) if grad_weight else grad.T @ values
+    np.testing.assert_allclose(layer.weight.grad, expected, rtol=0.02, atol=0.2)
+    np.testing.assert_allclose(layer.bias.grad, grad.sum(0), rtol=0.02, atol=0.1)
+
+
 def test_inputs_and_gradients_may_be_transposed():
     layer = nn.Linear(32, 16)
     x, grad = torch.randn(32, 3, 48), torch.randn(16, 3, 48)

@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_accel import Packing, RandomTokenDrop
-from hf_accel.model.modules.random_token_drop import draw_kept, kept_share
+from hf_accel.model.modules.random_token_drop import draw_kept, kept_share, places_of
 from hf_accel.technique import Technique
 from hf_accel.testing import collate_masked, losses_of, tiny_bert, tiny_convnext, tiny_llama, tiny_trainer
 
@@ -183,12 +183,14 @@ def test_draws_are_of_each_example_alone_and_even():
     seen = torch.ones(3, 12, dtype=torch.bool)
     seen[1, 8:] = False
     examples = torch.arange(3)[:, None].expand(3, 12)
+    places = places_of(examples, seen, 3)
+    assert [own.tolist() for own in places] == [[*range(12)], [*range(12, 20)], [*range(24, 36)]]
     counts = torch.zeros(3, 12)
     for seed in range(2000):
-        kept = draw_kept(examples, seen, 0.5, [np.random.default_rng((seed, i)) for i in range(3)])
+        kept = draw_kept(places, seen, 0.5, [np.random.default_rng((seed, i)) for i in range(3)])
         assert kept.shape == (3, 6)
         counts += torch.zeros(3, 12).scatter(1, kept, 1.0)
-        alone = draw_kept(examples[:1, :8], seen[1:2, :8], 0.5, [np.random.default_rng((seed, 1))])
+        alone = draw_kept([np.arange(8)], seen[1:2, :8], 0.5, [np.random.default_rng((seed, 1))])
         assert set(alone[0].tolist()) == {place for place in kept[1].tolist() if place < 8}
     assert (counts[:, 0] == 2000).all()
     assert ((counts[0, 1:] / 2000 - 5 / 11).abs() < 5 * math.sqrt(0.25 / 2000)).all()
