@@ -8,7 +8,7 @@ import signal
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, Subset
+from torch.utils.data import DataLoader, IterableDataset, Subset
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer import _is_peft_model
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
@@ -175,7 +175,7 @@ def probe_evaluation(trainer: AccelTrainerMixin) -> float:
     parts: list[Any] = list(data.values()) if isinstance(data, dict) else [data]
     seconds = 0.0
     for dataset in parts:
-        if not hasattr(dataset, "__getitem__"):
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
             continue  # an unmeasurable stream of examples: the first evaluation will tell
         size = trainer.args.eval_batch_size
         collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="evaluation")

@@ -38,6 +38,8 @@ class Stepping(Hosting):
         with self.stopwatch.charge("data"):
             if self.stream is None:
                 batches, items = super().get_batch_samples(epoch_iterator, num_batches, device)
+                # Where the data has no length, Trainer would ask as often as a budget might have steps.
+                self.control.should_epoch_stop |= not batches
                 self._trained_samples = sum(map(_num_rows, batches)) * self.args.world_size
                 self._trained_positions = sum(map(self._num_positions, batches))
                 self._begin_counting_tokens(batches)

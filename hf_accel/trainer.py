@@ -193,6 +193,8 @@ class AccelTrainerMixin(Updating, Resuming):
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
         self._resumed = None if checkpoint is None else self._read_checkpoint(checkpoint)
         self._start_counting()
+        if self.args.device.type == "cuda" and not self.is_in_train:  # a trial within a run is a part of it
+            torch.cuda.reset_peak_memory_stats(self.args.device)
         with self.stopwatch.charge("other"):
             output = super().train(checkpoint, *args, **kwargs)
         self.count_energy()
@@ -360,7 +362,9 @@ class AccelTrainerMixin(Updating, Resuming):
         if not keeps_best and (averages := self._averages()) is not None:
             weights.swap(self.model, averages)
         self._reports = [dict(t.report()) for t in self.techniques]
-        return super()._finalize_training(trial, self.clock.spent["samples"] or num_train_samples, start_time)
+        if samples := self.clock.spent["samples"]:  # Trainer wants those of the whole schedule
+            num_train_samples = samples * self.state.max_steps / max(self.state.global_step, 1)
+        return super()._finalize_training(trial, num_train_samples, start_time)
 
     def log(self, logs, start_time=None):
         evaluated = any(key.startswith("eval_") for key in logs)  # a model card makes a column of each of its keys

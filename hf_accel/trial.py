@@ -37,6 +37,7 @@ QUIET = {
     "disable_tqdm": True,
     "logging_nan_inf_filter": False,
     "dataloader_persistent_workers": False,
+    "enable_jit_checkpoint": False,
 }
 
 

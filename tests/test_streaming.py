@@ -104,6 +104,14 @@ def test_a_watched_stream_is_trainers(source, tmp_path):
     assert ours.receipt.samples == len(watch.seen_) == num + 3 * 8
 
 
+@pytest.mark.parametrize("limit", ["9steps", "60samples"])
+def test_a_budget_alone_begins_a_stream_again(limit, tmp_path):
+    trainer = hosted([Budget(limit)], tmp_path, Text(20))
+    trainer.train()
+    assert trainer.stream is None and trainer.clock.progress == 1.0
+    assert trainer.state.global_step == 9  # of 8, 8 and 4 examples, again and again
+
+
 RESUMED = [
     (lambda: [Watch()], "torch", 0),
     (lambda: [Watch()], "mapped", 0),

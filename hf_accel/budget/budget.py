@@ -98,7 +98,11 @@ class Budget(Technique):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            self._refuse_too_little(self.host_.taken_by_first_step())  # type: ignore[union-attr]
+            host: Any = self.host_
+            taken = host.taken_by_first_step()
+            if "tokens" in host.clock.limits and not taken["tokens"]:
+                raise ValueError(f"{self!r}: the batches hold no tokens. Give samples or epochs.")
+            self._refuse_too_little(taken)
 
     def _refuse_too_little(self, taken: Mapping[str, float]) -> None:
         """Raise before the first update where it would be late, on every rank."""

@@ -110,6 +110,8 @@ class Forecast:
         for unit, limit in limits.items():
             available = limit - self.once if unit == "seconds" else limit
             each = self.each_step if unit == "seconds" else self.spent[unit]
+            if not each:
+                raise ValueError(f"budget: the batches hold no {unit}. Give samples or epochs.")
             bought.append(available / each)
         steps = math.floor(min(bought) + 1e-6)
         if steps < 1:

@@ -95,6 +95,10 @@ def what_fits(recipe: Recipe, budget: str, rows: int, devices: int) -> dict[str,
         forecast = calibrate(trainer, seconds=CALIBRATION_SECONDS, without=searches)
         left = 1 - sum(search.share for search in searches)
         limits = {unit: limit * left for unit, limit in trainer._limits().items()}
+    for strategy, rhythm in (("eval", forecast.evaluations), ("save", forecast.checkpoints)):
+        if getattr(trainer.args, f"{strategy}_strategy") == "epoch":
+            rhythm.each_step *= devices
+    forecast.evaluation /= devices
     forecast.spent = {unit: spent * (1 if unit == "steps" else devices) for unit, spent in forecast.spent.items()}
     steps = forecast.steps(limits)
     rule = "linear" if "sgd" in trainer.args.optim else "sqrt"

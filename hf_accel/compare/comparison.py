@@ -241,6 +241,7 @@ class Comparison:
             "files": self.files + cache.stamp(arm.recipe.techniques),
             "machine": machine(),
             "single_threaded": self.cost == "cpu_seconds",
+            **({"counts_operations": True} if self.cost == "flops" else {}),
             **({"metric": self.metric} if self.metric and self.metric_name != "eval_loss" else {}),
         }
 

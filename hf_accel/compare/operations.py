@@ -2,7 +2,8 @@
 
 Where a step of a new kind comes, a fork of the process makes it, counted, reports and ends; then the process makes it
 itself.  So are the first update of each kind, and all that is done before the first step: passes that score, a teacher
-that is trained.  An accelerator cannot be used in a fork: there, steps are counted where they run, and nothing else.
+that is trained.  An accelerator cannot be used in a fork: there, nothing is counted but where operations are what is
+compared; then steps are, where they run, and nothing else.
 """
 
 from __future__ import annotations
@@ -31,18 +32,24 @@ class FirstStep(BaseException):
 class Operations(TrainerCallback, FlopMeter):
     """Counts what a trainer, whose callback it becomes, computes between ``train()`` and its end, without evaluations.
 
+    Args:
+        on_accelerator: Whether steps are counted on an accelerator, too, though they take longer so.
+
     Attributes:
-        executed: Operations that ran; nan where a kernel has no formula.
+        executed: Operations that ran; nan where a kernel has no formula, or nothing is counted.
         spent: Wall and CPU seconds of the counting, which are not the run's.
     """
 
-    def __init__(self, trainer: Trainer) -> None:
+    def __init__(self, trainer: Trainer, *, on_accelerator: bool = False) -> None:
         super().__init__()
         self.executed = 0.0
         self.spent = {"wall_seconds": 0.0, "cpu_seconds": 0.0}
         self._updates: dict[Hashable, float] = {}
         self._in_fork = self._began = False
         self._charge: Callable[[str], AbstractContextManager] = lambda name: nullcontext()
+        if torch.accelerator.is_available() and not on_accelerator:
+            self.executed = math.nan
+            return
         trainer.add_callback(self)
         if isinstance(trainer, AccelTrainerMixin):
             trainer.meters = {**trainer.meters, "flops": self}

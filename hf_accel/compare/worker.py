@@ -89,7 +89,7 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
         meter = Meter()
         set_up = SetUp(meter)
         trainer = make_trainer(task, args, recipe, run["budget"], set_up, hosted=run.get("hosted", False))
-        operations = Operations(trainer)
+        operations = Operations(trainer, on_accelerator=run.get("counts_operations", False))
         set_up.counting = operations.spent
         operations.train(trainer)
         section = without(meter.seconds(), operations.spent)

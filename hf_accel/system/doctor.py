@@ -28,7 +28,8 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import Trainer
+from transformers import EarlyStoppingCallback, Trainer
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 
 from hf_accel.losses import honours_num_items
@@ -155,9 +156,11 @@ class Waits(TorchDispatchMode):
 
 
 def _line_of_the_user() -> str:
-    """The line that asked for a value; empty where an installed package did, Trainer for example."""
+    """The line that asked for a value; empty where an installed package did, Trainer for example, or `Watch`."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
+        if path == Path(__file__) and frame.name == Watch._look.__name__:
+            return ""
         if path == Path(__file__) or path.is_relative_to(Path(torch.__file__).parent):
             continue
         return "" if "site-packages" in path.parts else f"{path.name}:{frame.lineno}"
@@ -224,12 +227,14 @@ def communication(trainer: Any, passes: int = 5) -> float:
 
 
 def quiet(trainer: Trainer, folder: str) -> None:
-    """Leave out of a trainer's arguments what a short run is not to do."""
+    """Leave out of a trainer what a short run is not to do."""
     args: Any = trainer.args
     changes = {"output_dir": folder, "max_steps": -1, "eval_strategy": IntervalStrategy.NO, "push_to_hub": False}
     changes |= {"save_strategy": SaveStrategy.NO, "load_best_model_at_end": False, "eval_on_start": False}
     for name, value in changes.items():
         setattr(args, name, value)
+    for callback in (EarlyStoppingCallback, *INTEGRATION_TO_CALLBACK.values()):  # it wants evaluations; they report
+        trainer.remove_callback(callback)
 
 
 def planned_steps(trainer: Trainer) -> int | None:

@@ -38,6 +38,9 @@ from hf_accel.tasks.models import dtype_of, load_model, load_tokenizer
 KEPT_BACK = 0.1
 """Share of a device's memory for what an allocator loses between tensors, and for the context of the device."""
 
+MOST_ROWS = 2**20
+"""That are tried."""
+
 BUCKET = 500_000_000
 """Elements of the buffer in which DeepSpeed reduces gradients, where its configuration names no other."""
 
@@ -264,10 +267,25 @@ class Planner:
         return _copies(traced, self.devices)
 
     def largest_rows(self, setting: Setting, memory: float) -> int:
-        """The most examples of a forward pass that fit, by two footprints, between which memory grows evenly."""
-        rows = self.subject.rows
-        one, two = (self.footprint(setting, rows * times).device for times in (1, 2))
-        return max(rows + math.floor((memory * (1 - KEPT_BACK) - one) / max((two - one) / rows, 1.0)), 0)
+        """The most examples of a forward pass that fit; 0 where not one does, and `MOST_ROWS` where more do.
+
+        What is taken is the worst of several moments, each of which grows evenly with the examples: chords lie above.
+        """
+        room = memory * (1 - KEPT_BACK)
+
+        def left(rows: int) -> float:
+            return room - self.footprint(setting, rows).device
+
+        fits, high = 0, self.subject.rows if left(self.subject.rows) >= 0 else 1
+        while left(high) >= 0:
+            if high >= MOST_ROWS:
+                return MOST_ROWS
+            fits, high = high, 2 * high
+        further = fits
+        while further > 0:
+            further = math.floor(left(fits) / (left(fits) - left(high)) * (high - fits))
+            fits += further
+        return fits
 
     def recommend(self, memory: float, settings: Sequence[Setting]) -> Setting | None:
         """The first of the settings that fits; None: none does."""

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
+import datasets
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from torch.utils.data import IterableDataset
 from transformers import TrainerCallback
 
 from hf_accel import Budget, LayerFreezing, LearningRateSearch, SharpnessAware
 from hf_accel.clock import Clock
 from hf_accel.pace import _guess_saving
-from hf_accel.testing import collate_padded, losses_of, tiny_llama, tiny_trainer
+from hf_accel.testing import CountingText, collate_padded, losses_of, tiny_llama, tiny_trainer
 
 
 def of_one_length(features):
@@ -185,6 +187,31 @@ def test_an_evaluation_that_would_make_the_run_late_is_left_out(tmp_path):
     assert 60 * 0.95 < trainer.clock.seconds <= 60
     steps = [e["step"] for e in trainer.state.log_history if "eval_loss" in e]
     assert len(steps) == 5 and steps[-1] == trainer.state.global_step  # at 19, 38, 57, 76 and 100, but not at 95 %
+
+
+def test_evaluations_of_a_stream_are_kept_back_for_once_one_has_been_made(tmp_path):
+    rows = CountingText(16)
+
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return (rows[i] for i in range(16))
+
+    for stream in (Stream(), datasets.Dataset.from_list([rows[i] for i in range(16)]).to_iterable_dataset()):
+        trainer = tiny_trainer([Budget("60s")], tmp_path, **EVALUATED)
+        trainer.eval_dataset = stream
+        Machine(trainer, step=0.5, batch=0.25)
+        trainer.train()
+        assert 60 * 0.95 < trainer.clock.seconds <= 60
+        assert trainer.state.log_history[-2]["step"] == trainer.state.global_step
+        assert "eval_loss" in trainer.state.log_history[-2]
+
+
+def test_tokens_of_images_are_refused_before_the_first_update(tmp_path):
+    trainer = tiny_trainer([Budget("100tok")], tmp_path, modality="image")
+    before = [p.clone() for p in trainer.model.parameters()]
+    with pytest.raises(ValueError, match=r"Budget\(limit='100tok'\): the batches hold no tokens\. Give samples or epo"):
+        trainer.train()
+    assert all(map(torch.equal, before, trainer.model.parameters()))
 
 
 @pytest.mark.parametrize("slower", [2.0, 4.0])

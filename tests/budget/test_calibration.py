@@ -53,9 +53,10 @@ def slow_trainer(directory, *techniques, **args):
         ({"num_train_epochs": 2, "eval_strategy": "epoch"}, []),
         ({"num_train_epochs": 2, "eval_strategy": "epoch", "eval_on_start": True}, [InfoBatch(keep=1.0)]),
         ({"max_steps": 12, "eval_strategy": "steps", "eval_steps": 4}, []),
+        ({"max_steps": 12, "enable_jit_checkpoint": True}, []),
         ({"eval_strategy": "steps", "eval_steps": 0.25, "save_strategy": "epoch"}, [Budget("20steps")]),
     ],
-    ids=["no evaluation", "epochs", "on a stream", "steps", "fractions"],
+    ids=["no evaluation", "epochs", "on a stream", "steps", "checkpoints on a signal", "fractions"],
 )
 def test_a_run_takes_what_was_predicted(args, techniques, tmp_path):
     trainer = slow_trainer(tmp_path, *techniques, **args)
@@ -87,6 +88,9 @@ def test_other_units():
     assert forecast.steps({"seconds": 15}) == 10
     with pytest.raises(ValueError, match=r"budget: a run takes 6.9 s with a single step.*Give more"):
         forecast.steps({"seconds": 6})
+    forecast.spent["tokens"] = 0.0
+    with pytest.raises(ValueError, match=r"budget: the batches hold no tokens\. Give samples or epochs"):
+        forecast.steps({"tokens": 1e4})
 
 
 def test_operations_are_counted_for_a_budget_of_them(tmp_path):

@@ -27,6 +27,9 @@ def test_it_stops_at_the_first_evaluation_that_is_good_enough(others, tmp_path):
     assert stopped.state.global_step == first < 24
     report = stopped.receipt.techniques[-1]["report"]
     assert report == {"best": losses[first], "reached_at_step": first, "reached_at_progress": first / 24}
+    ended = stopped.state.log_history[-1]
+    samples = ended["train_samples_per_second"] * ended["train_runtime"]
+    assert samples == pytest.approx(stopped.receipt.samples, rel=0.01)
     assert stopped.evaluate()["eval_loss"] == pytest.approx(losses[first])  # of what it returns
 
 

@@ -117,6 +117,12 @@ def test_what_fits_in_a_time_for_programs(recipe, run):
     assert found["learning_rate"] == pytest.approx(1e-3 * 2**0.5)
 
 
+def test_epochs_of_several_devices_are_evaluated_as_often(recipe, run):
+    found = json.loads(run(recipe, "--budget", "2epochs", "--devices", 4, "--json").stdout)["budget"]
+    evaluations = found["steps"] * found["forecast"]["evaluations"]["each_step"]
+    assert evaluations == pytest.approx(found["epochs"]) and found["epochs"] == pytest.approx(2, rel=0.2)
+
+
 @pytest.mark.parametrize(
     "line, sentence",
     [

@@ -11,12 +11,14 @@ from ranks import run_on_ranks
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    EarlyStoppingCallback,
     LlamaConfig,
     LlamaForCausalLM,
     PrinterCallback,
     Trainer,
     TrainingArguments,
 )
+from transformers.integrations import TensorBoardCallback
 from typer.testing import CliRunner
 
 from hf_accel import LengthGrouped, LocalSGD, Recipe
@@ -123,6 +125,31 @@ def test_nothing_is_found_where_nothing_was_planted(tmp_path):
     found = examine(healthy(tmp_path))
     assert found.findings == [] and found.traps == []
     assert found.run_seconds == pytest.approx(320 * sum(found.seconds.values()), rel=0.5)
+
+
+def test_its_own_look_at_a_mask_is_not_the_users(tmp_path):
+    class Weighted(Trainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            assert "attention_mask" in inputs
+            return 2 * model(**inputs).loss
+
+    found = examine(healthy(tmp_path, kind=Weighted))
+    assert not [finding for finding in found.findings if finding.what.startswith("Waiting")]
+
+
+def test_callbacks_that_want_evaluations_or_report_are_left_out(tmp_path):
+    class Told(TensorBoardCallback):
+        def __init__(self):
+            pass
+
+        def on_train_begin(self, *args, **kwargs):
+            raise AssertionError("an examination is not to be reported")
+
+    settings = {"eval_strategy": "steps", "eval_steps": 200, "metric_for_best_model": "loss"}
+    trainer = healthy(tmp_path, **settings | {"load_best_model_at_end": True, "save_steps": 200})
+    for callback in (EarlyStoppingCallback(), Told()):
+        trainer.add_callback(callback)
+    assert sum(examine(trainer).seconds.values()) > 0
 
 
 def test_checkpointing_that_memory_needs_is_no_finding(tmp_path):

@@ -117,6 +117,16 @@ def test_the_most_examples_that_fit(llama):
     assert plan.largest_rows(setting, memory) == 12
 
 
+@pytest.mark.parametrize("rows", [2, 64])
+def test_the_most_that_fit_where_few_take_no_more_than_the_update(llama, rows):
+    plan, setting = Planner(subject_of(llama, rows=rows, length=8), devices=4, bf16=True), Setting("zero1")
+    assert plan.footprint(setting, 1).device == plan.footprint(setting, 2).device
+    memory = plan.footprint(setting, 40).device / 0.9 * (1 + 1e-6)
+    assert plan.footprint(setting, 41).device > 0.9 * memory
+    assert plan.largest_rows(setting, memory) in (39, 40)
+    assert plan.largest_rows(setting, plan.footprint(setting, 1).device) == 0
+
+
 @pytest.mark.parametrize(
     "config",
     [
