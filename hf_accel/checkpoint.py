@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -41,7 +42,9 @@ def save_state(directory: str | Path, name: str, state: Mapping[str, Any]) -> No
     tensors: dict[str, Tensor] = {}
     document = taken_apart(state, tensors)
     Path(directory).mkdir(parents=True, exist_ok=True)
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    # Copies, for safetensors refuses tensors that share memory.
+    whole = {"memory_format": torch.contiguous_format}
+    tensors = {key: tensor.detach().cpu().clone(**whole) for key, tensor in tensors.items()}
     save_file(tensors, Path(directory, f"{name}.safetensors"))
     Path(directory, f"{name}.json").write_text(json.dumps(document))
 

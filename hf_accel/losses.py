@@ -42,6 +42,11 @@ ExampleLossFunc = Callable[[Any, Mapping[str, Any]], "Tensor | tuple[Tensor, Ten
 """``(outputs, inputs) -> losses_B``, or ``losses_BL, mask_BL``."""
 
 
+def widest(device: torch.device) -> torch.dtype:
+    """Of what is summed over many steps, or cumulated: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 class ExampleLosses(NamedTuple):
     """What a micro-batch's examples lose, item by item."""
 

@@ -78,7 +78,8 @@ def fitting(trainer: Stepping, model: nn.Module, batch: StepBatch, attempt: Call
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            rows = max(len(micro.ids_B) for micro in batch.micro_batches)
+            # Of examples: a technique may have cut them into pieces.
+            rows = min(max(len(micro.ids_B) for micro in batch.micro_batches), trainer.micro_batch_size)
             if before is None or rows == 1:
                 raise NotEnoughMemory(_advice(trainer, rows)) from error
         # Outside of the handler, which would keep the failed attempt's activations alive.
@@ -177,10 +178,11 @@ def _fits(trainer: Stepping, size: int, longest: int) -> bool:
     # Not through DDP, which would wait for the other ranks; a sharded model is sharded in place.
     model = trainer.model
     before = Before(trainer, model, technique_states(trainer))
+    items = trainer._count_items(batch)  # of all ranks, before memory may not suffice on one of them
     held: list[Tensor] = []
     try:
         held += moments(trainer)
-        trainer._accumulate_once(model, batch, trainer._count_items(batch))
+        trainer._accumulate_once(model, batch, items)
         return True
     except RuntimeError as error:
         if not is_out_of_memory(error):

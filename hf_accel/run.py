@@ -22,7 +22,7 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from transformers import Trainer
+from transformers import Trainer, set_seed
 from transformers.models.auto import modeling_auto as auto
 
 from hf_accel.losses import unwrapped
@@ -36,6 +36,18 @@ MODELS_OF_TASKS = {
     "image-classification": auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
 }
 """Classes of the models that a recipe's task trains, by model type."""
+
+SETTLED = {
+    "disable_tqdm",
+    "enable_jit_checkpoint",
+    "full_determinism",
+    "label_names",
+    "label_smoothing_factor",
+    "push_to_hub",
+    "report_to",
+    "use_cache",
+}
+"""Arguments that a Trainer does not read again once it is built."""
 
 
 def run(
@@ -110,8 +122,14 @@ def equip(trainer: Trainer, recipe: Recipe) -> None:
     if models is not None and model not in models.values():
         raise RecipeError(f"task({recipe.task!r}): the script trains a {model}. Give a recipe for its task.")
     if recipe.args:
+        if late := sorted(SETTLED & recipe.args.keys()):
+            raise RecipeError(f"args.{late[0]}: the script has built its trainer with another. Say it in the script.")
         trainer.args = recipe.merge_args(trainer.args)
         trainer.create_accelerator_and_postprocess()
+        trainer._train_batch_size = trainer.args.train_batch_size
+        trainer.neftune_noise_alpha = trainer.args.neftune_noise_alpha
+        if "seed" in recipe.args:
+            set_seed(trainer.args.seed)
     attach(trainer, techniques=recipe.build_techniques())
 
 

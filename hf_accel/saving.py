@@ -39,7 +39,7 @@ from transformers import Trainer
 from transformers.trainer import SCHEDULER_NAME
 from transformers.utils.import_utils import is_peft_available
 
-from hf_accel.checkpoint import TENSOR, put_together, taken_apart
+from hf_accel.checkpoint import AVERAGED, INCOMPLETE, TENSOR, put_together, taken_apart
 from hf_accel.stepping import Stepping
 
 OPTIMIZER, SHARDS = "optimizer_0", "pytorch_model_fsdp_0"
@@ -241,9 +241,12 @@ def agreed(error: str | None, group: Any) -> str | None:
 
 
 def clear(directory: Path) -> None:
-    """Remove what an earlier run has left in the folders of a checkpoint that is written anew."""
+    """Remove what an earlier run has left of ours in a checkpoint that is written anew."""
     for folder in (OPTIMIZER, SHARDS):
         shutil.rmtree(directory / folder, ignore_errors=True)
+    for file in (*directory.glob("accel_*"), directory / AVERAGED):
+        if file.name != INCOMPLETE:
+            file.unlink(missing_ok=True)
 
 
 def load(folder: Path) -> Any:

@@ -93,15 +93,17 @@ class Stepping(Hosting):
         """The examples of a drawn step that its owner keeps, judged by the losses of all of them."""
         assert self.head is not None and self.stream is not None
         model: Any = self.model_wrapped
-        per_example = []
+        ids_of, values_of = [], []
         model.train()
         with torch.no_grad(), memory.buffers_kept(self.model), memory.random_state_kept(self.args.device):
             for micro in batch.micro_batches:
                 inputs = self._prepare_inputs(_model_inputs(micro))
                 forward = functools.partial(model, **self.head.without_labels(self.model, inputs))
                 outputs = self._counted(inputs, forward, needed=False)
-                per_example.append(self.head.losses(outputs, inputs, len(micro.ids_B)).per_example(len(micro.ids_B)))
-        ids, values = self._gathered(torch.cat([m.ids_B for m in batch.micro_batches]), torch.cat(per_example))
+                ids_B, losses_B = _of_examples(self.head.losses(outputs, inputs, len(micro.ids_B)), micro.ids_B)
+                ids_of.append(ids_B)
+                values_of.append(losses_B)
+        ids, values = self._gathered(torch.cat(ids_of), torch.cat(values_of))
         by_id = dict(zip(ids.tolist(), values.tolist(), strict=True))
         plan = batch.plan
         kept, kept_weights = owner.step_select(plan.ids_N, torch.tensor([by_id[i] for i in plan.ids_N.tolist()]))
@@ -176,10 +178,9 @@ class Stepping(Hosting):
 
     def _accumulate(self, model: nn.Module, batch: StepBatch, num_items: Any) -> Tensor:
         """Forward and backward over the micro-batches of a step, in smaller ones where memory does not suffice."""
-        size = self.micro_batch_size
 
         def attempt(batch: StepBatch) -> Tensor:
-            if self.micro_batch_size == size:
+            if self.micro_batch_size == batch.plan.micro_batch_size:  # for which ``num_items`` was counted
                 return self._accumulate_once(model, batch, num_items)
             self._tokens_of_step = sum(self._num_tokens(micro.inputs) for micro in batch.without_fillers)
             return self._accumulate_once(model, batch, self._count_items(batch))
@@ -232,6 +233,7 @@ class Stepping(Hosting):
 
     def _get_grad_norm(self, model, grad_norm=None):
         norm: Any = super()._get_grad_norm(model, grad_norm)
+        self.grad_norm = norm  # before clipping
         self._step_refused = False
         for technique in self._asked("accept_step"):
             with self.charge(technique):
@@ -310,7 +312,7 @@ class Stepping(Hosting):
             else:
                 return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
             if observed:
-                self._observed.append((micro.ids_B, example.per_example(len(micro.ids_B))))
+                self._observed.append(_of_examples(example, micro.ids_B))
         return (loss, outputs) if return_outputs else loss
 
     def _weighted_loss(self, model, inputs, micro: MicroBatch, items_K: Tensor):
@@ -386,6 +388,15 @@ def _model_inputs(micro: MicroBatch) -> dict[str, Tensor]:
     if mask is None or len(mask) >= len(micro.ids_B):
         return micro.inputs
     return {name: value for name, value in micro.inputs.items() if name != "attention_mask"}
+
+
+def _of_examples(found: losses.ExampleLosses, ids_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids of examples, each once, and their mean losses; an example may be cut into several rows."""
+    own_ids, own_B = ids_B.unique(return_inverse=True)
+    if len(own_ids) == len(ids_B):
+        return ids_B, found.per_example(len(ids_B))
+    example_BL = own_B.to(found.example_BL.device)[found.example_BL]
+    return own_ids, found._replace(example_BL=example_BL).per_example(len(own_ids))
 
 
 def _num_rows(inputs) -> int:

@@ -347,7 +347,7 @@ class AccelTrainerMixin(Updating, Resuming):
             return super().predict(*args, **kwargs)
 
     def save_model(self, output_dir=None, _internal_call=False):
-        if _internal_call:
+        if _internal_call and output_dir is not None:  # a checkpoint; `push_to_hub` names no folder
             return super().save_model(output_dir, _internal_call)
         with self._weights_for("saving"):
             super().save_model(output_dir, _internal_call)

@@ -74,3 +74,10 @@ def test_what_a_write_that_was_killed_has_left_is_no_part_of_the_next(tmp_path):
     (tmp_path / "checkpoint-5" / "accel_complete.json.tmp").write_text("{")
     write(tmp_path / "checkpoint-5")
     assert ckpt.whats_wrong(tmp_path / "checkpoint-5") is None
+
+
+def test_tensors_may_share_memory(tmp_path):
+    tensor = torch.arange(5)
+    ckpt.save_state(tmp_path, ckpt.STATE, {"a": tensor, "b": [tensor, tensor[:2]]})
+    state = ckpt.load_state(tmp_path, ckpt.STATE)
+    assert torch.equal(state["a"], tensor) and torch.equal(state["b"][1], tensor[:2])

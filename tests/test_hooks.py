@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_on_ranks
 
-from hf_accel import Technique
+from hf_accel import SequenceLengthWarmup, Technique
 from hf_accel.technique import HOOKS, SLOTS
 from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_trainer, weights_of
 
@@ -268,3 +268,34 @@ def test_losses_are_those_of_the_weighted_step(tmp_path):
         count += tokens
     assert losses_of(trainer)[0] == pytest.approx(total / count, rel=1e-5)
     assert set(weights_of(trainer)) == set(model.state_dict())
+
+
+def test_an_example_in_pieces_is_observed_once_by_the_mean_of_its_tokens(tmp_path):
+    class Watch(Technique):
+        """Keeps what each example lost."""
+
+        def __init__(self):
+            self.seen = []
+
+        def observe(self, ids_B, losses_B):
+            self.seen += list(zip(ids_B.tolist(), losses_B.tolist(), strict=True))
+
+    settings = {"num_train_epochs": 1, "learning_rate": 0.0, "dropout": 0.0, "dtype": torch.float64}
+    cut = SequenceLengthWarmup(cut="rechunk", start=0.3, end=1.0, multiple=1)
+    trainer = tiny_trainer([cut, watch := Watch()], tmp_path, **settings)
+    pieces = []  # of each example, the loss of each token that is predicted
+
+    def see(module, args, inputs, output):
+        logits, labels = output.logits[:, :-1].detach(), inputs["labels"][:, 1:]
+        losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
+        rows = zip(trainer._micro.ids_B.tolist(), losses, labels != -100, strict=True)
+        pieces.extend((i, loss[there].tolist()) for i, loss, there in rows)
+
+    trainer.model.register_forward_hook(see, with_kwargs=True)
+    trainer.train()
+    expected = {}
+    for i, losses in pieces:
+        expected[i] = [*expected.get(i, []), *losses]
+    assert len(pieces) > len(watch.seen) == len(trainer.train_dataset) == len(dict(watch.seen))
+    for i, loss in watch.seen:
+        assert loss == pytest.approx(sum(expected[i]) / max(len(expected[i]), 1), rel=1e-5)

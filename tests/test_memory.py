@@ -261,10 +261,32 @@ class Twice(Technique):
         return loss
 
 
-def test_objectives_that_ask_twice(tmp_path):
-    auto, _ = train([Twice()], tmp_path, "auto", 3)
-    small, _ = train([Twice()], tmp_path, 2)
+@pytest.mark.parametrize("counted", [True, False], ids=["Trainer counts", "Trainer counts nothing"])
+def test_objectives_that_ask_twice(counted, tmp_path):
+    def model():
+        llama = tiny_llama()
+        llama.accepts_loss_kwargs = counted
+        return llama
+
+    auto, _ = train([Twice()], tmp_path, "auto", 3, model=model())
+    small, _ = train([Twice()], tmp_path, 2, model=model())
     assert_same_run(auto, small)
+
+
+@pytest.mark.parametrize("rows, size", [(12, 4), (7, 2)])
+def test_examples_that_are_cut_into_pieces(rows, size, tmp_path):
+    def cut():
+        return [SequenceLengthWarmup(cut="rechunk", start=0.25, multiple=1, end=1.0)]
+
+    auto, scarce = train(cut(), tmp_path, "auto", rows, num_train_epochs=1)
+    small, _ = train(cut(), tmp_path, size, num_train_epochs=1)
+    assert auto.micro_batch_size == size and scarce.times > 0
+    assert_same_run(auto, small)
+
+
+def test_an_example_in_pieces_that_does_not_fit(tmp_path):
+    with pytest.raises(NotEnoughMemory, match="one example"):
+        train([SequenceLengthWarmup(cut="rechunk", end=1.0)], tmp_path, "auto", 1)
 
 
 def test_the_trial_leaves_room_for_the_moments(tmp_path):

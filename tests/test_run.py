@@ -108,6 +108,26 @@ def test_a_recipe_gives_arguments_too(script, tmp_path):
     assert saved.args["learning_rate"] == 1e-2 and saved.build_techniques()[0].limit == "5steps"
 
 
+def test_a_recipe_gives_the_size_of_a_batch_and_the_seed(script, tmp_path):
+    script.write_text(SCRIPT.replace("per_device_train_batch_size=4, ", ""))
+    runs = []
+    for seed in (1, 2):
+        args = {"per_device_train_batch_size": 2, "seed": seed}
+        Recipe(args=args, budget="5steps").save(tmp_path / "recipe.yaml")
+        done = run("--recipe", tmp_path / "recipe.yaml", script, tmp_path / "out")
+        assert done.exit_code == 0, done.output
+        assert json.loads((tmp_path / "out" / "receipt.json").read_text())["samples"] == 10
+        runs.append(weights(tmp_path / "out"))
+    assert not same(*runs)
+
+
+@pytest.mark.parametrize("name", ["label_smoothing_factor", "full_determinism", "enable_jit_checkpoint"])
+def test_what_a_trainer_has_settled_is_refused(name, script, tmp_path):
+    Recipe(args={name: 1}, budget="5steps").save(tmp_path / "recipe.yaml")
+    done = run("--recipe", tmp_path / "recipe.yaml", script, tmp_path / "out")
+    assert done.exit_code == 2 and f"args.{name}: the script has built its trainer" in done.output
+
+
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_trainer_is_equipped(name, tmp_path):
     with attached(Recipe(budget="3steps")):

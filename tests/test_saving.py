@@ -13,7 +13,17 @@ from ranks import run_on_ranks
 from safetensors.torch import load_file
 from transformers import LlamaForCausalLM, TrainerCallback
 
-from hf_accel import AccelTrainer, DiLoCo, ExponentialMovingAverage, InfoBatch, LayerFreezing, Muon, ProgressiveStacking
+from hf_accel import (
+    AccelTrainer,
+    DiLoCo,
+    ExponentialMovingAverage,
+    InfoBatch,
+    LayerFreezing,
+    Muon,
+    PaddingFree,
+    ProgressiveStacking,
+    StochasticWeightAveraging,
+)
 from hf_accel import checkpoint as ckpt
 from hf_accel.saving import snapshot
 from hf_accel.testing import largest_difference, losses_of, tiny_trainer, weights_of
@@ -307,3 +317,15 @@ def test_frozen_layers_are_written_as_they_were(tmp_path):
         trained(tmp_path / kind.__name__, kind, lambda: [LayerFreezing()]) for kind in (Asynchronous, AccelTrainer)
     )
     assert losses_of(here) == losses_of(there)
+
+
+def test_nothing_of_an_earlier_run_is_left_in_a_checkpoint(tmp_path):
+    settings = {"kind": AccelTrainer, "save_steps": 6}
+    trained(tmp_path, given=lambda: [ExponentialMovingAverage(), PaddingFree()], **settings)
+    assert (tmp_path / "checkpoint-6" / ckpt.AVERAGED).exists()
+    assert (tmp_path / "checkpoint-6" / "accel_rank0.json").exists()
+    trained(tmp_path, given=lambda: [StochasticWeightAveraging(start=0.75)], **settings)
+    assert not list((tmp_path / "checkpoint-6").glob("accel_rank*"))
+    assert not (tmp_path / "checkpoint-6" / ckpt.AVERAGED).exists()
+    assert (tmp_path / "checkpoint-12" / ckpt.AVERAGED).exists()
+    assert ckpt.whats_wrong(tmp_path / "checkpoint-6") is None

@@ -7,6 +7,7 @@ packed (with ``position_ids`` that begin anew within a row).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ from hf_accel.losses import IGNORED, examples_of
 from hf_accel.stream import MicroBatch
 
 
-def truncate(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
+def truncate(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
     """The first ``length`` tokens of each example, in every tensor that begins with the shape of ``input_ids``.
 
     Padding on the left stays there; examples that are packed are truncated one by one, and what is left of a row is
@@ -32,7 +33,7 @@ def truncate(inputs: Mapping[str, Tensor], length: int) -> dict[str, Tensor]:
         kept_RL = (inputs["position_ids"] < length) & used_RL
         columns_RL = (~kept_RL).long().argsort(dim=1, stable=True)[:, : int(kept_RL.sum(1).max())]
     shorter = {
-        name: value[torch.arange(len(ids_RL))[:, None], columns_RL] if value.shape[:2] == ids_RL.shape else value
+        name: value[torch.arange(len(ids_RL))[:, None], columns_RL] if _by_position(value, ids_RL) else value
         for name, value in inputs.items()
     }
     if kept_RL is not None:
@@ -60,9 +61,9 @@ def rechunk(micro: MicroBatch, length: int) -> MicroBatch:
     rows = torch.arange(len(ids_RL))[:, None]
     cut = {"attention_mask": mask_RL.to(ids_RL.dtype)} | inputs
     for name, value in cut.items():
-        if value.shape[:2] == ids_RL.shape:
+        if _by_position(value, ids_RL):
             cut[name] = value[rows, columns_RL].reshape(len(ids_RL) * pieces, length, *value.shape[2:])
-        else:
+        elif isinstance(value, Tensor):
             cut[name] = value.repeat_interleave(pieces, 0)
     there_RL = there_RL.reshape(-1, length)
     cut["attention_mask"] = cut["attention_mask"] * there_RL
@@ -72,7 +73,8 @@ def rechunk(micro: MicroBatch, length: int) -> MicroBatch:
     taught_R = cut["labels"].ne(IGNORED).any(1)
     kept_R = taught_R if taught_R.any() else torch.arange(len(taught_R)) == 0
     of_R = torch.arange(len(micro.ids_B)).repeat_interleave(pieces)[kept_R]
-    return _pieces_of(micro, {name: value[kept_R] for name, value in cut.items()}, of_R)
+    kept = {name: value[kept_R] if isinstance(value, Tensor) else value for name, value in cut.items()}
+    return _pieces_of(micro, kept, of_R)
 
 
 def _rechunk_packed(micro: MicroBatch, used_RL: Tensor, length: int) -> MicroBatch:
@@ -84,6 +86,10 @@ def _rechunk_packed(micro: MicroBatch, used_RL: Tensor, length: int) -> MicroBat
     starts_RL = (rows["position_ids"] == 0) & used_RL
     rows["labels"] = rows["labels"].masked_fill(starts_RL, IGNORED)
     return _pieces_of(micro, rows, example_RL[starts_RL])
+
+
+def _by_position(value: Any, ids_RL: Tensor) -> bool:
+    return isinstance(value, Tensor) and value.shape[:2] == ids_RL.shape
 
 
 def _pieces_of(micro: MicroBatch, inputs: dict[str, Tensor], of_B: Tensor) -> MicroBatch:

@@ -62,6 +62,10 @@ def residual_projections(model: Any) -> dict[str, Any]:
         return norms
     found: dict[str, Any] = {}
     width = getattr(model.config, "hidden_size", None)
+    if has_experts(model):
+        raise ValueError(
+            f"{type(model).__name__} has experts, which are no linear layers. Leave it out for this model."
+        )
     for path, blocks in block_lists(model).items():
         for index, block in enumerate(blocks):
             for name, layer in _last_layers(block).items():
@@ -78,6 +82,14 @@ def residual_projections(model: Any) -> dict[str, Any]:
     return found
 
 
+def has_experts(model: nn.Module) -> bool:
+    """Whether a model holds the matrices of several experts in one parameter, and so in no linear layers."""
+    return any(
+        "experts" in type(module).__name__.lower() and any(p.dim() == 3 for p in module.parameters(recurse=False))
+        for module in model.modules()
+    )
+
+
 def _last_layers(block: nn.Module) -> dict[str, Any]:
     """The last linear layer of each branch of a block, by its path in the block."""
     attentions: list[str] = []
@@ -90,6 +102,11 @@ def _last_layers(block: nn.Module) -> dict[str, Any]:
         if name and not branch and "attention" in type(module).__name__.lower():
             attentions.append(name)
         elif isinstance(module, nn.Linear | Conv1D):
+            before = last[branch][0] if branch in last else ""
+            if before.endswith(".out_proj") and before.partition(".")[0] != name.partition(".")[0] and not branch:
+                raise ValueError(
+                    f"{type(block).__name__}: {before} ends a branch that is no attention. Leave it out for this model."
+                )
             last[branch] = name, module
     return dict(last.values())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import AutoModelForImageClassification
+from transformers import AutoModelForImageClassification, ViTImageProcessor
+from transformers.image_utils import PILImageResampling
 from transformers.models.auto.image_processing_auto import get_image_processor_config
 
 from hf_accel.recipe import RecipeError, check_fields
@@ -44,10 +46,12 @@ class ImageData:
 class Images(Dataset):
     """Pairs of an image, (C, H, W), and the number of its class; files are read when they are asked for.
 
-    ``mean`` and ``std``, a number or one for each channel, are those of values in [0, 1].
+    ``mean`` and ``std``, one for each channel, are those of values in [0, 1].
     """
 
-    def __init__(self, files: list[bytes | Path], classes: list[int], size: int, mean: Any = 0.5, std: Any = 0.5):
+    def __init__(
+        self, files: list[bytes | Path], classes: list[int], size: int, mean: Sequence[float], std: Sequence[float]
+    ):
         self.files, self.classes, self.size = files, classes, size
         self.mean_C11, self.std_C11 = (torch.tensor(values).view(-1, 1, 1) for values in (mean, std))
 
@@ -81,11 +85,17 @@ def image_classification(model: str | dict[str, Any], data: dict[str, Any]) -> d
         names["image_size"] = options.size
     loaded = load_model(AutoModelForImageClassification, model, None, ignore_mismatched_sizes=True, **names)
     said = {} if path is None else get_image_processor_config(path)
-    seen_as = options.size, said.get("image_mean", 0.5), said.get("image_std", 0.5)  # as it was trained
+    mean, std = (np.broadcast_to(said.get(f"image_{name}", 0.5), 3).tolist() for name in ("mean", "std"))
     return {
         "model": loaded,  # its head made anew, where it was for other classes
-        "train_dataset": Images(files[0], classes[options.train], *seen_as),
-        "eval_dataset": Images(files[1], classes[options.validation], *seen_as),
+        "processing_class": ViTImageProcessor(
+            size={"height": options.size, "width": options.size},
+            resample=PILImageResampling.BICUBIC,
+            image_mean=mean,  # as it was trained
+            image_std=std,
+        ),
+        "train_dataset": Images(files[0], classes[options.train], options.size, mean, std),
+        "eval_dataset": Images(files[1], classes[options.validation], options.size, mean, std),
         "data_collator": collate,
         "compute_metrics": accuracy,
     }

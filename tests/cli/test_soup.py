@@ -170,3 +170,11 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(tmp_path):
         assert result.exit_code == 2, (line, result.output)
         assert message in result.stderr and result.stderr.count("\n") == 1, result.stderr
         assert not (tmp_path / "out").exists()
+
+
+def test_adapters_that_change_their_base_model_are_refused(tmp_path):
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights="pissa")
+    for seed in (0, 1):
+        adapter(tmp_path / str(seed), seed, config)
+    result = run(tmp_path / "0", tmp_path / "1", "--out", tmp_path / "soup")
+    assert result.exit_code == 2 and "init_lora_weights='pissa', of which there is no exact mean" in result.output

@@ -4,6 +4,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, inputs_for, tiny, used
 from torch import nn
+from transformers import AutoModelForCausalLM, Lfm2Config, MixtralConfig
 
 from hf_accel.model.blocks import block_lists, block_stacks, residual_projections
 from hf_accel.testing import tiny_convnext
@@ -47,3 +48,22 @@ def test_without_them_a_block_computes_the_identity(name):
         states = model(**inputs_for(name), output_hidden_states=True).hidden_states
     for state in states[1 : len(states) - 1]:  # a final norm follows the last one
         assert torch.equal(state, states[0])
+
+
+MIXED = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 48}
+
+
+@pytest.mark.parametrize(
+    "config, sentence",
+    [
+        (MixtralConfig(**MIXED, num_key_value_heads=2, num_local_experts=2), "MixtralForCausalLM has experts"),
+        (
+            Lfm2Config(**MIXED, num_key_value_heads=2, full_attn_idxs=[1]),
+            r"conv\.out_proj ends a branch that is no attention",
+        ),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_branches_that_end_otherwise_are_refused(config, sentence):
+    with pytest.raises(ValueError, match=f"{sentence}.*Leave it out for this model"):
+        residual_projections(AutoModelForCausalLM.from_config(config))

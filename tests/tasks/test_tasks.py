@@ -1,3 +1,4 @@
+import io
 import json
 import re
 
@@ -8,12 +9,14 @@ import torch
 from PIL import Image
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
     ByT5Tokenizer,
+    TrainingArguments,
 )
 
-from hf_accel import Recipe, RecipeError
+from hf_accel import AccelTrainer, RandAugment, Recipe, RecipeError
 from hf_accel.tasks import build_task
 from hf_accel.tasks.causal_lm import split, tokenize
 
@@ -222,6 +225,20 @@ def test_image_classification(kind, tmp_path):
     colours = batch["pixel_values"].mean((1, 2, 3))
     assert torch.allclose(colours, 2.0 * batch["labels"] - 1) and sorted(batch["labels"].tolist()) == [0, 0, 1, 1]
     assert torch.isfinite(task["model"](**batch).loss)
+
+
+def test_images_are_augmented_and_their_processor_is_saved(tmp_path):
+    args = TrainingArguments(str(tmp_path / "out"), use_cpu=True, report_to="none", max_steps=2)
+    data = black_and_white(tmp_path, "table")
+    task = build_task(Recipe("image-classification", {"config": VIT}, data))
+    trainer = AccelTrainer(args=args, techniques=[RandAugment()], **task)
+    trainer.train()
+    assert trainer.receipt.techniques[-1]["report"]["changes"] > 0
+    trainer.save_model()
+    processor = AutoImageProcessor.from_pretrained(tmp_path / "out")
+    image = Image.open(io.BytesIO(pandas.read_parquet(data["train"])["image"][0]))
+    values = processor(image, return_tensors="pt")["pixel_values"][0]
+    torch.testing.assert_close(values, trainer.train_dataset[0][0], rtol=0, atol=0.01)
 
 
 def test_images_are_as_a_saved_model_knows_them(tmp_path):

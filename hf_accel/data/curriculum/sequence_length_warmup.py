@@ -47,11 +47,11 @@ def warmed_up_length(progress: float, full_length: int, *, start: float, end: fl
 
 @dataclass(eq=False)
 class SequenceLengthWarmup(Technique):
-    """Trains on the beginnings or on pieces of examples, longer and longer, until they are whole.
+    """Trains on the beginnings or on pieces of examples, longer and longer, until they are whole or `max_length` long.
 
     Args:
         start: First length as a share of the longest example, in (0, 1].
-        end: Progress, in (0, 1], from which examples are whole.
+        end: Progress, in (0, 1], from which examples have the full length.
         multiple: Lengths are multiples of this number of tokens, at least 1.
         max_length: The full length in tokens, at least 1; None: that of the longest example.  Needed for a stream.
         cut: Whether the ends of examples are left out (``"truncate"``), or trained on as further rows of the step
@@ -90,9 +90,10 @@ class SequenceLengthWarmup(Technique):
         if self.cut == "rechunk" and any(micro.inputs["labels"].dim() < 2 for micro in micros):
             raise ValueError(f"{self!r}: only language models learn from pieces of a text. Choose cut='truncate'.")
         self._count(micros, "read", "examples")
-        if length < self.full_length_ and self.cut == "rechunk":
+        longer = self.max_length and any(micro.inputs["input_ids"].shape[1] > self.max_length for micro in micros)
+        if (length < self.full_length_ or longer) and self.cut == "rechunk":
             micros = [rechunk(micro, length) for micro in micros]
-        elif length < self.full_length_:
+        elif length < self.full_length_ or longer:
             micros = [micro._replace(inputs=truncate(micro.inputs, length)) for micro in micros]
         self._count(micros, "trained", "pieces")
         return dataclasses.replace(batch, micro_batches=micros)

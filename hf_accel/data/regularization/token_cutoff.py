@@ -4,8 +4,9 @@ What a sentence says seldom hangs on one word; a model that sees it with holes m
 
     cut k = round(``share`` * min(p / ``ramp``, 1) * n) of an example's n inner tokens, at progress p
 
-A cut token's id becomes the padding token, and nothing attends to it.  The first and the last token of an example
-stay, as models read their answer there.  Labels stay, too: a language model still has to predict a cut token from those
+A cut token's id becomes the padding token, and nothing attends to it; in rows that hold several examples (`Packing`,
+`PaddingFree`), for which models are given no mask, it is only blank.  The first and the last token of an example stay,
+as models read their answer there.  Labels stay, too: a language model still has to predict a cut token from those
 before it.  The tokens are drawn for each example by seed, epoch and example, so neither ranks nor micro-batches change
 anything.
 
@@ -100,6 +101,8 @@ class TokenCutoff(Technique):
                 inputs = {**micro.inputs, "input_ids": ids_RL.masked_fill(cut_RL, self.pad_id_)}
                 if "attention_mask" in inputs:
                     inputs["attention_mask"] = inputs["attention_mask"].masked_fill(cut_RL, 0)
+                elif len(ids_RL) == len(micro.ids_B):  # each row is an example
+                    inputs["attention_mask"] = (~cut_RL).to(ids_RL.dtype)
                 micro = micro._replace(inputs=inputs)
                 self.cut_ += int(cut_RL.sum())
             micros.append(micro)

@@ -49,6 +49,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from hf_accel.model.blocks import has_experts
 from hf_accel.technique import Positive, Technique
 
 if TYPE_CHECKING:
@@ -166,8 +167,7 @@ class LoRA(Technique):
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self!r}: {' '.join(str(error).split())}") from None
         layers = [path for path in shapes if hasattr(adapted.get_submodule(f"base_model.model.{path}"), "lora_A")]
-        smallest = min(layers, key=lambda path: min(shapes[path]))
-        if self.rank > min(shapes[smallest]):
+        if layers and self.rank > min(shapes[smallest := min(layers, key=lambda path: min(shapes[path]))]):
             out, width = shapes[smallest]
             raise ValueError(
                 f"{self!r}: rank is above what {smallest} ({out} x {width}) can have. "
@@ -181,6 +181,8 @@ class LoRA(Technique):
                 f"times learning_rate={args.learning_rate:g}, which should be that of full fine-tuning. "
                 "Set lr_factor=1 where it is one for LoRA."
             )
+        if self.target == "all-linear" and has_experts(model):
+            logger.warning(f"{self!r}: experts of {type(model).__name__} are no linear layers, and get no adapters.")
         if not getattr(model, "name_or_path", ""):
             logger.warning(
                 f"{self!r}: the model was not loaded from anywhere, and adapters are saved without it. "

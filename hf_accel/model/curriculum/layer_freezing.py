@@ -8,7 +8,7 @@ max_fraction) are frozen, at progress p
     gradient_norm    from ``start`` on, at each of ``checks`` equal distances, the blocks l, from the first trainable
                      one on, whose change | |g'_l| - |g_l| | / |g'_l| is below the quantile ``threshold`` of those of
                      the trainable blocks; |g_l| is the root mean square of the norm of a step's gradient since the
-                     last check, |g'_l| that before it
+                     last check, |g'_l| that before it (as a callback of a plain Trainer, of the clipped gradient)
     plasticity       there, those of which P_l = |S'_l - S_l|^2 / n^2 has twice in a row been below ``threshold`` times
                      its largest value; S_l are the products of what the block makes of each two of n examples of the
                      training set, each row of length 1, now, and S'_l at the last check
@@ -44,6 +44,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_accel.losses import widest
 from hf_accel.memory import random_state_kept
 from hf_accel.model.around import refuse_waiting_ddp
 from hf_accel.model.blocks import block_lists
@@ -143,8 +144,7 @@ class LayerFreezing(Technique):
         self.hook_ = None
         self.depth_, self.steps_, self.frozen_steps_ = 0, 0, 0
         self.settled_, self.looks_, self.measured_ = 0, 0, []
-        widest = torch.float32 if args.device.type == "mps" else torch.float64  # which MPS does not have
-        self.squares_ = torch.zeros(len(self.blocks_), dtype=widest, device=args.device)
+        self.squares_ = torch.zeros(len(self.blocks_), dtype=widest(args.device), device=args.device)
         self.squared_steps_ = 0
         self.reference_: Tensor | None = None
         if self.policy == "plasticity":
@@ -161,7 +161,10 @@ class LayerFreezing(Technique):
         squares_L = torch.stack([_sum_of_squares(parameters, self.squares_) for parameters in self.trainable_])
         if args.world_size > 1:
             dist.all_reduce(squares_L)  # of shards, or as many times the whole: the ratio is the same
-        self.squares_ += squares_L
+        if self.host_ is not None and args.max_grad_norm > 0:
+            norm = torch.as_tensor(self.host_.grad_norm).to(squares_L)
+            squares_L = squares_L * (norm / args.max_grad_norm).clamp(min=1).square()
+        self.squares_ += squares_L.nan_to_num(0.0, posinf=0.0)  # in float16, gradients may be too large
         self.squared_steps_ += 1
 
     def _depth_at(self, progress: float, model: Any) -> int:

@@ -48,7 +48,7 @@ def load_donor(technique: Technique, source: str | None, model: Any) -> tuple[An
         donor = called(source)
         if type(donor) is not type(model):
             raise ValueError(f"{source!r} gives a {type(donor).__name__}. It must give a {type(model).__name__}.")
-        return donor.to(model.dtype), ()
+        return donor.to("cpu", model.dtype), ()
     host: Any = technique.host_
     try:
         theirs, ours = AutoConfig.from_pretrained(source).model_type, model.config.model_type

@@ -73,7 +73,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_NH = torch.empty_like(hidden_NH) if with_gradient else hidden_NH.new_empty(0)
         grad_VH = torch.zeros_like(weight_VH, dtype=wide) if of_weight else None
         grad_V = bias_V.new_zeros(bias_V.shape, dtype=wide) if of_bias else None
-        for part, logits_CV in _chunks(hidden_NH, weight_VH, bias_V, dtype, wide):
+        low_VH = weight_VH.to(dtype)
+        for part, logits_CV in _chunks(hidden_NH, low_VH, bias_V, wide):
             targets_C1 = targets_N[part, None]
             total_C1 = logits_CV.logsumexp(1, keepdim=True)
             losses_C1 = total_C1 - logits_CV.gather(1, targets_C1)
@@ -82,7 +83,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             losses_N[part] = losses_C1[:, 0]
             if with_gradient:
                 slopes_CV = _slopes(logits_CV, total_C1, targets_C1, smoothing)
-                grad_NH[part] = (slopes_CV.to(dtype) @ weight_VH.to(dtype)).to(grad_NH.dtype)
+                grad_NH[part] = (slopes_CV.to(dtype) @ low_VH).to(grad_NH.dtype)
                 _add(grad_VH, grad_V, slopes_CV, hidden_NH[part], dtype)
         ctx.settings = smoothing, dtype, wide
         ctx.save_for_backward(hidden_NH, weight_VH, bias_V, targets_N, grad_NH, grad_VH, grad_V)
@@ -97,7 +98,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         if uneven and (grad_VH is not None or grad_V is not None):
             grad_VH = None if grad_VH is None else torch.zeros_like(grad_VH)
             grad_V = None if grad_V is None else torch.zeros_like(grad_V)
-            for part, logits_CV in _chunks(hidden_NH, weight_VH, bias_V, dtype, wide):
+            for part, logits_CV in _chunks(hidden_NH, weight_VH.to(dtype), bias_V, wide):
                 total_C1 = logits_CV.logsumexp(1, keepdim=True)
                 slopes_CV = _slopes(logits_CV, total_C1, targets_N[part, None], smoothing)
                 _add(grad_VH, grad_V, slopes_CV.mul_(upstream_N[part, None]), hidden_NH[part], dtype)
@@ -127,12 +128,12 @@ class _Tied(torch.autograd.Function):
         return (*upstream, *[None] * ctx.parameters)
 
 
-def _chunks(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, dtype: torch.dtype, wide: torch.dtype):
-    """Where each chunk of the tokens is, and its logits."""
+def _chunks(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wide: torch.dtype):
+    """Where each chunk of the tokens is, and its logits, multiplied in the dtype of the weight."""
     size = max(LOGITS_OF_A_CHUNK.get(hidden_NH.device.type, LOGITS_ELSEWHERE) // len(weight_VH), 1)
     for start in range(0, len(hidden_NH), size):
         part = slice(start, start + size)
-        logits_CV = (hidden_NH[part].to(dtype) @ weight_VH.to(dtype).T).to(wide)
+        logits_CV = (hidden_NH[part].to(weight_VH.dtype) @ weight_VH.T).to(wide)
         yield part, logits_CV if bias_V is None else logits_CV.add_(bias_V)
 
 

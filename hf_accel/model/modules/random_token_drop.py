@@ -64,7 +64,10 @@ def places_of(examples_RL: Tensor, seen_RL: Tensor, num_examples: int) -> list[n
         examples_RL: which example each position belongs to, from 0.
         seen_RL: which positions are tokens and not padding.
     """
-    return [(seen_RL & (examples_RL == i)).flatten().nonzero().flatten().numpy() for i in range(num_examples)]
+    places_N = seen_RL.flatten().nonzero().flatten()
+    example_N = examples_RL.flatten()[places_N]
+    counts_B = torch.bincount(example_N, minlength=num_examples)
+    return [own.numpy() for own in places_N[example_N.argsort(stable=True)].split(counts_B.tolist())]
 
 
 def draw_kept(places: list[np.ndarray], seen_RL: Tensor, share: float, drawn: list[np.random.Generator]) -> Tensor:

@@ -38,6 +38,8 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 ADAPTER = "adapter_model.safetensors"
+FROM_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+"""Initialisations of peft that change the base model, each time that adapters are loaded."""
 COMPANIONS = (".json", ".jinja", ".txt", ".model", ".yaml")
 """Endings of the files that belong to a model beside its weights: tokenizer, processor, recipe."""
 
@@ -182,7 +184,10 @@ def _refuse_others(first: Path, expected: Mapping[str, Any], folder: Path, found
 
 def _refuse_other_adapters(folder: Path, config: Any) -> None:
     kind = getattr(config.peft_type, "value", config.peft_type)
-    unlike = [option for option in ("use_dora", "lora_bias") if getattr(config, option, False)]
+    unlike = [option for option in ("use_dora", "lora_bias", "target_parameters") if getattr(config, option, None)]
+    init = getattr(config, "init_lora_weights", True)
+    if str(init).lower().startswith(FROM_THE_BASE):  # who loads it takes matrices of its rank from the base model
+        unlike.append(f"init_lora_weights={init!r}")
     if kind != "LORA" or unlike:
         raise ValueError(
             f"{folder}: the adapter is {unlike[0] if unlike else kind}, of which there is no exact mean. "

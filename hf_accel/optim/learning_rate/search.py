@@ -341,6 +341,9 @@ def _refuse(host: Any, asking: str) -> None:
     if kind in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
         raise ValueError(f"{asking}: lr_scheduler_type={kind.value!r} follows the metric. Choose another.")
     if host.optimizer is not None or host.lr_scheduler is not None:
-        raise ValueError(f"{asking}: the trainer has an optimizer already, of its own model. Leave optimizers= out.")
+        raise ValueError(
+            f"{asking}: the trainer has an optimizer already, of its own model. Leave optimizers= out, "
+            "or where it is that of an earlier run, make a new trainer."
+        )
     if host.optimizer_cls_and_kwargs is not None and "lr" in host.optimizer_cls_and_kwargs[1]:
         raise ValueError(f"{asking}: optimizer_cls_and_kwargs says lr. Say it as learning_rate.")

@@ -42,7 +42,7 @@ from tqdm.auto import tqdm
 
 from hf_accel.data.columns import check_indexable
 from hf_accel.data.scores import reader_for
-from hf_accel.losses import ClassHead, TokenHead, unwrapped
+from hf_accel.losses import ClassHead, TokenHead, unwrapped, widest
 from hf_accel.optim.objective.answers import Answer, Answers, has_answers, read_answers, write_answers
 from hf_accel.optim.objective.frozen import freeze, judge, load_frozen
 from hf_accel.stream import StepPlan
@@ -204,7 +204,8 @@ class Distillation(Technique):
             theirs_NV = _logits_of(answers, self.mask_BL_, items_N, self)
             classes_NK, log_NK = most_likely(theirs_NV, self.top_k, self.temperature)
         divergence_N = divergence(logits_NV, classes_NK, log_NK, self.temperature)
-        self.divergence_ = self.divergence_.to(divergence_N.device) + divergence_N.detach().sum().double()
+        total = divergence_N.detach().sum().to(widest(divergence_N.device))
+        self.divergence_ = self.divergence_.to(total) + total
         self.items_ += len(items_N)
         loss_N = self.weight * divergence_N
         if self.hidden:
@@ -233,7 +234,8 @@ class Distillation(Technique):
         folder = Path(host.args.output_dir, self.cache)
         said = {"teacher": self.teacher, "temperature": self.temperature, "top_k": self.top_k, "examples": len(dataset)}
         if self.teacher is None:
-            said["teacher"] = f"weights of sum {sum(float(p.double().sum()) for p in self.initial_.parameters()):.9e}"
+            total = sum(float(p.cpu().double().sum()) for p in self.initial_.parameters())
+            said["teacher"] = f"weights of sum {total:.9e}"
         if not has_answers(folder):
             write_answers(self, folder, self._answer(dataset), said)
         return read_answers(self, folder, said)

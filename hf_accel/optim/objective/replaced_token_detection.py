@@ -14,8 +14,8 @@ their labels.  All draws are keyed by seed, epoch and example.
 
 Reference: Clark et al. (2020), ELECTRA: Pre-training Text Encoders as Discriminators Rather Than Generators,
 https://arxiv.org/abs/2003.10555.  Departures: a softmax over two labels, which is the sigmoid of their difference; the
-mean over masked tokens divides by their expected number, so that micro-batches change nothing; replacements are drawn
-without dropout, in a second pass of the generator; only token embeddings are shared.
+mean over masked tokens divides by `rate` times the number of all tokens, so that micro-batches change nothing;
+replacements are drawn without dropout, in a second pass of the generator; only token embeddings are shared.
 
 When to use: pre-training of small encoders; the authors report the quality of RoBERTa at a quarter of its compute.
 When not to use: fine-tuning; where masked prediction is what the model is for.  Later comparisons at equal compute
@@ -38,7 +38,7 @@ from transformers import ElectraConfig, ElectraModel
 from transformers.models.electra.modeling_electra import ElectraGeneratorPredictions
 
 from hf_accel.data.augmentation import generators
-from hf_accel.losses import IGNORED, examples_of, kind_of, unwrapped
+from hf_accel.losses import IGNORED, examples_of, kind_of, unwrapped, widest
 from hf_accel.technique import Positive, State, Technique
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ OTHER_BACKENDS = "the generator reads the model's embeddings outside of the mode
 
 def draw_from(logits_NV: Tensor, points_N: Tensor) -> Tensor:
     """A class of each row, by its probability: where the cumulated ones pass a point, which is uniform in [0, 1)."""
-    cumulated_NV = logits_NV.double().softmax(-1).cumsum(-1)
+    cumulated_NV = logits_NV.to(widest(logits_NV.device)).softmax(-1).cumsum(-1)
     points_N1 = points_N.to(cumulated_NV)[:, None] * cumulated_NV[:, -1:]
     return torch.searchsorted(cumulated_NV, points_N1, right=True).squeeze(1).clamp(max=logits_NV.shape[-1] - 1)
 
@@ -186,9 +186,12 @@ class ReplacedTokenDetection(Technique):
         return losses.losses_BL.new_full((len(ids_B),), self.weight)
 
     def extra_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor:
-        """The generator's loss, a sum over its masked tokens, divided by their expected share."""
+        """The generator's loss, a sum over its masked tokens, divided by `rate`; the step divides by its tokens."""
         micro = self.host_._micro
-        ids_RL, chosen_RL = next(rest for new_RL, *rest in self.texts_ if new_RL is micro.inputs["input_ids"])
+        found = next((rest for new_RL, *rest in self.texts_ if new_RL is micro.inputs["input_ids"]), None)
+        if found is None:
+            raise ValueError(f"{self!r}: another technique has changed the texts after it. List it last.")
+        ids_RL, chosen_RL = found
         seen_RL = micro.inputs.get("attention_mask", torch.ones_like(ids_RL))
         logits_NV = self._predict(ids_RL, seen_RL, chosen_RL, learns=True)
         targets_N = ids_RL[chosen_RL].to(logits_NV.device)

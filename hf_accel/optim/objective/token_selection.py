@@ -50,9 +50,9 @@ def select_tokens(scores_BL: Tensor, mask_BL: Tensor, example_BL: Tensor, keep: 
     ranked_N = ranked_N[example_N[ranked_N].argsort(stable=True)]  # example by example, from the highest down
     example_N = example_N[ranked_N]
     counts_B = torch.bincount(example_N)
-    kept_B = (keep * counts_B.double()).round().clamp(min=1)
+    kept_B = (keep * counts_B.cpu().double()).round().clamp(min=1).long().to(counts_B.device)
     rank_N = torch.arange(len(items_N), device=items_N.device) - (counts_B.cumsum(0) - counts_B)[example_N]
-    weights_N = (counts_B / kept_B)[example_N] * (rank_N < kept_B[example_N])
+    weights_N = (counts_B.to(scores_BL.dtype) / kept_B)[example_N] * (rank_N < kept_B[example_N])
     weights_BL = torch.zeros_like(scores_BL)
     weights_BL.view(-1)[items_N[ranked_N]] = weights_N.to(scores_BL.dtype)
     return weights_BL

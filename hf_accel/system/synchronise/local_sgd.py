@@ -31,7 +31,7 @@ from hf_accel.system.synchronise.rounds import Rounds
 
 @dataclass(eq=False)
 class LocalSGD(Rounds):
-    """Averages the ranks' weights every few steps, and exchanges nothing in between.
+    """Averages the ranks' weights every few steps; in between, ranks exchange the number of tokens of a step alone.
 
     Args:
         every: Steps of a rank between two meetings, above 0; H in the paper, which goes up to 16 without loss.

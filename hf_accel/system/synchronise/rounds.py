@@ -17,6 +17,7 @@ from torch import Tensor
 
 from hf_accel.model.compression.low_rank_training import LowRankTraining
 from hf_accel.model.compression.sparse_training import SparseTraining
+from hf_accel.model.curriculum.layer_freezing import LayerFreezing
 from hf_accel.technique import State, Technique
 from hf_accel.weights import buffers, local_parameters
 
@@ -54,11 +55,16 @@ class Rounds(Technique):
                 )
         if args.world_size > 1:
             for technique in host.techniques:
+                if isinstance(technique, LayerFreezing) and technique.policy != "schedule":
+                    raise ValueError(
+                        f"{self!r}: {technique!r} would freeze other blocks on each rank. Choose policy='schedule'."
+                    )
                 if technique.answers() & {"accept_step", "averaging"}:
                     raise ValueError(
                         f"{self!r}: the ranks' weights differ between meetings, on which {technique!r} would decide "
                         "differently on each. Leave one of the two out."
                     )
+        self.names_ = list(local_parameters(host.model))  # some may be frozen between two meetings
         self.steps_, self.meetings_, self.bytes_ = 0, 0, 0
         self.due_: set[str] = set()
 
@@ -71,7 +77,8 @@ class Rounds(Technique):
         self.steps_ += 1
         if self.steps_ % self.every == 0 or self._ended(state, control):
             self.meetings_ += 1
-            self.meet(local_parameters(host.model))
+            weights = local_parameters(host.model, trainable_only=False)
+            self.meet({name: weights[name] for name in self.names_})
             saved = host.model.state_dict()
             for name, buffer in buffers(host.model).items():
                 if name in saved and buffer.is_floating_point():  # statistics of batch normalisation, not constants

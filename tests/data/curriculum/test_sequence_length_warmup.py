@@ -48,6 +48,16 @@ def test_the_technique_asks_the_clock_and_counts():
     assert other.report() == technique.report()
 
 
+@pytest.mark.parametrize("start", [0.25, 1.0])
+def test_what_lies_beyond_the_full_length_is_cut_to_the_end(start):
+    technique = SequenceLengthWarmup(start=start, end=0.5, multiple=2, max_length=4)
+    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=1.0))
+    technique.inspect_dataset([{"input_ids": row} for row in ROWS])
+    technique.on_train_begin(None, None, None, model=SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=False)))
+    batch = StepBatch(StepPlan(0, torch.arange(4), None, 4), [MicroBatch(padded(), torch.arange(4), None)])
+    assert tokens(technique.transform_batch(batch).micro_batches[0].inputs) == [row[:4] for row in ROWS]
+
+
 def test_pieces_keep_the_tokens_of_a_step(tmp_path):
     trainer = tiny_trainer([SequenceLengthWarmup(cut="rechunk", end=1.0)], tmp_path, num_train_epochs=1)
     trainer.train()

@@ -81,6 +81,15 @@ def test_a_cut_token_is_unseen_by_the_others():
         assert not torch.allclose(model(**inputs).logits, model(**other).logits, atol=1e-3)
 
 
+def test_rows_without_a_mask_get_one():
+    masked, bare = padded(), padded()
+    del bare["attention_mask"]
+    bare["input_ids"] = masked["input_ids"] = torch.arange(5, 38).view(3, 11)
+    masked["attention_mask"] = torch.ones_like(bare["input_ids"])
+    found, expected = cut(started(share=0.4), bare), cut(started(share=0.4), masked)
+    assert torch.equal(found["attention_mask"], expected["attention_mask"]) and (found["attention_mask"] == 0).any()
+
+
 def test_the_share_rises_and_is_reported():
     technique = started(progress=0.0, share=0.4, ramp=0.5)
     assert kept(cut(technique, padded())) == ROWS

@@ -27,7 +27,7 @@ from hf_accel.model.curriculum.layer_freezing import (
     settled_by_plasticity,
     similarities,
 )
-from hf_accel.testing import check_neutral_is_trainer, check_resumes_bit_exactly, check_trains
+from hf_accel.testing import check_neutral_is_trainer, check_resumes_bit_exactly, check_trains, tiny_trainer
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "pad_token_id": 0}
 
@@ -295,3 +295,15 @@ def test_flops_are_those_of_the_blocks_that_are_trained(depth, tmp_path):
     _, angles = FlopMeter().measure(model, batch, angles)
     flops = FlopMeter().measure(model, batch, lambda: model(**batch).loss.backward())[1]
     assert flops.executed == 4 * block + head + angles.executed + 2 * (4 - depth) * block + 2 * head
+
+
+def test_gradients_are_measured_as_they_were_before_clipping(tmp_path):
+    measured = []
+    for norm in (0.0, 1e-3):
+        technique = LayerFreezing("gradient_norm", checks=4)
+        args = {"max_steps": 8, "learning_rate": 0.0, "max_grad_norm": norm}
+        tiny_trainer([technique], tmp_path, **args).train()
+        measured.append(technique.measured_)
+    assert len(measured[0]) > 2 and min(min(norms) for norms in measured[0]) > 1e-3
+    for plain, clipped in zip(*measured, strict=True):
+        assert clipped == pytest.approx(plain, rel=1e-4)

@@ -127,9 +127,9 @@ def test_autocast_holds_for_the_projection_too(tmp_path, monkeypatch):
     dtypes = []
     chunks = module._chunks
 
-    def see(hidden, weight, bias, dtype, wide):
-        dtypes.append(dtype)
-        return chunks(hidden, weight, bias, dtype, wide)
+    def see(hidden, weight, bias, wide):
+        dtypes.append(weight.dtype)
+        return chunks(hidden, weight, bias, wide)
 
     monkeypatch.setattr(module, "_chunks", see)
     found = []

@@ -12,13 +12,14 @@ from transformers import (
     Trainer,
 )
 
-from hf_accel import AccelTrainer, Distillation, Technique
+from hf_accel import AccelTrainer, Distillation, SequenceLengthWarmup, Technique
 from hf_accel.optim.objective.distillation import divergence, hidden_difference, most_likely
 from hf_accel.optim.objective.frozen import check_same_classes
 from hf_accel.testing import (
     CountingText,
     collate_padded,
     largest_difference,
+    losses_of,
     tiny_convnext,
     tiny_llama,
     tiny_teacher,
@@ -352,3 +353,12 @@ def test_the_model_as_it_was_is_moved_to_the_device(tmp_path):
     technique.initial_.to("meta")
     trainer.args.__dict__["_setup_devices"] = torch.device("meta")
     assert {p.device.type for p in technique._load_teacher().parameters()} == {"meta"}
+
+
+@pytest.mark.parametrize("cut", ["truncate", "rechunk"])
+@pytest.mark.parametrize("last", [True, False])
+def test_hidden_states_of_texts_that_are_cut(cut, last, tmp_path):
+    techniques = [Distillation(TEACHER, hidden=1.0), SequenceLengthWarmup(cut=cut)]
+    trainer = tiny_trainer(techniques if last else techniques[::-1], tmp_path, max_steps=3)
+    trainer.train()
+    assert all(math.isfinite(loss) for loss in losses_of(trainer)) and trainer.receipt.steps == 3

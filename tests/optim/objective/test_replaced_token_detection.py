@@ -3,9 +3,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from transformers import AutoModelForTokenClassification, BertForTokenClassification
 
-from hf_accel import ReplacedTokenDetection
+from hf_accel import ReplacedTokenDetection, TokenCutoff
 from hf_accel.optim.objective.replaced_token_detection import Generator, draw_from
 from hf_accel.testing import largest_difference, tiny_bert, tiny_llama, tiny_trainer
 
@@ -138,3 +139,18 @@ def test_a_mask_token_is_needed(tmp_path):
     trainer.processing_class = SimpleNamespace(mask_token_id=None)
     with pytest.raises(ValueError, match="no mask token is known. Give a tokenizer"):
         trainer.train()
+
+
+def test_texts_that_are_changed_after_it_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"ReplacedTokenDetection\(.*changed the texts after it\. List it last"):
+        tiny_trainer([ReplacedTokenDetection(), TokenCutoff()], tmp_path).train()
+    trainer = tiny_trainer([TokenCutoff(), ReplacedTokenDetection()], tmp_path, max_steps=2)
+    trainer.train()
+    assert trainer.receipt.steps == 2
+
+
+def test_what_is_pushed_is_the_model_alone(tmp_path):
+    trainer = tiny_trainer([ReplacedTokenDetection()], tmp_path, max_steps=1)
+    trainer.train()
+    trainer.save_model(_internal_call=True)  # as `push_to_hub` does
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if name.startswith("generator")]

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from ranks import run_on_ranks
 
-from hf_accel import Budget, ExponentialMovingAverage, LocalSGD, StepGuard
+from hf_accel import Budget, DiLoCo, ExponentialMovingAverage, LayerFreezing, LocalSGD, StepGuard
 from hf_accel.testing import largest_difference, tiny_llama, tiny_trainer, weights_of
 
 EXACT = {"dropout": 0.0, "dtype": torch.float64}
@@ -107,3 +107,25 @@ def test_another_number_of_ranks_is_refused(tmp_path):
     run_on_ranks(save)
     with pytest.raises(ValueError, match="Resume on 2"):
         tiny_trainer([Budget("8steps"), LocalSGD(every=4)], tmp_path).train(str(tmp_path / "checkpoint-4"))
+
+
+@pytest.mark.parametrize("technique", [LocalSGD(every=3), DiLoCo(every=3)], ids=lambda t: type(t).__name__)
+def test_blocks_that_freeze_between_two_meetings_meet_all_the_same(technique, tmp_path):
+    def run():
+        freezing = LayerFreezing(start=0.4, max_fraction=0.75)
+        args = {"max_steps": 10, "per_device_train_batch_size": 4}
+        trainer = tiny_trainer([dataclasses.replace(technique), freezing], tmp_path, **args)
+        trainer.train()
+        return weights_of(trainer), freezing.report()["frozen_blocks"]
+
+    (first, frozen), (second, _) = run_on_ranks(run)
+    assert frozen == 3 and largest_difference(first, second) == 0.0
+
+
+def test_blocks_that_each_rank_would_freeze_by_itself_are_refused(tmp_path):
+    def run():
+        with pytest.raises(ValueError, match=r"would freeze other blocks on each rank\. Choose policy='schedule'"):
+            tiny_trainer([LocalSGD(), LayerFreezing("plasticity")], tmp_path).train()
+        return True
+
+    assert run_on_ranks(run) == [True, True]
