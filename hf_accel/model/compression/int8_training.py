@@ -55,9 +55,10 @@ def multiply_in_int8(layer: nn.Linear, *, grad_weight: bool = True) -> None:
     except ImportError:
         raise ValueError("torchao: is not installed. Install it with: pip install 'hf-accel[quant]'.") from None
     # Its layer adds a bias in float32, whose gradient is none of 16 bits; its tensors quantise nothing in torchao 0.18.
-    layer.__class__ = Int8Linear
-    layer.multiply = int8_mixed_precision._Int8MixedPrecisionTrainingLinearFunction.apply
-    layer.config = Int8MixedPrecisionTrainingConfig(grad_weight=grad_weight)
+    converted: Any = layer
+    converted.__class__ = Int8Linear
+    converted.multiply = int8_mixed_precision._Int8MixedPrecisionTrainingLinearFunction.apply
+    converted.config = Int8MixedPrecisionTrainingConfig(grad_weight=grad_weight)
 
 
 @dataclass(eq=False)

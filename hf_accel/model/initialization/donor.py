@@ -45,7 +45,7 @@ def load_donor(technique: Technique, source: str | None, model: Any) -> tuple[An
     if source is None:
         raise ValueError("checkpoint is None. Name the folder or the id of a trained model.")
     if ":" in source and not Path(source).exists():
-        donor = called(source)
+        donor: Any = called(source)
         if type(donor) is not type(model):
             raise ValueError(f"{source!r} gives a {type(donor).__name__}. It must give a {type(model).__name__}.")
         return donor.to("cpu", model.dtype), ()

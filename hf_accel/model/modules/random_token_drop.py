@@ -221,7 +221,7 @@ class RandomTokenDrop(Technique):
         hidden_states = self.parameters_[0]
         whole_RLH = args[0] if args else kwargs[hidden_states]
         if not self.drawn_:  # once a pass, for checkpointing calls a block again
-            self._draw(*whole_RLH.shape[:2], whole_RLH.device)
+            self._draw(whole_RLH.shape[0], whole_RLH.shape[1], whole_RLH.device)
         if (kept_RK := self.drawn_[i]) is None:
             return call(*args, **kwargs)
         kept_RK = kept_RK.to(whole_RLH.device)
