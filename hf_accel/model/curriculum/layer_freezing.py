@@ -162,7 +162,8 @@ class LayerFreezing(Technique):
         if args.world_size > 1:
             dist.all_reduce(squares_L)  # of shards, or as many times the whole: the ratio is the same
         if self.host_ is not None and args.max_grad_norm > 0:
-            norm = torch.as_tensor(self.host_.grad_norm).to(squares_L)
+            norm = self.host_.grad_norm
+            norm = torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm).to(squares_L)
             squares_L = squares_L * (norm / args.max_grad_norm).clamp(min=1).square()
         self.squares_ += squares_L.nan_to_num(0.0, posinf=0.0)  # in float16, gradients may be too large
         self.squared_steps_ += 1

@@ -46,6 +46,7 @@ from torch import Tensor, nn
 
 from hf_accel.losses import unwrapped
 from hf_accel.model.around import refuse_waiting_ddp, refuse_zero
+from hf_accel.model.blocks import residual_projections
 from hf_accel.model.compression.low_rank_training import LowRankTraining
 from hf_accel.model.compression.sparse_training import SparseTraining
 from hf_accel.model.curriculum.layer_freezing import LayerFreezing
@@ -133,6 +134,8 @@ class ProgressiveStacking(Technique):
             self.blocks_: Any = self.model_.get_submodule(block_path(self.model_))
             self._refuse_what_would_be_lost(args, state)
             self.depths_ = self._checked_depths()
+            if self.silent:
+                residual_projections(self.model_)  # which it will need
         except ValueError as error:
             raise ValueError(f"{self!r}: {error}") from None
         self._refuse_late_growth(_factor(self.host_, lr_scheduler, state.max_steps))
