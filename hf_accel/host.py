@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import transformers
 from torch.utils.data import IterableDataset
@@ -35,6 +35,7 @@ RELIED_ON = {
     "_get_learning_rate": "",
     "_get_num_items_in_batch": "batch_samples device",
     "_get_output_dir": "trial",
+    "_hp_search_setup": "trial",
     "_init_training_state": "max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
     "_issue_warnings_after_load": "load_result",
     "_load_best_model": "",
@@ -247,6 +248,17 @@ def refuse_own_losses(trainer: AccelTrainerMixin) -> None:
             f"{owner.__name__} computes a loss of its own. Give example_loss_func=, a function (outputs, inputs) -> "
             "losses_B; or hf_accel.losses.head_of(model), where it is the loss that the model has, too."
         )
+
+
+def arguments_kind(trainer: AccelTrainerMixin) -> type[TrainingArguments]:
+    """The class of the arguments that the constructor of a trainer asks for."""
+    owner: Any = next(cls for cls in _foreign_classes(trainer) if "__init__" in vars(cls))
+    try:
+        parameter = inspect.signature(owner.__init__, eval_str=True).parameters.get("args")
+    except NameError:  # of what is imported for type checkers alone
+        return TrainingArguments
+    hints = () if parameter is None else (parameter.annotation, *get_args(parameter.annotation))
+    return next((h for h in hints if isinstance(h, type) and issubclass(h, TrainingArguments)), TrainingArguments)
 
 
 def _foreign_classes(trainer: AccelTrainerMixin) -> list[type]:

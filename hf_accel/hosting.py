@@ -90,7 +90,7 @@ class Hosting(Host):
         self.stopwatch = Stopwatch()
         self._resumed: dict[str, Any] | None = None
         self._micro: MicroBatch | None = None
-        self._swapped = False
+        self._swapped = self._ended = False
         self._made_optimizer = False
         self._parts: Any = None
         self._writing: Any = None

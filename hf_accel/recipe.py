@@ -139,13 +139,16 @@ class Recipe:
         except (ValueError, TypeError) as error:
             raise RecipeError(f"args: {' '.join(str(error).split())}") from error
 
-    def merge_args(self, args: Arguments | None) -> Arguments | TrainingArguments:
-        """The given arguments together with the recipe's; what both say must be the same.
+    def merge_args(
+        self, args: Arguments | None, kind: type[TrainingArguments] = TrainingArguments
+    ) -> TrainingArguments:
+        """The given arguments, or without any those of a kind, together with the recipe's; what both say must be the
+        same.
 
         A given argument counts as said where it differs from its default.
         """
         if args is None:
-            return self.training_arguments()
+            return self.training_arguments(kind)
         if not self.args:
             return args
         kind = type(args)

@@ -122,9 +122,11 @@ def equip(trainer: Trainer, recipe: Recipe) -> None:
     if models is not None and model not in models.values():
         raise RecipeError(f"task({recipe.task!r}): the script trains a {model}. Give a recipe for its task.")
     if recipe.args:
-        if late := sorted(SETTLED & recipe.args.keys()):
-            raise RecipeError(f"args.{late[0]}: the script has built its trainer with another. Say it in the script.")
-        trainer.args = recipe.merge_args(trainer.args)
+        merged: Any = recipe.merge_args(trainer.args)
+        for name in sorted(SETTLED & recipe.args.keys()):
+            if getattr(merged, name) != getattr(trainer.args, name):
+                raise RecipeError(f"args.{name}: the script has built its trainer with another. Say it in the script.")
+        trainer.args = merged
         trainer.create_accelerator_and_postprocess()
         trainer._train_batch_size = trainer.args.train_batch_size
         trainer.neftune_noise_alpha = trainer.args.neftune_noise_alpha

@@ -76,11 +76,11 @@ class AccelTrainerMixin(Updating, Resuming):
         self.recipe = Recipe()
         if recipe is not None:
             self.recipe = recipe if isinstance(recipe, Recipe) else Recipe.load(recipe)
-            args = self.recipe.merge_args(args)
+            args = self.recipe.merge_args(args, host.arguments_kind(self))
             techniques = [*self.recipe.build_techniques(), *techniques]
         self._host(techniques, micro_batch_size, allow_changes, example_loss_func)
         self.async_checkpoints = async_checkpoints
-        args = self._prepared_args(args or TrainingArguments("tmp_trainer"), kwargs.get("train_dataset"))
+        args = self._prepared_args(args or host.arguments_kind(self)("tmp_trainer"), kwargs.get("train_dataset"))
         others = [callback for callback in given if not isinstance(callback, Technique)]
         kwargs["callbacks"] = [*others, *self.techniques]
         quantised = getattr(model, "is_quantized", False)
@@ -136,6 +136,9 @@ class AccelTrainerMixin(Updating, Resuming):
         self.callback_handler.__class__ = _charging(type(self.callback_handler))
         self.meters = {} if self._owners["budget"] is None else self._owners["budget"].meters()
         self.head = self._find_head() if self.streamed else None
+        self._settle_sizes()
+
+    def _settle_sizes(self) -> None:
         self.nominal_batch_size = self._train_batch_size * self.accumulation_steps * self.args.world_size
         self.micro_batch_size = memory.first_micro_batch_size(self)
 
@@ -182,6 +185,7 @@ class AccelTrainerMixin(Updating, Resuming):
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any):
         self.finish_saving()  # of a run that was interrupted
         self.stopwatch.seconds.clear()
+        self._ended = False
         self._skipped_steps = 0
         self._trained_samples = 0.0
         self._tokens_before = self._tokens_of_step = 0
@@ -222,7 +226,23 @@ class AccelTrainerMixin(Updating, Resuming):
 
     # Data -----------------------------------------------------------------------------------------------------------
 
+    def _hp_search_setup(self, trial):
+        """A trial has arguments of its own: sizes and length of the run are those that it says."""
+        if self.streamed:
+            self.args.gradient_accumulation_steps = self.accumulation_steps
+        super()._hp_search_setup(trial)
+        self.accumulation_steps = self.args.gradient_accumulation_steps
+        if self.streamed:
+            self.args.gradient_accumulation_steps = 1
+        if self.techniques and trial is not None:
+            self._train_batch_size = self.args.train_batch_size
+            self._settle_sizes()
+            self.clock.limits = self._limits()
+
     def get_train_dataloader(self):
+        if self.streamed and self.model_init is not None:  # which has made another model
+            self.head = self._find_head()
+            vars(self).pop("_host_scales_rightly", None)
         given = self.train_dataset
         try:
             for technique in self._asked("prepare_dataset"):
@@ -295,7 +315,7 @@ class AccelTrainerMixin(Updating, Resuming):
             return position
         if self.stream is not None and "stream" not in self._resumed:
             self.stream.pass_over(*position)
-        if self.paced and "clock" not in self._resumed:  # of a plain Trainer
+        if "clock" not in self._resumed:  # of a plain Trainer
             steps, epochs = self.state.global_step, self.state.epoch
             if self.stream is not None:
                 epochs = self.stream.epochs if self.stream.consumed else position[0]
@@ -324,7 +344,7 @@ class AccelTrainerMixin(Updating, Resuming):
         if self._swapped:
             yield
             return
-        averages = self._averages() if self.is_in_train else None
+        averages = self._averages() if self.is_in_train and not self._ended else None
         self._swapped = True
         with contextlib.ExitStack() as stack:
             stack.callback(setattr, self, "_swapped", False)
@@ -362,6 +382,7 @@ class AccelTrainerMixin(Updating, Resuming):
         if not keeps_best and (averages := self._averages()) is not None:
             weights.swap(self.model, averages)
         self._reports = [dict(t.report()) for t in self.techniques]
+        self._ended = True  # the model is what `train` returns
         if samples := self.clock.spent["samples"]:  # Trainer wants those of the whole schedule
             num_train_samples = samples * self.state.max_steps / max(self.state.global_step, 1)
         return super()._finalize_training(trial, num_train_samples, start_time)
@@ -451,6 +472,10 @@ def attach(
     trainer._settle()
 
 
+GIVEN_TO_CALLBACKS = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
+"""By Trainer's handler of callbacks, beside arguments, state and control."""
+
+
 def _listens(callback: TrainerCallback, event: str) -> bool:
     return getattr(type(callback), event) is not getattr(TrainerCallback, event, None)
 
@@ -460,18 +485,13 @@ def _charging(handler_class: type) -> type:
 
     class ChargingHandler(handler_class):
         def call_event(self, event, args, state, control, **kwargs):
-            every = self.callbacks
-            if not any(isinstance(c, Technique) and _listens(c, event) for c in every):
+            if not any(isinstance(c, Technique) and _listens(c, event) for c in self.callbacks):
                 return super().call_event(event, args, state, control, **kwargs)
-            try:
-                for callback in list(every):
-                    self.callbacks = [callback]
-                    hosted = isinstance(callback, Technique)
-                    with callback.host_.charge(callback) if hosted else contextlib.nullcontext():
-                        control = super().call_event(event, args, state, control, **kwargs)
-                    every.extend(self.callbacks[1:])
-            finally:
-                self.callbacks = every
+            given: dict[str, Any] = {name: getattr(self, name) for name in GIVEN_TO_CALLBACKS} | kwargs
+            for callback in self.callbacks:  # which may change them, as in Trainer
+                hosted = isinstance(callback, Technique)
+                with callback.host_.charge(callback) if hosted else contextlib.nullcontext():
+                    control = getattr(callback, event)(args, state, control, **given) or control
             return control
 
     return ChargingHandler

@@ -38,7 +38,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hf_accel import Budget, InfoBatch, PaddingFree, TargetMetric, accelerated, attach
+from hf_accel import Budget, InfoBatch, PaddingFree, Recipe, TargetMetric, accelerated, attach
 from hf_accel.losses import head_of
 from hf_accel.recipe import known_techniques
 from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_llama, weights_of
@@ -316,3 +316,16 @@ def test_a_sampler_of_the_users_is_not_replaced_in_silence(tmp_path):
     ):
         trainer(tmp_path, accelerated(OwnSampler), techniques=[InfoBatch()])
     trainer(tmp_path, accelerated(OwnSampler), techniques=[Budget("2steps")]).train()
+
+
+def test_arguments_of_a_recipe_alone_are_of_the_trainers_kind(tmp_path):
+    pairs = {"prompt": TEXTS, "chosen": [" yes, indeed"] * 16, "rejected": [" no"] * 16}
+    recipe = Recipe(args={"output_dir": str(tmp_path), "use_cpu": True, "bf16": False, "report_to": "none"})
+    given = {"model": byte_llama(), "processing_class": tokenizer(), "recipe": recipe}
+    for kind, arguments, data, more in (
+        (SFTTrainer, SFTConfig, {"text": TEXTS}, {}),
+        (DPOTrainer, DPOConfig, pairs, {"ref_model": byte_llama()}),
+    ):
+        made = accelerated(kind)(train_dataset=datasets.Dataset.from_dict(data), **given, **more)
+        assert type(made.args) is arguments
+        assert made.args.learning_rate == arguments(str(tmp_path), use_cpu=True, bf16=False).learning_rate

@@ -112,7 +112,7 @@ def test_a_recipe_gives_the_size_of_a_batch_and_the_seed(script, tmp_path):
     script.write_text(SCRIPT.replace("per_device_train_batch_size=4, ", ""))
     runs = []
     for seed in (1, 2):
-        args = {"per_device_train_batch_size": 2, "seed": seed}
+        args = {"per_device_train_batch_size": 2, "seed": seed, "report_to": "none"}
         Recipe(args=args, budget="5steps").save(tmp_path / "recipe.yaml")
         done = run("--recipe", tmp_path / "recipe.yaml", script, tmp_path / "out")
         assert done.exit_code == 0, done.output
@@ -123,7 +123,8 @@ def test_a_recipe_gives_the_size_of_a_batch_and_the_seed(script, tmp_path):
 
 @pytest.mark.parametrize("name", ["label_smoothing_factor", "full_determinism", "enable_jit_checkpoint"])
 def test_what_a_trainer_has_settled_is_refused(name, script, tmp_path):
-    Recipe(args={name: 1}, budget="5steps").save(tmp_path / "recipe.yaml")
+    value = 0.1 if name == "label_smoothing_factor" else True
+    Recipe(args={name: value}, budget="5steps").save(tmp_path / "recipe.yaml")
     done = run("--recipe", tmp_path / "recipe.yaml", script, tmp_path / "out")
     assert done.exit_code == 2 and f"args.{name}: the script has built its trainer" in done.output
 

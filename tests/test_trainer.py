@@ -1,6 +1,7 @@
 """Drop-in: with no technique, and with one that only watches, a run is Trainer's, bit for bit."""
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import datasets
 import pytest
@@ -8,6 +9,7 @@ import torch
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
+    ProgressCallback,
     Seq2SeqTrainer,
     Seq2SeqTrainingArguments,
     Trainer,
@@ -16,9 +18,31 @@ from transformers import (
     ViTConfig,
     ViTForImageClassification,
 )
+from transformers.trainer_utils import HPSearchBackend
 
-from hf_accel import AccelTrainer, Budget, RandomSubset, Technique, accelerated, attach
-from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_trainer, weights_of
+from hf_accel import (
+    AccelTrainer,
+    Budget,
+    ChunkedCrossEntropy,
+    ExponentialMovingAverage,
+    LengthGrouped,
+    Mixup,
+    RandomSubset,
+    StochasticWeightAveraging,
+    Technique,
+    accelerated,
+    attach,
+)
+from hf_accel.testing import (
+    CountingText,
+    collate_padded,
+    largest_difference,
+    losses_of,
+    tiny_convnext,
+    tiny_llama,
+    tiny_trainer,
+    weights_of,
+)
 
 
 @dataclass(eq=False)
@@ -366,3 +390,96 @@ def test_absolute_warmup_needs_a_known_number_of_steps(tmp_path):
 def test_schedules_that_follow_the_metric_are_refused(kind, tmp_path):
     with pytest.raises(ValueError, match=f"lr_scheduler_type='{kind}': it follows the metric, not progress"):
         tiny_trainer([Budget("5s")], tmp_path, lr_scheduler_type=kind, eval_strategy="steps")
+
+
+def of_model_init(make_model, techniques, directory, **args):
+    """A trainer of what `make_model` makes, each time anew."""
+    modality = "image" if make_model().main_input_name == "pixel_values" else "text"
+    given = tiny_trainer([], directory, modality=modality, **args)
+    data = {"train_dataset": given.train_dataset, "data_collator": given.data_collator}
+    return AccelTrainer(model_init=lambda: make_model(), args=given.args, techniques=techniques, **data)
+
+
+def test_a_trial_of_a_search_has_a_length_and_sizes_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.hp_params", lambda trial: trial.params)  # which asks for optuna
+    searched = of_model_init(tiny_llama, [LengthGrouped()], tmp_path)
+    searched.hp_search_backend, searched.hp_space = HPSearchBackend.OPTUNA, lambda trial: trial.params
+    trials = (
+        ({"num_train_epochs": 1, "per_device_train_batch_size": 16}, 4),
+        ({"num_train_epochs": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}, 16),
+    )
+    for trial, steps in trials:
+        searched.train(trial=SimpleNamespace(number=steps, params=dict(trial)))
+        built = of_model_init(tiny_llama, [LengthGrouped()], tmp_path, **trial)
+        built.train()
+        assert searched.state.global_step == built.state.global_step == steps
+        assert searched.receipt.samples == built.receipt.samples == 64 * trial["num_train_epochs"]
+        assert losses_of(searched) == losses_of(built)
+
+
+@pytest.mark.parametrize(
+    "make_model, technique", [(lambda: tiny_convnext(0.0), Mixup), (lambda: tiny_llama(0.0), ChunkedCrossEntropy)]
+)
+def test_the_loss_is_that_of_the_model_which_model_init_makes(make_model, technique, tmp_path):
+    anew = of_model_init(make_model, [technique()], tmp_path, max_steps=4)
+    anew.train()
+    given = tiny_trainer([technique()], tmp_path, model=make_model(), max_steps=4)
+    given.train()
+    assert losses_of(anew) == losses_of(given)
+    assert largest_difference(weights_of(anew), weights_of(given)) == 0.0
+
+
+def test_a_plain_run_is_gone_on_with_at_its_progress(tmp_path):
+    args = {"save_strategy": "steps", "save_steps": 8, "max_steps": 16}
+    tiny_trainer([], tmp_path, trainer_class=Trainer, **args).train()
+    trainer = tiny_trainer([StochasticWeightAveraging(start=0.75)], tmp_path / "resumed", **args)
+    trainer.allow_changes = True
+    trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert trainer.clock.progress == 1.0 and trainer.receipt.steps == 16
+    assert trainer.receipt.techniques[0]["report"]["averaged"] > 0
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_what_is_evaluated_at_the_end_of_training_is_what_it_returns(best, tmp_path):
+    class Last(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            self.loss = trainer.evaluate()["eval_loss"]
+
+    args = {"eval_strategy": "epoch", "save_strategy": "epoch", "load_best_model_at_end": True} if best else {}
+    trainer = tiny_trainer([ExponentialMovingAverage(4.0)], tmp_path, **args)
+    trainer.add_callback(last := Last())
+    trainer.train()
+    assert trainer.evaluate()["eval_loss"] == last.loss
+
+
+def test_callbacks_see_and_change_all_callbacks(tmp_path):
+    class Steps(TrainerCallback):
+        def __init__(self):
+            self.seen = 0
+
+        def on_step_end(self, args, state, control, **kwargs):
+            self.seen += 1
+
+    class Changes(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            trainer.remove_callback(removed)
+            trainer.add_callback(added)
+
+    removed, added = Steps(), Steps()
+    trainer = tiny_trainer([Budget("20steps"), ExponentialMovingAverage()], tmp_path)
+    for callback in (Changes(), removed):
+        trainer.add_callback(callback)
+    trainer.train()
+    assert (removed.seen, added.seen) == (0, 20)
+
+
+def test_the_bar_of_a_budget_is_as_long_as_the_run(tmp_path):
+    class Bar(ProgressCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            self.total = self.training_bar.total
+            super().on_train_end(args, state, control, **kwargs)
+
+    trainer = tiny_trainer([Budget("20steps"), ExponentialMovingAverage()], tmp_path)
+    trainer.add_callback(bar := Bar())
+    trainer.train()
+    assert bar.total == trainer.state.global_step == 20

@@ -217,10 +217,7 @@ class ChunkedCrossEntropy(Technique):
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         self.positions_, self.projected_ = 0, 0
-        host: Any = self.host_
         projection = unwrapped(model).get_output_embeddings()
-        if projection is not host.head.projection:  # of a model that `model_init` has made since
-            host.head = host._find_head()
         projection.forward = types.MethodType(_nothing_in_training, projection)
 
     def on_train_end(self, args, state, control, model: Any = None, **kwargs):
