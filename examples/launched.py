@@ -2,8 +2,8 @@
 
 python examples/launched.py --learning_rate 3e-3 --budget 3epochs --techniques "InfoBatch(keep=0.8)"
 accelerate launch --config_file configs/accelerate/fsdp2.yaml examples/launched.py --budget 30min
-accelerate launch --config_file configs/accelerate/zero2.yaml examples/launched.py --recipe recipe.yaml
-torchrun --nproc_per_node 8 examples/launched.py --deepspeed configs/deepspeed/zero3.json
+accelerate launch --config_file configs/accelerate/zero2.yaml examples/launched.py --recipe recipe.yaml --bf16
+torchrun --nproc_per_node 8 examples/launched.py --deepspeed configs/deepspeed/zero3.json --bf16
 """
 
 import random

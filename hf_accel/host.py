@@ -187,7 +187,10 @@ def refuse_stream_arguments(args: TrainingArguments) -> None:
     if args.parallelism_config is not None:
         raise ValueError("parallelism_config: the techniques' stream knows data parallelism only. Leave it out.")
     if args.n_gpu > 1:
-        raise ValueError(f"n_gpu={args.n_gpu}: nn.DataParallel is not supported. Start with torchrun or accelerate.")
+        raise ValueError(
+            f"n_gpu={args.n_gpu}: nn.DataParallel is not supported. Start the script (or -m hf_accel.cli) "
+            f"with torchrun --nproc_per_node {args.n_gpu}, or take one GPU with CUDA_VISIBLE_DEVICES=0."
+        )
 
 
 def refuse_stream_hosts(trainer: AccelTrainerMixin) -> None:

@@ -139,6 +139,13 @@ class Recipe:
         except (ValueError, TypeError) as error:
             raise RecipeError(f"args: {' '.join(str(error).split())}") from error
 
+    def of_run(self, args: dict[str, Any], techniques: Sequence[Any]) -> Recipe:
+        """The recipe of a run with such arguments and techniques; a budget that is the first of them can be changed by
+        options as that of any recipe."""
+        first = next(iter(techniques), None)
+        budget = first.limit if type(first) is known_techniques()["Budget"] else None
+        return dataclasses.replace(self, args=args, techniques=list(techniques)[budget is not None :], budget=budget)
+
     def merge_args(
         self, args: Arguments | None, kind: type[TrainingArguments] = TrainingArguments
     ) -> TrainingArguments:

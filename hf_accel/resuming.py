@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -310,7 +309,6 @@ class Resuming(Saving):
         """Write the recipe, and the receipt where there is one, beside a saved model."""
         if not self.args.should_save:
             return
-        said = {"args": self._said, "techniques": self.techniques, "budget": None}
-        dataclasses.replace(self.recipe, **said).save(Path(directory, "recipe.yaml"))
+        self.recipe.of_run(self._said, self.techniques).save(Path(directory, "recipe.yaml"))
         if self.receipt is not None:
             self.receipt.save(Path(directory, "receipt.json"))

@@ -60,10 +60,11 @@ def run(
     budget: Annotated[str | None, typer.Option(help="What may be spent: 30min, 500steps, 3epochs, 1e9tok.")] = None,
 ) -> None:
     """Run an unmodified script with techniques attached."""
-    chosen = Recipe() if recipe is None else Recipe.load(recipe)
-    chosen = with_options(chosen, technique or [], budget)
     if not script.is_file():
         raise ValueError(f"script({str(script)!r}): there is no such file. Check the path.")
+    sys.path[0] = str(script.resolve().parent)  # as Python does; techniques may be there, too
+    chosen = Recipe() if recipe is None else Recipe.load(recipe)
+    chosen = with_options(chosen, technique or [], budget)
     with attached(chosen):
         run_script(script, arguments or [])
 

@@ -78,6 +78,8 @@ def test_the_parts_of_a_receipt_are_not_cut_off(run):
 def test_the_recipe_builds_the_same_run(place, run, tmp_path):
     recipe = Recipe.load(Path(run.args.output_dir, place, "recipe.yaml"))
     assert [repr(technique) for technique in recipe.build_techniques()] == TECHNIQUES
+    longer = recipe.with_changes("budget=7steps").build_techniques()
+    assert repr(longer[0]) == repr(Budget("7steps")) and list(map(repr, longer[1:])) == TECHNIQUES[1:]
     again = AccelTrainer(
         tiny_llama(),
         TrainingArguments(str(tmp_path), report_to=[]),
