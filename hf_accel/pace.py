@@ -70,7 +70,8 @@ class Pacer(TrainerCallback):
         for kind, flag in (("logging", "should_log"), ("eval", "should_evaluate"), ("save", "should_save")):
             share = getattr(args, f"{kind}_steps") or 0
             strategy = getattr(args, f"{kind}_strategy")
-            if 0 < share < 1 and strategy == "steps" and passes(self.fired_at, progress, share):
+            delayed = kind == "eval" and state.global_step < args.eval_delay
+            if 0 < share < 1 and strategy == "steps" and not delayed and passes(self.fired_at, progress, share):
                 setattr(control, flag, True)
         self.fired_at = progress
         for callback in self.trainer.callback_handler.callbacks:

@@ -481,7 +481,7 @@ def check_micro_batch_invariant(technique: Technique, directory: Path) -> None:
 
 
 def check_leaves_the_model_as_found(technique: Technique, directory: Path) -> None:
-    """After training, ``requires_grad``, hooks and train/eval flags are as before."""
+    """After training, ``requires_grad``, hooks, train/eval flags and forward methods are as before."""
     trainer = tiny_trainer([again(technique)], directory)
     model = trainer.model
     before = _outfit(model)
@@ -495,7 +495,8 @@ def _outfit(model: torch.nn.Module) -> list[Any]:
         (name, len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
         for name, module in model.named_modules()
     ]
-    return [flags, hooks]
+    modes = [(name, module.training, "forward" in vars(module)) for name, module in model.named_modules()]
+    return [flags, hooks, modes]
 
 
 def check_every_option_matters(technique: Technique, directory: Path) -> None:

@@ -449,7 +449,10 @@ def attach(
     async_checkpoints: bool = False,
     example_loss_func: Callable | losses.Head | None = None,
 ) -> None:
-    """Equip an existing trainer, before ``train()``; arguments as of `AccelTrainerMixin`."""
+    """Equip an existing trainer, before ``train()``; arguments as of `AccelTrainerMixin`.
+
+    Where something is refused, the trainer stays as it was, but for what a technique did to its model.
+    """
     if isinstance(trainer, AccelTrainerMixin):
         raise ValueError(
             f"attach({type(trainer).__name__}): it hosts techniques already. Give them to its constructor."
@@ -457,19 +460,27 @@ def attach(
     if trainer.is_in_train or trainer.state.global_step > 0:
         raise ValueError(f"attach({type(trainer).__name__}): it has begun to train. Attach before train().")
     host.check_signatures()
+    handler = trainer.callback_handler
+    before = type(trainer), dict(vars(trainer)), type(handler), list(handler.callbacks)
     trainer.__class__ = accelerated(type(trainer))
     assert isinstance(trainer, AccelTrainerMixin)
-    trainer.recipe = Recipe()
-    trainer._host(techniques, micro_batch_size, allow_changes, example_loss_func)
-    trainer.async_checkpoints = async_checkpoints
-    args = trainer._prepared_args(trainer.args, trainer.train_dataset)
-    rebuilt = host.accelerator_differs(trainer.args, args)
-    trainer.args = args
-    if rebuilt:
-        trainer.create_accelerator_and_postprocess()
-    for technique in techniques:
-        trainer.add_callback(technique)
-    trainer._settle()
+    try:
+        trainer.recipe = Recipe()
+        trainer._host(techniques, micro_batch_size, allow_changes, example_loss_func)
+        trainer.async_checkpoints = async_checkpoints
+        args = trainer._prepared_args(trainer.args, trainer.train_dataset)
+        rebuilt = host.accelerator_differs(trainer.args, args)
+        trainer.args = args
+        if rebuilt:
+            trainer.create_accelerator_and_postprocess()
+        for technique in techniques:
+            trainer.add_callback(technique)
+        trainer._settle()
+    except Exception:
+        trainer.__class__, attributes, handler.__class__, handler.callbacks = before
+        vars(trainer).clear()
+        vars(trainer).update(attributes)
+        raise
 
 
 GIVEN_TO_CALLBACKS = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")

@@ -26,6 +26,7 @@ from hf_accel import (
     ChunkedCrossEntropy,
     ExponentialMovingAverage,
     LengthGrouped,
+    LoRA,
     Mixup,
     RandomSubset,
     StochasticWeightAveraging,
@@ -319,6 +320,28 @@ def test_a_plain_trainer_refuses_what_it_cannot_do(tmp_path):
     late.add_callback(type("Late", (Watch,), {"on_train_begin": Technique.on_train_begin})())
     with pytest.raises(ValueError, match="Use AccelTrainer"):
         late.train()
+
+
+@pytest.mark.parametrize("wrong", [[Budget("1h"), Budget("2h")], [LoRA(rank=10_000)]], ids=["a slot", "a model"])
+def test_a_trainer_to_which_attaching_was_refused_is_as_before(wrong, tmp_path):
+    trainer = tiny_trainer([], tmp_path, trainer_class=Trainer, max_steps=4)
+    callbacks, attributes = list(trainer.callback_handler.callbacks), set(vars(trainer))
+    with pytest.raises(ValueError):
+        attach(trainer, wrong)
+    assert type(trainer) is Trainer and set(vars(trainer)) == attributes
+    assert trainer.callback_handler.callbacks == callbacks
+    attach(trainer, [ExponentialMovingAverage()])
+    trainer.model.requires_grad_(True)
+    trainer.train()
+    assert trainer.receipt.steps == 4 and len(trainer.receipt.techniques) == 1
+
+
+@pytest.mark.parametrize("delay, steps", [(0, [6, 12, 18, 24]), (13, [18, 24])])
+def test_fractions_wait_for_the_delay_of_evaluations(delay, steps, tmp_path):
+    args = {"eval_strategy": "steps", "eval_steps": 0.25, "eval_delay": delay}
+    trainer = tiny_trainer([Budget("24steps")], tmp_path, **args)
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "eval_loss" in entry] == steps
 
 
 def test_seq2seq_trainer(tmp_path):
