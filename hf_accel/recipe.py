@@ -142,12 +142,12 @@ class Recipe:
     def of_run(self, args: dict[str, Any], techniques: Sequence[Any]) -> Recipe:
         """The recipe of a run with such arguments and techniques; a budget that is the first of them can be changed by
         options as that of any recipe."""
-        first = next(iter(techniques), None)
-        budget = first.limit if type(first) is known_techniques()["Budget"] else None
+        first, kind = next(iter(techniques), None), known_techniques()["Budget"]
+        budget: Any = vars(first)["limit"] if type(first) is kind else None
         return dataclasses.replace(self, args=args, techniques=list(techniques)[budget is not None :], budget=budget)
 
     def merge_args(
-        self, args: Arguments | None, kind: type[TrainingArguments] = TrainingArguments
+        self, args: TrainingArguments | None, kind: type[TrainingArguments] = TrainingArguments
     ) -> TrainingArguments:
         """The given arguments, or without any those of a kind, together with the recipe's; what both say must be the
         same.

@@ -477,7 +477,7 @@ def attach(
             trainer.add_callback(technique)
         trainer._settle()
     except Exception:
-        trainer.__class__, attributes, handler.__class__, handler.callbacks = before
+        trainer.__class__, attributes, handler.__class__, handler.callbacks = before  # type: ignore[assignment]
         vars(trainer).clear()
         vars(trainer).update(attributes)
         raise
