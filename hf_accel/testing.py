@@ -495,8 +495,9 @@ def _outfit(model: torch.nn.Module) -> list[Any]:
         (name, len(module._forward_hooks), len(module._forward_pre_hooks), len(module._backward_hooks))
         for name, module in model.named_modules()
     ]
-    modes = [(name, module.training, "forward" in vars(module)) for name, module in model.named_modules()]
-    return [flags, hooks, modes]
+    forwards = [name for name, module in model.named_modules() if "forward" in vars(module)]
+    modes = {module.training for module in model.modules()}
+    return [flags, hooks, forwards, len(modes)]  # an evaluation leaves all of the model in its mode
 
 
 def check_every_option_matters(technique: Technique, directory: Path) -> None:
