@@ -18,7 +18,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -43,8 +42,7 @@ def save_state(directory: str | Path, name: str, state: Mapping[str, Any]) -> No
     document = taken_apart(state, tensors)
     Path(directory).mkdir(parents=True, exist_ok=True)
     # Copies, for safetensors refuses tensors that share memory.
-    whole = {"memory_format": torch.contiguous_format}
-    tensors = {key: tensor.detach().cpu().clone(**whole) for key, tensor in tensors.items()}
+    tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     save_file(tensors, Path(directory, f"{name}.safetensors"))
     Path(directory, f"{name}.json").write_text(json.dumps(document))
 

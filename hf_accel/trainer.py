@@ -224,8 +224,6 @@ class AccelTrainerMixin(Updating, Resuming):
             return {"steps": float(self.args.max_steps)}
         return {"epochs": float(self.args.num_train_epochs)}
 
-    # Data -----------------------------------------------------------------------------------------------------------
-
     def _hp_search_setup(self, trial):
         """A trial has arguments of its own: sizes and length of the run are those that it says."""
         if self.streamed:
@@ -238,6 +236,8 @@ class AccelTrainerMixin(Updating, Resuming):
             self._train_batch_size = self.args.train_batch_size
             self._settle_sizes()
             self.clock.limits = self._limits()
+
+    # Data -----------------------------------------------------------------------------------------------------------
 
     def get_train_dataloader(self):
         if self.streamed and self.model_init is not None:  # which has made another model

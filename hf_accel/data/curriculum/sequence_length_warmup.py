@@ -91,9 +91,10 @@ class SequenceLengthWarmup(Technique):
             raise ValueError(f"{self!r}: only language models learn from pieces of a text. Choose cut='truncate'.")
         self._count(micros, "read", "examples")
         longer = self.max_length and any(micro.inputs["input_ids"].shape[1] > self.max_length for micro in micros)
-        if (length < self.full_length_ or longer) and self.cut == "rechunk":
+        cuts = length < self.full_length_ or longer
+        if cuts and self.cut == "rechunk":
             micros = [rechunk(micro, length) for micro in micros]
-        elif length < self.full_length_ or longer:
+        elif cuts:
             micros = [micro._replace(inputs=truncate(micro.inputs, length)) for micro in micros]
         self._count(micros, "trained", "pieces")
         return dataclasses.replace(batch, micro_batches=micros)
