@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import json
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -114,7 +115,8 @@ def outcome(trainer: Any) -> dict[str, str]:
 
 def timeless(report: dict[str, Any]) -> dict[str, Any]:
     """A report without what depends on the clock of the machine."""
-    return {name: value for name, value in report.items() if "seconds" not in name}
+    timed = {"seconds", "utilisation", "utilization"}
+    return {name: value for name, value in report.items() if not timed & set(re.split("[_ ]", name))}
 
 
 def trained(techniques: Techniques, directory: Path, **settings: Any) -> dict[str, str]:
@@ -170,7 +172,9 @@ def accelerated(directory: Path) -> dict[str, str]:
 def on_one_process(only: Sequence[str]) -> dict[str, Any]:
     """All outcomes of one process, by run."""
     evaluated = {"eval_strategy": "steps", "eval_steps": 9}
-    resumable = {name: RUNS[name] for name in ("prune, group, ramp", "stack", "sparse", "distill", "search the learning rate")}
+    resumable = {
+        name: RUNS[name] for name in ("prune, group, ramp", "stack", "sparse", "distill", "search the learning rate")
+    }
     runs: dict[str, Callable[[Path], Any]] = {
         **{name: lambda place, t=techniques: trained(t, place) for name, techniques in RUNS.items()},
         **{f"resume: {name}": lambda place, t=techniques: resumed(t, place) for name, techniques in resumable.items()},
