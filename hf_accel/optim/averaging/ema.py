@@ -65,6 +65,7 @@ class ExponentialMovingAverage(RunningAverage):
     """The weights of training stay exactly the same; those that are evaluated, saved and returned are others."""
 
     neutral: ClassVar = {"half_life": 1e-3}
+    claims: ClassVar = frozenset({"early_weights"})
     """2^-1000 is nothing, so that each average equals the weights of the last step to the bit."""
 
     def on_train_begin(self, args, state, control, **kwargs):
