@@ -66,3 +66,14 @@ def restore_random_states(device: torch.device, states: list[Tensor]) -> None:
     torch.random.set_rng_state(states[0])
     if device.type != "cpu":
         torch.get_device_module(device).set_rng_state(states[1], device)
+
+
+@contextlib.contextmanager
+def modes_kept(model: nn.Module) -> Iterator[None]:
+    """Leave each module of a model in training or evaluation mode, as found."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training

@@ -417,7 +417,7 @@ def check_neutral_is_trainer(technique: Technique, directory: Path) -> None:
     plain = tiny_trainer([], directory, trainer_class=Trainer, modality=technique.modality)
     plain.train()
     hosted = tiny_trainer([neutral], directory)
-    averaging = hosted._owners["averaging"] is not None
+    averaging = hosted.accel.roster.owner("averaging") is not None
     hosted.train()
     assert losses_of(hosted) == losses_of(plain), f"{neutral!r}: the losses are not Trainer's"
     if not averaging:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hf_accel.preserve import modes_kept
 from hf_accel.technique import Technique
 
 BORDER = 6
@@ -59,18 +60,14 @@ def flattening_fault(model: Any, num_rows: int = 1, run: Any = None) -> str | No
     Tried on ``num_rows`` equal rows, on the device and in the precision of ``run``, the trainer.  Leaves the model as
     found.
     """
-    modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device if run is None else run.args.device
     accelerator = getattr(run, "accelerator", None)  # a quantized model is asked before there is one
     precision = contextlib.nullcontext() if accelerator is None else accelerator.autocast()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
-            tried = model if _can_run(model, device) else _fresh(model).to(device)
-            tried.eval()
-            return _fault(tried, tried, num_rows) or None
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    forked = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with forked, precision, modes_kept(model):
+        tried = model if _can_run(model, device) else _fresh(model).to(device)
+        tried.eval()
+        return _fault(tried, tried, num_rows) or None
 
 
 def _can_run(model: Any, device: torch.device) -> bool:

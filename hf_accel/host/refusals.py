@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from hf_accel.host.signatures import foreign_classes
+from hf_accel.adapters import is_adapted
+from hf_accel.host.view import TrainerView
 from hf_accel.technique import STREAM, Technique
 
 NEEDS_EXAMPLE_LOSSES = frozenset(
@@ -50,7 +51,7 @@ def refuse_quantized(model: Any) -> None:
         raise ValueError(
             f"model: {method} weights of this kind cannot be trained. Load them with bitsandbytes in 4 bits."
         )
-    if not hasattr(model, "peft_config") and not getattr(quantizer, "is_qat_trainable", False):
+    if not is_adapted(model) and not getattr(quantizer, "is_qat_trainable", False):
         raise ValueError(
             f"model: {type(model).__name__} has quantized weights, which are not trained, and no adapters, which "
             "would be. Add them, with a technique or with peft."
@@ -91,41 +92,42 @@ def refuse_stream_arguments(args: TrainingArguments) -> None:
         )
 
 
-def refuse_stream_hosts(trainer: Any) -> None:
+def refuse_stream_hosts(host: TrainerView, techniques: Sequence[Technique], micro_batch_size: Any) -> None:
     """Trainers and data that a stream cannot serve."""
-    dataset = trainer.train_dataset
+    dataset = host.train_dataset
     if isinstance(dataset, IterableDataset):
-        _refuse_on_iterables(trainer, dataset)
+        _refuse_on_iterables(host.args, dataset, techniques, micro_batch_size)
     elif dataset is not None and not hasattr(dataset, "__getitem__"):
         raise ValueError(
             f"train_dataset ({type(dataset).__name__}): it has neither an index nor is it an IterableDataset. "
             "Give a data set with __len__ and __getitem__, or one of these."
         )
     for name in ("get_train_dataloader", "_get_train_sampler"):
-        owner = next(cls for cls in foreign_classes(trainer) if name in vars(cls))
-        if owner is not Trainer:
-            replacing = ", ".join(repr(t) for t in trainer.techniques if t.implemented_hooks() & STREAM)
+        if (owner := host.overrides(name)) is not None:
+            replacing = ", ".join(repr(t) for t in techniques if t.implemented_hooks() & STREAM)
             raise ValueError(
                 f"{owner.__name__}.{name}: it makes batches of its own, which {replacing or 'micro_batch_size'} would "
                 "replace. Leave that out."
             )
 
 
-def _refuse_on_iterables(trainer: Any, dataset: Any) -> None:
+def _refuse_on_iterables(
+    args: TrainingArguments, dataset: Any, techniques: Sequence[Technique], micro_batch_size: Any
+) -> None:
     """What cannot be had of data that is only iterated over."""
     kind = type(dataset).__name__
-    for technique in trainer.techniques:
+    for technique in techniques:
         if technique.implemented_hooks() & {"select", "order"}:
             raise ValueError(
                 f"{technique!r}: it chooses examples by their index, which train_dataset ({kind}) lacks. "
                 "Give a data set with __len__ and __getitem__."
             )
-    if trainer.args.world_size > 1 and getattr(dataset, "_distributed", None) is not None:
+    if args.world_size > 1 and getattr(dataset, "_distributed", None) is not None:
         raise ValueError(
             f"train_dataset ({kind}): it was split by node, and every rank takes its share of a step itself. "
             "Give the whole."
         )
-    if trainer.args.world_size > 1 and trainer.requested_micro_batch_size == "auto":
+    if args.world_size > 1 and micro_batch_size == "auto":
         raise ValueError(
             f"micro_batch_size='auto': which example of train_dataset ({kind}) is the longest is not known. "
             "Give a number."
@@ -141,10 +143,9 @@ def refuse_unknown_epochs(owner: Technique, dataset: Any) -> None:
         )
 
 
-def refuse_own_losses(trainer: Any) -> None:
-    """A trainer whose loss is not its model's has no loss of an example that we could know."""
-    owner = next(cls for cls in foreign_classes(trainer) if "compute_loss" in vars(cls))
-    if owner is not Trainer:
+def refuse_own_losses(host: TrainerView) -> None:
+    """Refuse trainers that override ``compute_loss``: per-example losses are unknown."""
+    if (owner := host.overrides("compute_loss")) is not None:
         raise ValueError(
             f"{owner.__name__} computes a loss of its own. Give example_loss_func=, a function (outputs, inputs) -> "
             "losses_B; or hf_accel.losses.head_of(model), where it is the loss that the model has, too."

@@ -411,7 +411,7 @@ def test_goes_on_where_a_plain_trainer_was(tmp_path):
     plain = hosted([], tmp_path, table().to_iterable_dataset(), Trainer, **args)
     plain.train()
     resumed = hosted([Watch()], tmp_path / "resumed", table().to_iterable_dataset(), **args)
-    resumed.allow_changes = True
+    resumed.accel.options.allow_changes = True
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert losses_of(resumed) == losses_of(plain)
     assert largest_difference(weights_of(resumed), weights_of(plain)) == 0.0

@@ -49,6 +49,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from hf_accel.adapters import is_adapted
 from hf_accel.surgery.blocks import has_experts
 from hf_accel.technique import Positive, Technique
 
@@ -153,8 +154,8 @@ class LoRA(Technique):
         """Adapters on the layers of ``target``."""
         assert self.run_ is not None
         args = self.run_.args
-        if hasattr(model, "peft_config") or not hasattr(model, "get_output_embeddings"):
-            problem = "has adapters already" if hasattr(model, "peft_config") else "is no model of transformers"
+        if is_adapted(model) or not hasattr(model, "get_output_embeddings"):
+            problem = "has adapters already" if is_adapted(model) else "is no model of transformers"
             place = " to AccelTrainer, for other trainers refuse it" if getattr(model, "is_quantized", False) else ""
             raise ValueError(f"{self!r}: {type(model).__name__} {problem}. Give the pretrained model itself{place}.")
         if self.variant == "pissa" and getattr(model, "is_quantized", False):

@@ -37,6 +37,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_accel.adapters import is_adapted
 from hf_accel.surgery.blocks import linear_layers
 from hf_accel.technique import Fraction, State, Technique
 
@@ -163,7 +164,7 @@ class LowRankTraining(Technique):
                 f"{self!r}: DDP must look for unused parameters, of which there are some before and after the change. "
                 "Set ddp_find_unused_parameters=True and activation_checkpointing=False."
             )
-        if hasattr(model, "peft_config"):
+        if is_adapted(model):
             raise ValueError(f"{self!r}: {type(model).__name__} trains adapters, which are thin. Leave one out.")
         try:
             layers = linear_layers(model)

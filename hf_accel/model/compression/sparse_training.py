@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from hf_accel.adapters import is_adapted
 from hf_accel.surgery.blocks import linear_layers
 from hf_accel.technique import Fraction, State, Technique
 
@@ -112,7 +113,7 @@ class SparseTraining(Technique):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.deepspeed_plugin is not None or args.fsdp or any(isinstance(m, FSDPModule) for m in model.modules()):
             raise ValueError(f"{self!r}: a mask is of a whole matrix, and FSDP and ZeRO cut them. Use DDP, or drop it.")
-        if hasattr(model, "peft_config"):
+        if is_adapted(model):
             raise ValueError(f"{self!r}: {type(model).__name__} trains adapters, which are small. Leave one out.")
         try:
             layers = {path: layer for path, layer in linear_layers(model).items() if layer.weight.requires_grad}

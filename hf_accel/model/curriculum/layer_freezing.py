@@ -46,7 +46,7 @@ from torch.distributed.tensor import DTensor
 
 from hf_accel.batch import StepPlan
 from hf_accel.losses import widest
-from hf_accel.preserve import random_state_kept
+from hf_accel.preserve import modes_kept, random_state_kept
 from hf_accel.stream.indexed import StepStream
 from hf_accel.stream.reader import StepReader
 from hf_accel.surgery.block_wrapper import refuse_waiting_ddp
@@ -212,17 +212,16 @@ class LayerFreezing(Technique):
             activations[i].append(hidden.flatten(0, -2).mean(0).cpu().double())
 
         hooks = [block.register_forward_hook(functools.partial(keep, i=i)) for i, block in enumerate(self.blocks_)]
-        modes = [(module, module.training) for module in model.modules()]
-        with random_state_kept(model.device):
-            model.eval()
-            for inputs in self.examples_:
-                inputs = {name: value.to(model.device) for name, value in inputs.items()}
-                run = functools.partial(model, **inputs)
-                run() if self.run_ is None else self.run_.count(inputs, run, needed=False)
-        for module, mode in modes:
-            module.training = mode
-        for hook in hooks:
-            hook.remove()
+        try:
+            with random_state_kept(model.device), modes_kept(model):
+                model.eval()
+                for inputs in self.examples_:
+                    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+                    run = functools.partial(model, **inputs)
+                    run() if self.run_ is None else self.run_.count(inputs, run, needed=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
         return torch.stack([similarities(torch.stack(of_block)) for of_block in activations])
 
     def _examples(self, loader: Any, seed: int) -> list[dict[str, Tensor]]:

@@ -45,7 +45,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_accel.adapters import unwrapped
+from hf_accel.adapters import is_adapted, unwrapped
 from hf_accel.surgery.block_wrapper import refuse_waiting_ddp, refuse_zero
 from hf_accel.surgery.blocks import residual_projections
 from hf_accel.surgery.depth_growth import (
@@ -162,7 +162,7 @@ class ProgressiveStacking(Technique):
         model, blocks = self.model_, list(self.blocks_)
         if getattr(model.config, "num_hidden_layers", None) != len(blocks):
             raise ValueError(f"the configuration of {type(model).__name__} has no number of blocks, num_hidden_layers.")
-        if hasattr(model, "peft_config"):
+        if is_adapted(model):
             raise ValueError("adapters need a model that is trained already, and this one is made here. Leave one out.")
         if (name := getattr(model, "name_or_path", "")) and state.global_step == 0:
             raise ValueError(f"the model comes from {name!r}, and most of its blocks would be lost. Leave it out.")

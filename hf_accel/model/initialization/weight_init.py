@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from hf_accel.adapters import is_adapted
 from hf_accel.technique import Technique
 
 
@@ -40,7 +41,7 @@ class WeightInit(Technique):
 
 def refuse_adapters(technique: Technique, model: Any) -> None:
     """Raise ValueError where adapters were put on top of the first values, which are then neither trained nor saved."""
-    if hasattr(model, "peft_config"):
+    if is_adapted(model):
         raise ValueError(
             f"{technique!r}: adapters are trained and saved without the model under them, whose values are new. Leave "
             "one of the two out."

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 
 from hf_accel.adapters import unwrapped
 from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead
+from hf_accel.preserve import modes_kept
 from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
@@ -259,12 +260,10 @@ def _ends_in(model: Any, projection: nn.Module) -> bool:
 
     ids_BL = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
     inputs = {"input_ids": ids_BL} | ({"decoder_input_ids": ids_BL} if model.config.is_encoder_decoder else {})
-    modes = [(module, module.training) for module in model.modules()]
     handle = projection.register_forward_hook(replace)
     try:
-        logits = model.eval()(**inputs).logits
+        with modes_kept(model):
+            logits = model.eval()(**inputs).logits
     finally:
         handle.remove()
-        for module, mode in modes:
-            module.training = mode
     return len(given) == 1 and torch.equal(given[0], logits)
