@@ -3,10 +3,10 @@
 import pytest
 
 from hf_accel.recipe import known_techniques
-from hf_accel.testing import CHECKS
+from hf_accel.testing import CHECKS, MODE_CHECKS
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
+@pytest.mark.parametrize("check", (*CHECKS, *MODE_CHECKS), ids=lambda check: check.__name__.removeprefix("check_"))
 @pytest.mark.parametrize("name", known_techniques())
 def test_contract(name, check, tmp_path, request):
     kind = known_techniques()[name]
