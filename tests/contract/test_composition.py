@@ -170,8 +170,8 @@ def table(runs):
         "A name says which slot both own, or what one does away with and the other reads: the list is refused before",
         "the first step.",
         "",
-        'Written by `pytest tests/contract -m "composition and not full" --write-docs`; with `-m composition` from each',
-        "pair alone, too, in both orders.",
+        'Written by `pytest tests/contract -m "composition and not full" --write-docs`; with',
+        "`-m composition` from each pair alone, too, in both orders.",
         "",
         "The model is one of text. Techniques for other data are not in the table; those for one kind of data were run",
         "together, in both orders: "
