@@ -15,7 +15,7 @@ EVENTS = [
 def hooks_of(kind):
     """Hooks, slots and events that a technique answers to."""
     events = (event for event in EVENTS if getattr(kind, event) is not getattr(Technique, event))
-    return kind.answers() | {*events}
+    return kind.implemented_hooks() | {*events}
 
 
 def one_of_each_class(kinds=None, first=0):
