@@ -277,7 +277,7 @@ def test_every_technique_is_in_the_default_suite():
     assert {name for kind, number in DEFAULT.items() for names in RUNS[kind][:number] for name in names} == set(KINDS)
 
 
-@pytest.mark.parametrize("names", runs_with_marks())
+@pytest.mark.parametrize("names", [*runs_with_marks()])
 def test_together(names, passed, tmp_path):
     check_together(names, tmp_path)
     passed.append(names)
