@@ -251,17 +251,6 @@ def test_the_runs_cover_all_pairs(kinds):
         assert (SEARCH in names) == (kinds == ["search"])
 
 
-def test_an_array_gives_each_slot_one_owner():
-    owners = {"order": ["a", "b", "c"], "batch": ["c", "d"]}
-    runs = covering_array(owners, ["e", "f"], seed=3)
-    for names in runs:
-        assert len(set(names)) == len(names)
-        assert all(len(set(names) & set(several)) <= 1 for several in owners.values())
-    assert {frozenset(pair) for names in runs for pair in combinations(names, 2)} == {
-        frozenset(pair) for pair in combinations("abcdef", 2) if set(pair) not in ({*"ab"}, {*"ac"}, {*"bc"}, {*"cd"})
-    }
-
-
 DEFAULT = {"together": 12, "search": 1}
 """How many runs are in the default suite."""
 
