@@ -42,7 +42,7 @@ BANNED = {
     r"(?i:\b(?:\w*(?:normal|initial|quant|optim|synchron|parametr|regular|factor|memor|serial|organ|minim|maxim|util))"
     r"is(?:e[ds]?|ers?|ing|ation)\b)": "American spelling: -ize",
     r"(?i:\b\w*(?:behaviour|colour|favour|honour|neighbour|labour)\w*)": "American spelling: -or",
-    r"(?i:\b(?:re)?cent(?:re[ds]?|ring)\b|\blicence\w*|\bgrey\b|\bmodelling\b|\blabell(?:ed|ing)\b)": "American spelling",
+    r"(?i:\b(?:re)?cent(?:re[ds]?|ring)\b|\b(?:licence|grey|modelling|labelled|labelling)\b)": "American spelling",
 }
 """Turns that are not plain American English, each with what to write instead."""
 
@@ -64,7 +64,7 @@ def texts(path: Path) -> list[Text]:
 def plain(words: str) -> str:
     """Replace code by `_`, and join lines."""
     words = re.sub(r"``.+?``|`[^`]+`", "_", words, flags=re.DOTALL)
-    words = re.sub(r"\]\([^)]*\)|https?://\S+", "", words)
+    words = re.sub(r"https?://\S+", "", re.sub(r"\[([^]]*)\]\([^)]*\)", r"\1", words))
     return " ".join(words.split())
 
 

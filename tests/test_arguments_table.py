@@ -1,6 +1,6 @@
-"""Every field of TrainingArguments while the stream is active: honoured, re-interpreted or refused, and shown to be so.
+"""Every field of TrainingArguments while the stream is active: honored, re-interpreted or refused, and shown to be so.
 
-A field is honoured where a streamed run with another value than the default is a plain Trainer's run with that value:
+A field is honored where a streamed run with another value than the default is a plain Trainer's run with that value:
 weights, log, files, state and outfit.  ``pytest tests/test_arguments_table.py --write-docs`` writes
 docs/training_arguments.md from what passed.
 """
@@ -46,7 +46,7 @@ SAVED = {"save_strategy": "steps", "save_steps": 4}
 BEST = EVALUATED | SAVED | {"save_steps": 5, "load_best_model_at_end": True}
 DIVERGING = {"optim": "sgd", "learning_rate": 1e9, "max_grad_norm": 0.0}
 
-HONOURED = {
+HONORED = {
     "output_dir": ("elsewhere", SAVED),
     "learning_rate": (1e-3, {}),
     "lr_scheduler_kwargs": ({"num_cycles": 2}, {"lr_scheduler_type": "cosine_with_restarts"}),
@@ -142,7 +142,7 @@ NOT_RUN = {
     "hub_revision": "needs a hub",
     "local_rank": "set by the launcher",
 }
-"""Honoured as far as we know, for the stream does not touch them; why it is not shown here."""
+"""Honored as far as we know, for the stream does not touch them; why it is not shown here."""
 
 ELSEWHERE = {
     "fsdp": "tests/distributed/test_contract.py",
@@ -160,7 +160,7 @@ ON_RANKS = {
     "ddp_backend": "gloo",
     "ddp_timeout": 77,
 }
-"""Honoured on two ranks under DDP: another value than the default."""
+"""Honored on two ranks under DDP: another value than the default."""
 
 
 class Annotated(CountingText):
@@ -277,7 +277,7 @@ def run(kind, **args):
 
 @functools.cache
 def plain_run_beside(name):
-    return run(Trainer, **HONOURED[name][1])
+    return run(Trainer, **HONORED[name][1])
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +297,9 @@ def table(rows):
         "",
         f"{datetime.date.today()}, transformers {transformers.__version__}, {torch_version} on CPUs.",
         "",
-        "How each argument is treated while batches come from the techniques' stream; without such a technique, every",
-        "argument is Trainer's own. Honoured: the run with another value than the default is Trainer's, bit for bit in",
-        "weights, log, files, state and events.",
+        "This table applies while batches come from the techniques' stream. Without such a technique, Trainer handles",
+        "every argument itself. *Honored*: a run with a value other than the default equals Trainer's run bit for bit,",
+        "in weights, log, files, state and events.",
         "",
         "Written by `pytest tests/test_arguments_table.py --write-docs`.",
         "",
@@ -317,9 +317,9 @@ def note(shown, name, how):
 
 
 @pytest.mark.filterwarnings("ignore")  # of arguments that torch and transformers think unwise
-@pytest.mark.parametrize("name", [name for name in HONOURED if name in FIELDS])
-def test_honoured(name, shown):
-    value, beside = HONOURED[name]
+@pytest.mark.parametrize("name", [name for name in HONORED if name in FIELDS])
+def test_honored(name, shown):
+    value, beside = HONORED[name]
     plain = run(Trainer, **beside, **{name: value})
     assert plain != plain_run_beside(name), "the value shows nowhere"
     hosted = run(AccelTrainer, **beside, **{name: value})
@@ -330,7 +330,7 @@ def test_honoured(name, shown):
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in UNSEEN])
-def test_honoured_without_a_trace(name, shown):
+def test_honored_without_a_trace(name, shown):
     value, beside = UNSEEN[name]
     plain = run(Trainer, **beside, **{name: value})
     hosted = run(AccelTrainer, **beside, **{name: value})
@@ -358,7 +358,7 @@ def runs_on_ranks(kind, directory):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_honoured_on_two_ranks(shown, tmp_path):
+def test_honored_on_two_ranks(shown, tmp_path):
     plain = run_on_ranks(runs_on_ranks, Trainer, tmp_path, timeout=150)[0]
     hosted = run_on_ranks(runs_on_ranks, AccelTrainer, tmp_path, timeout=150)[0]
     for name, value in ON_RANKS.items():
@@ -369,7 +369,7 @@ def test_honoured_on_two_ranks(shown, tmp_path):
         note(shown, name, f"`{value!r}` on two ranks")
 
 
-# Honoured in ways of their own ----------------------------------------------------------------------------------------
+# Honored in ways of their own ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", [k for k in SchedulerType if k.value not in ("reduce_lr_on_plateau", "greedy")])
@@ -415,7 +415,7 @@ def test_callback_states_are_restored(shown, tmp_path):
 
 
 def test_other_settings_of_the_accelerator(shown):
-    """What it does not refuse is honoured."""
+    """What it does not refuse is honored."""
     settings = {"even_batches": False, "non_blocking": True, "gradient_accumulation_kwargs": {"sync_each_batch": True}}
     plain, hosted = (run(kind, accelerator_config=settings) for kind in (Trainer, AccelTrainer))
     for part in plain:
@@ -593,7 +593,7 @@ def test_refused(name, value, message, shown, tmp_path):
 def test_the_sequential_strategy_is_honoured(shown):
     plain, hosted = (run(kind, train_sampling_strategy="sequential") for kind in (Trainer, AccelTrainer))
     assert plain["weights"] == hosted["weights"] != run(Trainer)["weights"]
-    note(shown, "train_sampling_strategy", "honoured: `'sequential'`")
+    note(shown, "train_sampling_strategy", "honored: `'sequential'`")
 
 
 # The table ------------------------------------------------------------------------------------------------------------
@@ -601,7 +601,7 @@ def test_the_sequential_strategy_is_honoured(shown):
 
 def test_what_cannot_be_run_here_says_why(shown):
     for name, reason in NOT_RUN.items():
-        assert treatment(name)[0] == "honoured"
+        assert treatment(name)[0] == "honored"
         shown[name] = f"not run here: {reason}"
     for name, place in ELSEWHERE.items():
         assert Path(__file__).parents[1].joinpath(place).is_file()
@@ -611,13 +611,13 @@ def test_what_cannot_be_run_here_says_why(shown):
 
 def test_every_field_is_treated_once():
     own_way = {"restore_callback_states_from_checkpoint", "length_column_name", "use_cpu"}
-    honoured = [*HONOURED, *UNSEEN, *NOT_RUN, *ELSEWHERE, *ON_RANKS, *own_way]
-    assert len(honoured) == len(set(honoured))
-    assert {name for name in FIELDS if treatment(name)[0] == "honoured"} == set(honoured) & set(FIELDS)
+    honored = [*HONORED, *UNSEEN, *NOT_RUN, *ELSEWHERE, *ON_RANKS, *own_way]
+    assert len(honored) == len(set(honored))
+    assert {name for name in FIELDS if treatment(name)[0] == "honored"} == set(honored) & set(FIELDS)
     assert {name for name, *_ in REFUSALS} == set(REFUSED)
     assert set(REFUSED) | set(REINTERPRETED) <= set(FIELDS)
     if transformers.__version__ == TESTED[-1]:
-        assert set(honoured) <= set(FIELDS)
+        assert set(honored) <= set(FIELDS)
 
 
 def test_the_table_is_current(request):

@@ -11,11 +11,8 @@ from prose import Text, banned, documents, long_sentences, plain, texts
 
 ROOT = Path(__file__).parents[1]
 PROSE = [ROOT / name for name in ("hf_accel", "docs", "README.md", "CHANGELOG.md")]
-CARDS = ROOT / "docs" / "techniques"  # made of docstrings, which are checked in the package
+GENERATED = [ROOT / "docs" / "techniques", ROOT / "docs" / "sharding.md"]  # from the package, which is checked
 PRESENT: dict[str, int] = {
-    "docs": 33,
-    "README.md": 8,
-    "CHANGELOG.md": 13,
     "hf_accel": 189,
     "hf_accel/budget": 29,
     "hf_accel/cli": 26,
@@ -35,7 +32,7 @@ def turns() -> dict[str, list[str]]:
     """Find the banned turns, by the longest path in `PRESENT` that holds the file; by "" if none does."""
     found = defaultdict(list)
     for path in documents(*PROSE):
-        if CARDS not in path.parents:
+        if not {path, *path.parents} & set(GENERATED):
             name = path.relative_to(ROOT).as_posix()
             holders = [place for place in PRESENT if f"{name}/".startswith(f"{place}/")]
             found[max(holders, key=len, default="")] += [line for text in texts(path) for line in banned(text)]
@@ -95,7 +92,7 @@ def test_code_and_formulas_are_no_prose(tmp_path):
     path.write_text(
         "# A title\n\nA [link](anew.md) to `code`.\n\n```\ngoes on\n```\n\n- an item\n  of two lines\n1. an error\n"
     )
-    assert [text.words for text in texts(path)] == ["A title", "A [link to _.", "an item of two lines"]
+    assert [text.words for text in texts(path)] == ["A title", "A link to _.", "an item of two lines"]
 
 
 def test_long_sentences_are_split_at_their_ends():

@@ -47,7 +47,7 @@ from hf_accel.technique import Positive
 def ema_update(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay: float) -> None:
     """Move each average in place toward the weight with the same name: e <- e + (1 - decay) (w - e).
 
-    ``decay`` is in [0, 1]; 2^(-1/h) gives a half-life of h updates.  In your own loop, start with clones of the weights.
+    ``decay`` is in [0, 1]; 2^(-1/h) gives a half-life of h updates.  In your own loop, start with cloned weights.
     """
     move(get_ema_multi_avg_fn(decay), averages, weights)
 
