@@ -329,7 +329,7 @@ def card(kind: type[Technique], records: Records) -> str:
         sections.append(f"## Hyperparameters that worked\n\n{worked(kind, records)}")
     sections += [
         f"## Differences from the paper\n\n{named['Differences from the paper']}",
-        "## Limits\n\n" + ("\n".join(f"- {limit}" for limit in limits) or "No known limits."),
+        "## Limits\n\n" + ("\n".join(f"- {limit}" for limit in limits) or "No backend is refused, and every check of the contract passes."),
         "## Evidence\n\n" + ("\n".join(lines) or "No record yet."),
         f"## References\n\n{named['References']}",
     ]
