@@ -6,6 +6,7 @@ explains each field in ``Args:``.  ``docs/write_a_technique.md`` describes both.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
 import inspect
@@ -118,6 +119,19 @@ def meanings(kind: type[Technique]) -> dict[str, str]:
     _, _, args = inspect.getdoc(kind).partition("Args:\n")
     found = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", args, re.MULTILINE)
     return {name: markdown(" ".join(words.split())) for name, words in found}
+
+
+def sources(kind: type[Technique]) -> dict[str, str]:
+    """Read the source of each default from the comment at the end of its line."""
+    found = {}
+    for parent in reversed(kind.__mro__):
+        if dataclasses.is_dataclass(parent):
+            lines = inspect.getsource(parent).splitlines()
+            for statement in ast.parse("\n".join(lines)).body[0].body:  # type: ignore[attr-defined]
+                if isinstance(statement, ast.AnnAssign):
+                    _, _, comment = lines[statement.end_lineno - 1][statement.end_col_offset :].partition("# ")  # type: ignore[operator]
+                    found[ast.unparse(statement.target)] = comment
+    return {field.name: found.get(field.name, "") for field in dataclasses.fields(kind)}  # type: ignore[arg-type]
 
 
 def bound(hint: Any) -> str:
@@ -271,6 +285,8 @@ def worked(kind: type[Technique], records: Records) -> str:
         lines.insert(0, "No setting of this technique alone has gained on a tuned baseline yet.")
     if defaults := parts(kind)[2].get("Defaults"):
         lines.append(f"Source of the defaults: {defaults[0].lower() + defaults[1:]}")
+    elif not rows and any(sources(kind).values()):
+        lines.append("The table above names the sources of the defaults.")
     return "\n\n".join(lines)
 
 
@@ -311,8 +327,10 @@ def card(kind: type[Technique], records: Records) -> str:
         for check, reason in kind.expected_failed_checks.items()
     ]
     lines = [f"- {line}" for line in measured(kind, records)]
-    rows = [(f"`{name}`", default, allowed, meaning) for name, default, allowed, meaning in fields(kind)]
-    values = table(("hyperparameter", "default", "allowed", "meaning"), rows) if rows else "None."
+    origins = sources(kind)
+    rows = [(f"`{name}`", *rest, origins[name]) for name, *rest in fields(kind)]
+    header = ("hyperparameter", "default", "allowed", "meaning", "source of the default")
+    values = table(header, rows) if rows else "None."
     opening = f"**{named['Recommendation']}**\n\n{summary}" if "Recommendation" in named else f"**{summary}**"
     sections = [
         f"# {kind.__name__}",
@@ -329,7 +347,11 @@ def card(kind: type[Technique], records: Records) -> str:
         sections.append(f"## Hyperparameters that worked\n\n{worked(kind, records)}")
     sections += [
         f"## Differences from the paper\n\n{named['Differences from the paper']}",
-        "## Limits\n\n" + ("\n".join(f"- {limit}" for limit in limits) or "No backend is refused, and every check of the contract passes."),
+        "## Limits\n\n"
+        + (
+            "\n".join(f"- {limit}" for limit in limits)
+            or "No backend is refused, and every check of the contract passes."
+        ),
         "## Evidence\n\n" + ("\n".join(lines) or "No record yet."),
         f"## References\n\n{named['References']}",
     ]

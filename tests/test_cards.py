@@ -72,7 +72,8 @@ def test_a_converted_docstring_has_every_section(kind):
     assert re.fullmatch(rf"(Use|Do not use) `?{kind.__name__}`? [^.]+\.", " ".join(recommended.split()))
     assert len(recommended.split()) <= 25
     assert summary.endswith(".") and sections["Differences from the paper"] != "None stated."
-    assert ("Defaults" in sections) is bool(dataclasses.fields(kind))
+    needed = [field.name for field in dataclasses.fields(kind) if getattr(kind(), field.name) not in (None, {}, [])]
+    assert "Defaults" in sections or all(map(cards.sources(kind).get, needed)), "say where the defaults come from"
 
 
 def test_docstrings_are_converted():
@@ -85,6 +86,29 @@ def test_a_missing_section_is_named(monkeypatch):
     monkeypatch.setattr(module, "__doc__", module.__doc__.replace("When not to use:", "Never:"))
     with pytest.raises(ValueError, match=r"^info_batch\.py: its docstring has no section 'When not to use'\. Write"):
         cards.parts(TECHNIQUES["InfoBatch"])
+
+
+@dataclasses.dataclass(eq=False)
+class Sourced(Technique):
+    """Show fields with and without a source."""
+
+    keep: float = 0.5  # the paper's
+    end: str = "# no comment"
+    rules: dict[str, int] = dataclasses.field(
+        default_factory=dict,
+    )  # none: as PyTorch does it
+
+
+@dataclasses.dataclass(eq=False)
+class Inherited(Sourced):
+    """Change one default."""
+
+    end: str = "late"  # our choice
+
+
+def test_the_comment_of_a_field_is_the_source_of_its_default():
+    assert cards.sources(Sourced) == {"keep": "the paper's", "end": "", "rules": "none: as PyTorch does it"}
+    assert cards.sources(Inherited) == {"keep": "the paper's", "end": "our choice", "rules": "none: as PyTorch does it"}
 
 
 def test_settings_that_were_compared_are_listed_the_fastest_first():
