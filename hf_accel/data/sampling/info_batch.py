@@ -37,7 +37,7 @@ from torch import Tensor
 from hf_accel.technique import Fraction, State, Technique
 
 
-def prune_learnt(scores_N: Tensor, keep: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def prune_learned(scores_N: Tensor, keep: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Choose the examples of one epoch: their ids, ascending, and their weights.
 
     A score of NaN marks an example without a score.  ``N`` counts the data set first, and the chosen examples later.
@@ -79,7 +79,7 @@ class InfoBatch(Technique):
             self.scores_ = torch.full((num_examples,), float("nan"))
         ids_N, weights_N = torch.arange(num_examples), None
         if self.keep < 1 and self.host_.clock.progress < self.end:
-            ids_N, weights_N = prune_learnt(self.scores_, self.keep, generator)
+            ids_N, weights_N = prune_learned(self.scores_, self.keep, generator)
         self.kept_ += len(ids_N)
         self.offered_ += num_examples
         return ids_N, None if weights_N is None or weights_N.eq(1).all() else weights_N
