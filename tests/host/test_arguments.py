@@ -458,7 +458,7 @@ class Shrinking(Technique):
 
     def transform_batch(self, batch):
         self.steps_.append([len(micro.ids_B) for micro in batch.micro_batches])
-        self.rates_.append((self.host_.clock.progress, self.host_._get_learning_rate()))
+        self.rates_.append((self.run_.clock.progress, self.run_._get_learning_rate()))
         return batch
 
 

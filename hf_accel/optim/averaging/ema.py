@@ -69,6 +69,7 @@ class ExponentialMovingAverage(RunningAverage):
 
     neutral: ClassVar = {"half_life": 1e-3}
     """2^-1000 rounds to zero, so the average equals the weights of the last step bit for bit."""
+    claims: ClassVar = frozenset({"early_weights"})
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
