@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from hf_accel.budget.calibration import Forecast, calibrate
 from hf_accel.cli.find_lr import of_recipe
 from hf_accel.optim.learning_rate.learning_rate_scaling import rate_factor
 from hf_accel.optim.learning_rate.learning_rate_search import LearningRateSearch
 from hf_accel.recipe import Recipe
-from hf_accel.system.planning import KEPT_BACK, Footprint, Planner, Setting, parse_bytes, subject_of, write_configs
+from hf_accel.tools.calibration import Forecast, calibrate
+from hf_accel.tools.planning import KEPT_BACK, Footprint, Planner, Setting, parse_bytes, subject_of, write_configs
 
 WAYS = {
     (False, False): "all weights",
