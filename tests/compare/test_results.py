@@ -19,8 +19,8 @@ def made(accuracy, cost):
 
 
 def test_of_accuracies_the_higher_is_better():
-    candidates = [Arm("half", Recipe(techniques=["StepGuard"])), Arm("worse", Recipe(techniques=["Muon"]))]
-    comparison = Comparison(candidates, workload="synthetic", metric="accuracy", seeds=3, cost="cpu_seconds")
+    candidates = [Arm("half", Recipe(techniques=["GradientSpikeGuard"])), Arm("worse", Recipe(techniques=["Muon"]))]
+    comparison = Comparison(candidates, workload="synthetic", metric="eval_accuracy", seeds=3, cost="cpu_seconds")
     arms, records = [comparison.reference, *comparison.arms], {}
     for seed in comparison.seeds:
         shift = 0.001 * seed  # of all arms of a seed

@@ -47,67 +47,67 @@ FAULTS = (
     # The step ---------------------------------------------------------------------------------------------------------
     Fault(
         "first-micro-batch-counted",
-        "stepping.py",
-        "for m in batch.without_fillers]\n        items_K",
-        "for m in batch.without_fillers[:1]]\n        items_K",
+        "engine/step.py",
+        "counts = [self.head.count(m.inputs, len(m.ids_B)) for m in batch.real_micro_batches]",
+        "counts = [self.head.count(m.inputs, len(m.ids_B)) for m in batch.real_micro_batches[:1]]",
         "The loss of a step is divided by the items of its first micro-batch: gradient accumulation multiplies it.",
-        "tests/test_hooks.py::test_weights_multiply_and_sums_add",
+        "tests/engine/test_hooks.py::test_weights_multiply_and_sums_add",
     ),
     Fault(
         "items-not-reduced",
-        "stepping.py",
+        "engine/step.py",
         'items_K = self.accelerator.reduce(items_K, "sum")',
         "items_K = items_K * self.args.world_size",
         "Each rank divides by a multiple of its own items: ranks with short texts count for more.",
-        "tests/distributed/test_contract.py::test_two_ranks[ddp-TokenSelection] "
+        "tests/distributed/test_contract.py::test_two_ranks[ddp-SelectiveLanguageModeling] "
         "tests/distributed/test_contract.py::test_two_ranks[ddp-InfoBatch]",
     ),
     Fault(
         "ranks-not-multiplied",
-        "stepping.py",
+        "engine/step.py",
         "loss = loss * self.accelerator.num_processes  # DDP averages over ranks",
         "loss = loss * 1",
         "On two GPUs the gradient has half of its size.",
-        "tests/distributed/test_contract.py::test_two_ranks[ddp-TokenSelection]",
+        "tests/distributed/test_contract.py::test_two_ranks[ddp-SelectiveLanguageModeling]",
     ),
     Fault(
         "example-weights-squared",
-        "stepping.py",
+        "engine/step.py",
         "loss = losses.weighted_mean(example, items_K, weight_B, weight_BL)",
         "loss = losses.weighted_mean(example, items_K, _product(weight_B, weight_B), weight_BL)",
         "Pruned data are corrected for with squared weights: the gradient is biased.",
-        "tests/test_hooks.py::test_weights_multiply_and_sums_add",
+        "tests/engine/test_hooks.py::test_weights_multiply_and_sums_add",
     ),
     Fault(
         "divided-by-micro-batches-twice",
-        "stepping.py",
+        "engine/step.py",
         "self.current_gradient_accumulation_steps = 1 if self._own_loss else len(micros)",
         "self.current_gradient_accumulation_steps = len(micros)",
         "With a technique that weights examples, the learning rate shrinks with gradient accumulation.",
-        "tests/test_hooks.py::test_weights_multiply_and_sums_add",
+        "tests/engine/test_hooks.py::test_weights_multiply_and_sums_add",
     ),
     Fault(
         "refused-update-counted",
-        "stepping.py",
+        "engine/step.py",
         "steps=0 if self._step_refused else 1,",
         "steps=1,",
         "A budget of updates is spent on those that were left out.",
-        "tests/optim/optimizers/test_step_guard.py",
+        "tests/optim/optimizers/test_gradient_spike_guard.py",
     ),
     Fault(
         "filler-losses-observed",
-        "stepping.py",
+        "engine/step.py",
         "return ids_B[ids_B >= 0], values_B[ids_B >= 0]",
         "return ids_B, values_B",
         "On several ranks, the last example of the data gets the losses of placeholders.",
-        "tests/test_stream.py "
+        "tests/stream/test_indexed.py "
         "tests/distributed/test_contract.py::test_two_ranks[ddp-InfoBatch] "
         "tests/distributed/test_contract.py::test_two_ranks[ddp-EarlyScorePruning] "
         "tests/distributed/test_contract.py::test_two_ranks[ddp-ScorePruning]",
     ),
     Fault(
         "label-smoothing-dropped",
-        "stepping.py",
+        "engine/step.py",
         "smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0",
         "smoothing = 0.0",
         "label_smoothing_factor does nothing once a technique weights examples.",
@@ -116,79 +116,79 @@ FAULTS = (
     # The stream -------------------------------------------------------------------------------------------------------
     Fault(
         "resume-skips-an-example",
-        "stream.py",
+        "stream/indexed.py",
         "position = self.consumed\n",
         "position = self.consumed + bool(self.consumed)\n",
         "After an interruption every batch of the epoch is shifted by one.",
-        "tests/test_stream.py",
+        "tests/stream/test_indexed.py",
     ),
     Fault(
         "order-without-epoch",
-        "stream.py",
+        "stream/indexed.py",
         "generator = torch.Generator().manual_seed(self.seed + epoch)",
         "generator = torch.Generator().manual_seed(self.seed)",
         "All epochs see the examples in the same order.",
-        "tests/test_stream.py",
+        "tests/stream/test_indexed.py",
     ),
     Fault(
         "reading-without-epoch",
-        "stream.py",
+        "preserve.py",
         "key = (seed * 1_000_003 + epoch) * 1_000_003 + example",
         "key = seed * 1_000_003 + example",
         "Random crops and masks of a data set are the same in every epoch.",
-        "tests/test_stream.py tests/test_streaming.py",
+        "tests/stream/test_indexed.py tests/stream/test_iterable.py",
     ),
     Fault(
         "weights-not-ordered",
-        "stream.py",
+        "stream/indexed.py",
         "weights_N = by_id_N[ordered_N]",
         "weights_N = by_id_N[ids_N]",
         "Each example is trained with the weight of another one.",
-        "tests/test_stream.py",
+        "tests/stream/test_indexed.py",
     ),
     Fault(
         "uneven-rest-misplaced",
-        "stream.py",
+        "batch.py",
         "begin = start + sum(sizes[:rank])",
         "begin = start + rank * sizes[rank]",
         "In the last step of an epoch ranks train on some examples twice and on others never.",
-        "tests/test_stream.py",
+        "tests/stream/test_indexed.py",
     ),
     Fault(
         "changed-stream-accepted",
-        "streaming.py",
+        "stream/iterable.py",
         'if before is not None and self._last in (digest(before), ""):',
         "if before is not None:",
         "A run continues on other data than before, without a word.",
-        "tests/test_streaming.py::test_other_data_is_refused "
-        "tests/test_streaming.py::test_a_state_that_is_not_exact_is_found_out "
-        "tests/test_streaming.py",
+        "tests/stream/test_iterable.py::test_other_data_is_refused "
+        "tests/stream/test_iterable.py::test_a_state_that_is_not_exact_is_found_out "
+        "tests/stream/test_iterable.py",
     ),
     # Checkpoints ------------------------------------------------------------------------------------------------------
     Fault(
         "digest-not-compared",
-        "checkpoint.py",
+        "checkpoints/format.py",
         "if _digest(directory / name) != digest:",
         "if not _digest(directory / name):",
         "A checkpoint that the disk has damaged is resumed from.",
-        "tests/test_checkpoint.py",
+        "tests/checkpoints/test_format.py",
     ),
     Fault(
         "checkpoints-sorted-as-text",
-        "checkpoint.py",
+        "checkpoints/format.py",
         "numbered = [(int(match[1]), path) for path in found",
         "numbered = [(match[1], path) for path in found",
         "After step 1000, a run resumes from checkpoint-900.",
-        "tests/test_checkpoint.py",
+        "tests/checkpoints/test_format.py",
     ),
     Fault(
         "heartbeat-ignored",
-        "resuming.py",
+        "engine/resuming.py",
         "self.clock.spent[unit] = max(self.clock.spent[unit], spent)",
         "self.clock.spent[unit] = max(self.clock.spent[unit], 0.0)",
         "Seconds that a killed run took since its last checkpoint are not counted.",
         "tests/budget/test_budget.py::test_seconds_of_a_run_that_was_stopped_and_resumed_are_kept "
-        "tests/budget/test_energy.py",
+        "tests/meters/test_energy.py",
     ),
     Fault(
         "averages-not-restored",
@@ -200,11 +200,11 @@ FAULTS = (
     ),
     Fault(
         "outer-momentum-not-restored",
-        "system/synchronise/diloco.py",
+        "system/synchronize/diloco.py",
         '((self.anchors_, state["anchors"]), (self.velocities_, state["velocities"]))',
         '((self.anchors_, state["anchors"]),)',
         "A resumed run of DiLoCo is another one.",
-        "tests/system/synchronise/test_diloco.py "
+        "tests/system/synchronize/test_diloco.py "
         "tests/contract/test_contract.py::test_contract[DiLoCo-resumes_bit_exactly]",
     ),
     # The clock --------------------------------------------------------------------------------------------------------
@@ -250,7 +250,7 @@ FAULTS = (
     ),
     Fault(
         "fractions-fire-every-step",
-        "pace.py",
+        "engine/callbacks.py",
         "        self.fired_at = progress\n",
         "        self.fired_at = 0.0\n",
         "With eval_steps=0.25, each step after the first quarter is evaluated.",
@@ -258,7 +258,7 @@ FAULTS = (
     ),
     Fault(
         "slowdown-inverted",
-        "pace.py",
+        "engine/reserve.py",
         "return min(max(pace / self.pace_when_measured, 0.5), 4.0)",
         "return min(max(self.pace_when_measured / pace, 0.5), 4.0)",
         "On a machine that gets slower, less time is kept back, and the run is late.",
@@ -267,40 +267,40 @@ FAULTS = (
     # Losses and memory ------------------------------------------------------------------------------------------------
     Fault(
         "labels-not-shifted",
-        "losses.py",
+        "losses/heads.py",
         "return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]",
         "return labels",
         "A language model learns to repeat each token.",
-        "tests/test_losses.py",
+        "tests/losses/test_heads.py",
     ),
     Fault(
         "loss-averaged-over-padding",
-        "losses.py",
+        "losses/heads.py",
         "self.mask_BL.flatten().to(losses.dtype))",
         "torch.ones_like(losses))",
         "Short examples seem easy, and techniques drop them.",
-        "tests/test_losses.py::test_per_example_is_a_loop",
+        "tests/losses/test_heads.py::test_per_example_is_a_loop",
     ),
     Fault(
         "failed-gradient-kept",
-        "memory.py",
+        "engine/memory.py",
         "self.model.zero_grad(set_to_none=True)\n        clear_device_cache",
         "clear_device_cache",
         "Where memory ran out in the middle of a step, its first micro-batches count twice.",
-        "tests/test_memory.py",
+        "tests/engine/test_memory.py",
     ),
     Fault(
         "failed-random-state-kept",
-        "memory.py",
-        "_restore_random_states(self.trainer.args.device, self.random)",
-        "_random_states(self.trainer.args.device)",
+        "engine/memory.py",
+        "restore_random_states(self.trainer.args.device, self.random)",
+        "random_states(self.trainer.args.device)",
         "Dropout of a step that was done again depends on when memory ran out.",
-        "tests/test_memory.py",
+        "tests/engine/test_memory.py",
     ),
     # The trainer and its short runs -----------------------------------------------------------------------------------
     Fault(
         "short-run-trains-the-model",
-        "trial.py",
+        "engine/short_run.py",
         "copied = copy.deepcopy(model)\n",
         "copied = model\n",
         "A search for the learning rate leaves a trained model to the run.",
@@ -312,7 +312,7 @@ FAULTS = (
         "stack.callback(weights.swap, self.model, averages)",
         "stack.callback(lambda: None)",
         "Evaluating changes what is trained.",
-        "tests/test_averaging.py",
+        "tests/engine/test_averages.py",
     ),
     Fault(
         "seconds-charged-to-outermost",
@@ -329,23 +329,23 @@ FAULTS = (
         "steps=self.state.global_step - self._skipped_steps,",
         "steps=self.state.global_step,",
         "The receipt counts updates that were not made.",
-        "tests/optim/optimizers/test_step_guard.py",
+        "tests/optim/optimizers/test_gradient_spike_guard.py",
     ),
     Fault(
         "rate-factors-not-multiplied",
-        "updating.py",
+        "engine/optimization.py",
         'math.prod(rule.get("lr", 1.0) for rule in rules)',
         '(rules[-1].get("lr", 1.0) if rules else 1.0)',
         "Of several techniques with rules for a parameter, only the last one's learning rate counts.",
-        "tests/test_hooks.py::test_parameter_rules_multiply_and_join",
+        "tests/engine/test_hooks.py::test_parameter_rules_multiply_and_join",
     ),
     Fault(
         "batch-norm-forgets",
-        "batch_norm.py",
+        "engine/batch_norm.py",
         "layer.momentum = None  # the mean over batches",
         "layer.momentum = 0.5",
         "Averaged weights of a vision model are evaluated with the statistics of a few examples.",
-        "tests/test_batch_norm.py",
+        "tests/engine/test_batch_norm.py",
     ),
     # Optimizers, averages and schedules -------------------------------------------------------------------------------
     Fault(
@@ -407,7 +407,7 @@ FAULTS = (
     # Data -------------------------------------------------------------------------------------------------------------
     Fault(
         "packed-positions-not-reset",
-        "data/flattening.py",
+        "features/flattening.py",
         "return {name: torch.cat([row[name] for row in rows], 1) for name in rows[0]}",
         "flat = {name: torch.cat([row[name] for row in rows], 1) for name in rows[0]}\n"
         '    return flat | {"position_ids": torch.arange(flat["input_ids"].shape[1])[None]}',
@@ -416,7 +416,7 @@ FAULTS = (
     ),
     Fault(
         "example-predicts-the-next",
-        "data/flattening.py",
+        "features/flattening.py",
         'row["labels"][:, :1] = -100',
         'row["labels"][:, :0] = -100',
         "Where examples are packed, their last tokens are trained on nonsense.",
@@ -448,7 +448,7 @@ FAULTS = (
     ),
     Fault(
         "augmentation-without-epoch",
-        "data/augmentation.py",
+        "features/augmentation.py",
         "np.random.default_rng((plan.seed, plan.epoch, i % 2**32, purpose))",
         "np.random.default_rng((plan.seed, i % 2**32, purpose))",
         "Every epoch sees the same augmented images.",
@@ -456,7 +456,7 @@ FAULTS = (
     ),
     Fault(
         "mixed-labels-swapped",
-        "data/mixing.py",
+        "features/mixing.py",
         "torch.lerp(others_BV, own_BV, shares_B[:, None])",
         "torch.lerp(own_BV, others_BV, shares_B[:, None])",
         "A mixed image has the label of its fainter part.",
@@ -464,7 +464,7 @@ FAULTS = (
     ),
     Fault(
         "clipped-after-update",
-        "data/sampling/reducible_loss.py",
+        "data/sampling/rho_loss.py",
         "                    if args.max_grad_norm:\n"
         "                        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)\n"
         "                    optimizer.step()\n",
@@ -472,7 +472,7 @@ FAULTS = (
         "                    if args.max_grad_norm:\n"
         "                        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)\n",
         "The small model that judges examples ignores max_grad_norm.",
-        "tests/data/sampling/test_reducible_loss.py",
+        "tests/data/sampling/test_rho_loss.py",
     ),
     # Models -----------------------------------------------------------------------------------------------------------
     Fault(
@@ -485,7 +485,7 @@ FAULTS = (
     ),
     Fault(
         "rslora-soup-scaling",
-        "optim/averaging/soup.py",
+        "tools/soup.py",
         "return alpha / (math.sqrt(rank) if config.use_rslora else rank)",
         "return alpha / rank",
         "A soup of rsLoRA adapters is weaker than its ingredients.",
@@ -493,11 +493,11 @@ FAULTS = (
     ),
     Fault(
         "kept-blocks-scaled-inversely",
-        "model/curriculum/layer_drop.py",
+        "model/curriculum/progressive_layer_drop.py",
         "new = x + (new - x) / kept",
         "new = x + (new - x) * kept",
         "The expectation of a block's output is not what an evaluation computes.",
-        "tests/model/curriculum/test_layer_drop.py",
+        "tests/model/curriculum/test_progressive_layer_drop.py",
     ),
     Fault(
         "smoothing-without-gradient",
@@ -510,27 +510,27 @@ FAULTS = (
     # Systems and budgets ----------------------------------------------------------------------------------------------
     Fault(
         "no-error-feedback",
-        "system/synchronise/gradient_compression.py",
+        "system/synchronize/gradient_compression.py",
         "matrix_NM = matrix_NM + self.errors_[name]",
         "matrix_NM = matrix_NM + 0",
         "PowerSGD loses what does not fit into its rank: no error feedback.",
-        "tests/system/synchronise/test_gradient_compression.py",
+        "tests/system/synchronize/test_gradient_compression.py",
     ),
     Fault(
         "optimizer-not-sharded",
-        "system/planning.py",
+        "tools/planning.py",
         "states = 12 * traced.trained / devices",
         "states = 12 * traced.trained",
         "hf-accel plan says that ZeRO does not fit where it does.",
-        "tests/system/test_planning.py",
+        "tests/tools/test_planning.py",
     ),
     Fault(
         "forecast-without-evaluations",
-        "budget/calibration.py",
+        "tools/calibration.py",
         'available = limit - self.once if unit == "seconds" else limit',
         "available = limit",
         "hf-accel plan promises more steps than a time allows.",
-        "tests/budget/test_calibration.py",
+        "tests/tools/test_calibration.py",
     ),
     # Comparing --------------------------------------------------------------------------------------------------------
     Fault(
@@ -559,19 +559,19 @@ FAULTS = (
     ),
     Fault(
         "placebo-judged-by-lower-end",
-        "evidence.py",
+        "evidence/records.py",
         'theirs["high"] is None or theirs["high"] >= own["value"]',
         'theirs["low"] is None or theirs["low"] >= own["value"]',
         "A technique is called faster although its placebo may be as fast.",
-        "tests/test_evidence.py",
+        "tests/evidence/test_records.py",
     ),
     Fault(
         "p-values-not-adjusted",
-        "evidence.py",
+        "evidence/records.py",
         "largest = max(largest, (len(p_values) - rank) * p_values[index])",
         "largest = max(largest, p_values[index])",
         "Of many candidates, one is proven by chance.",
-        "tests/test_evidence.py",
+        "tests/evidence/test_records.py",
     ),
     # The command line -------------------------------------------------------------------------------------------------
     Fault(
