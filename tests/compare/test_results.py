@@ -2,8 +2,9 @@
 
 import pytest
 
-from hf_accel.compare import Arm, Comparison
-from hf_accel.compare.results import collect, lower_is_better
+from hf_accel.compare.arm import Arm
+from hf_accel.compare.results import Design, collect, lower_is_better
+from hf_accel.compare.workloads import build_workload
 from hf_accel.recipe import Recipe
 
 
@@ -19,16 +20,32 @@ def made(accuracy, cost):
 
 
 def test_of_accuracies_the_higher_is_better():
-    candidates = [Arm("half", Recipe(techniques=["GradientSpikeGuard"])), Arm("worse", Recipe(techniques=["Muon"]))]
-    comparison = Comparison(candidates, workload="synthetic", metric="eval_accuracy", seeds=3, cost="cpu_seconds")
-    arms, records = [comparison.reference, *comparison.arms], {}
-    for seed in comparison.seeds:
+    horizons, seeds = [0.25, 0.5, 1.0, 1.5], [1, 2, 3]
+    arms = [
+        Arm("baseline", Recipe(), "baseline"),
+        Arm("half", Recipe(techniques=["GradientSpikeGuard"])),
+        Arm("worse", Recipe(techniques=["Muon"])),
+    ]
+    design = Design(
+        workload=build_workload("synthetic"),
+        metric="eval_accuracy",
+        seeds=seeds,
+        horizons=horizons,
+        budget=None,
+        cost="cpu_seconds",
+        tuned="",
+        placebos=False,
+        trials={},
+        baseline_args={},
+    )
+    records = {}
+    for seed in seeds:
         shift = 0.001 * seed  # of all arms of a seed
-        for horizon in comparison.horizons:
+        for horizon in horizons:
             records["baseline", horizon, seed] = made(0.9 - 0.1 / horizon + shift, 10 * horizon)
         records["half", 1.0, seed] = made(0.8 + shift, 5.0)
         records["worse", 1.0, seed] = made(0.3 + shift, 5.0)
-    results = collect(comparison, arms, records)
+    results = collect(design, arms, records)
     assert not results.lower_is_better
     half, worse = results.row("half"), results.row("worse")
     assert half.quality == pytest.approx(0.802) and half.speed_ups["cpu_seconds"].kind == "measured"
