@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
@@ -38,6 +39,18 @@ def block_stacks(model: Any) -> list[list[nn.Module]]:
     the stages of a vision model one; ValueError where there are none."""
     lists = [list(blocks) for blocks in block_lists(model).values()]
     return lists if getattr(model.config, "is_encoder_decoder", False) else [[b for blocks in lists for b in blocks]]
+
+
+def embedding_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers between tokens and hidden states: input embeddings and output head, as far as there are any."""
+    base: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if base is None:
+        return []
+    try:
+        inputs = base.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # models of images and speech
+        inputs = None
+    return [layer for layer in (inputs, base.get_output_embeddings()) if layer is not None]
 
 
 def linear_layers(model: Any) -> dict[str, Any]:

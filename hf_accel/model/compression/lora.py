@@ -23,7 +23,8 @@ settings are in configs/recipes/qlora.yaml.
 
 The best learning rate of LoRA is about ten times that of full fine-tuning, whatever the rank, and ``lr_factor``
 multiplies ``args.learning_rate`` by that.  So a tuned script of full fine-tuning stays as it is.  A rate that was
-chosen for LoRA wants ``lr_factor=1``, and so does `Muon`, whose steps have the same length for matrices of any kind.
+chosen for LoRA wants ``lr_factor=1``.  Beside `Muon`, set its ``scale="match_rms"``: its default scale lengthens the
+steps of B by sqrt(out / rank).
 
 Reference: Hu et al. (2021), LoRA, https://arxiv.org/abs/2106.09685; all layers and ten times the learning rate:
 Schulman et al. (2025), LoRA without regret, https://thinkingmachines.ai/blog/lora/; Kalajdzievski (2023), rsLoRA,
