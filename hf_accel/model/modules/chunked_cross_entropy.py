@@ -33,6 +33,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead, unwrapped
 from hf_accel.technique import State, Technique
@@ -194,7 +196,7 @@ class ChunkedCrossEntropy(Technique):
         """The model's own, from hidden states."""
         host: Any = self.host_
         model = unwrapped(host.model)
-        projection = model.get_output_embeddings()
+        projection = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         for backend, used in (("fsdp2", host.is_fsdp_enabled), ("zero", host.is_deepspeed_enabled)):
             if used:
                 raise ValueError(f"{self!r}: {self.refused_backends[backend]}. Leave it out.")
@@ -206,7 +208,15 @@ class ChunkedCrossEntropy(Technique):
             raise ValueError(
                 f"{self!r}: hidden states as wide as the vocabulary cannot be told from logits. Leave it out."
             )
-        if not _ends_in(model, projection):
+        try:
+            ends = _ends_in(model, projection)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(
+                f"{self!r} does not support {type(model).__name__} because a trial of its projection failed ({problem}). "
+                "Remove ChunkedCrossEntropy."
+            ) from error
+        if not ends:
             raise ValueError(
                 f"{self!r}: {type(model).__name__} does something to its logits after the projection. Leave it out."
             )
@@ -261,8 +271,13 @@ def _ends_in(model: Any, projection: nn.Module) -> bool:
         given.append(torch.linspace(-100, 100, output.numel(), device=output.device).to(output).view_as(output))
         return given[-1]
 
-    ids_BL = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
-    inputs = {"input_ids": ids_BL} | ({"decoder_input_ids": ids_BL} if model.config.is_encoder_decoder else {})
+    example: Any = next(model.parameters())
+    ids_BL = torch.zeros(1, 2, dtype=torch.long, device=example.device)
+    inputs: dict[str, Any] = {"input_ids": ids_BL}
+    if model.config.is_encoder_decoder:  # whose encoder may read speech or images
+        width = getattr(model.config, "encoder", model.config).hidden_size
+        encoded = BaseModelOutput(last_hidden_state=example.new_zeros(1, 2, width))
+        inputs = {"encoder_outputs": encoded, "decoder_input_ids": ids_BL}
     modes = [(module, module.training) for module in model.modules()]
     handle = projection.register_forward_hook(replace)
     try:

@@ -62,7 +62,7 @@ def dot(a: Vector, b: Vector, sharded: bool) -> Tensor:
 
 def orthogonal_direction(second: Vector, first: Vector, sharded: bool) -> Vector:
     """The part of ``second`` that is orthogonal to ``first``, of length 1."""
-    share = dot(second, first, sharded) / dot(first, first, sharded)
+    share = dot(second, first, sharded) / dot(first, first, sharded).clamp(min=1e-30)
     apart = {name: second[name] - (share * first[name]).to(second[name]) for name in second}
     length = dot(apart, apart, sharded).sqrt().clamp(min=1e-30)
     return {name: value / length.to(value) for name, value in apart.items()}

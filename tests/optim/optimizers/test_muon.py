@@ -15,9 +15,9 @@ from transformers import (
 )
 from transformers.utils import logging
 
+from hf_accel import LoRA, Muon
 from hf_accel.optim.optimizers import muon as muon_file
 from hf_accel.optim.optimizers.muon import MuonAdamW, matrices_in, warmed_up
-from hf_accel import LoRA, Muon
 from hf_accel.testing import tiny_trainer, weights_of
 
 ARGS = SimpleNamespace(learning_rate=1e-3, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-7, optim="adamw_torch")
