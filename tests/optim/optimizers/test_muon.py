@@ -51,7 +51,7 @@ def gradients(model, seed):
         parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
 
 
-def orthogonalised(matrix):
+def orthogonalized(matrix):
     """Keller Jordan's quintic iteration, in float64."""
     x = matrix / matrix.norm()
     x = x.T if len(x) > len(x.T) else x
@@ -84,7 +84,7 @@ def test_matrices_follow_newton_schulz_and_the_rest_adamw():
         for name, weight in reference.named_parameters():
             if name in muon:
                 momenta[name] = 0.95 * momenta.get(name, 0) + 0.05 * weight.grad
-                update = orthogonalised(0.05 * weight.grad + 0.95 * momenta[name])
+                update = orthogonalized(0.05 * weight.grad + 0.95 * momenta[name])
                 scale = lr * math.sqrt(max(1, weight.shape[0] / weight.shape[1]))
                 weight.data.mul_(1 - lr * 0.1).sub_(scale * update)
     expected, apart = dict(reference.named_parameters()), dict(twin.named_parameters())
@@ -184,7 +184,7 @@ def by_hand(matrix, gradients, momentum=0.95, decay=0.1, cautious=False):
     average = torch.zeros_like(matrix)
     for gradient in gradients:
         average = momentum * average + (1 - momentum) * gradient
-        update = orthogonalised((1 - momentum) * gradient + momentum * average)
+        update = orthogonalized((1 - momentum) * gradient + momentum * average)
         kept = 1 - 0.02 * decay * ((update * matrix >= 0).to(matrix) if cautious else 1)
         matrix = matrix * kept - 0.02 * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1])) * update
     return matrix
@@ -326,7 +326,7 @@ def test_an_element_moves_as_far_as_under_adamw_with_match_rms(shape):
     weight.grad = torch.randn(shape, dtype=torch.float64)
     options = {"algorithm": "muon", "weight_decay": 0.0, "cautious": False, "momentum": 0.95, "transposed": False}
     group = options | {"params": [weight], "lr": 1e-3, "scale": "match_rms", "shape": (1, *shape)}
-    expected = -1e-3 * 0.2 * math.sqrt(64) * orthogonalised(weight.grad)
+    expected = -1e-3 * 0.2 * math.sqrt(64) * orthogonalized(weight.grad)
     MuonAdamW([group]).step()
     torch.testing.assert_close(weight.detach(), expected, rtol=1e-9, atol=1e-12)
     # 0.2 is the usual root mean square of AdamW's updates; the iteration leaves singular values within 0.68 and 1.21.
