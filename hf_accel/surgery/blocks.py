@@ -49,8 +49,10 @@ def block_stacks(model: Any) -> list[list[nn.Module]]:
 
 
 def stacks_of(model: Any) -> dict[str, list[str]]:
-    """The paths of the blocks in each stack, from its first to its last, by the path of the outermost list: those of the
-    stages of a vision model are one stack."""
+    """Return the paths of the blocks in each stack, in order, by the path of the outermost list.
+
+    The stages of a vision model are one stack.
+    """
     lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
     stacks: dict[str, list[str]] = {}
     for path, blocks in block_lists(model).items():

@@ -48,7 +48,6 @@ from torch import Tensor, nn
 from hf_accel.adapters import unwrapped
 from hf_accel.model.compression.low_rank_training import LowRankTraining
 from hf_accel.model.compression.sparse_training import SparseTraining
-from hf_accel.model.curriculum.layer_freezing import LayerFreezing
 from hf_accel.model.initialization.expand_from import ExpandFrom
 from hf_accel.model.initialization.shrink_from import ShrinkFrom
 from hf_accel.model.modules.random_token_drop import RandomTokenDrop
@@ -64,6 +63,7 @@ from hf_accel.surgery.depth_growth import (
     stacked,
     zero_residual_branches,
 )
+from hf_accel.surgery.freezing import BlockFreezing
 from hf_accel.technique import State, Technique
 
 OPERATORS = {"stacked": stacked, "middle": middle, "interleaved": interleaved, "on_top": on_top}
@@ -173,7 +173,7 @@ class ProgressiveStacking(Technique):
         if len({id(p) for block in blocks for p in block.parameters()}) < sum(len([*b.parameters()]) for b in blocks):
             raise ValueError(f"blocks of {type(model).__name__} share parameters, and cannot be copied. Leave it out.")
         for other in others:
-            if isinstance(other, LayerFreezing | SparseTraining | LowRankTraining | RandomTokenDrop):
+            if isinstance(other, BlockFreezing | SparseTraining | LowRankTraining | RandomTokenDrop):
                 raise ValueError(f"{other!r} treats blocks by their places, and copies are elsewhere. Leave one out.")
             if isinstance(other, ExpandFrom | ShrinkFrom):
                 raise ValueError(f"{other!r} gives values to blocks that would be lost. Leave one out.")

@@ -38,6 +38,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from hf_accel.adapters import unwrapped
 from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead
+from hf_accel.preserve import evaluation_mode
 from hf_accel.technique import State, Technique
 
 if TYPE_CHECKING:
@@ -214,8 +215,8 @@ class ChunkedCrossEntropy(Technique):
         except Exception as error:
             problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise ValueError(
-                f"{self!r} does not support {type(model).__name__} because a trial of its projection failed ({problem}). "
-                "Remove ChunkedCrossEntropy."
+                f"{self!r} does not support {type(model).__name__} because a trial of its projection failed "
+                f"({problem}). Remove ChunkedCrossEntropy."
             ) from error
         if not ends:
             raise ValueError(
@@ -279,12 +280,10 @@ def _ends_in(model: Any, projection: nn.Module) -> bool:
         width = getattr(model.config, "encoder", model.config).hidden_size
         encoded = BaseModelOutput(last_hidden_state=example.new_zeros(1, 2, width))
         inputs = {"encoder_outputs": encoded, "decoder_input_ids": ids_BL}
-    modes = [(module, module.training) for module in model.modules()]
     handle = projection.register_forward_hook(replace)
     try:
-        logits = model.eval()(**inputs).logits
+        with evaluation_mode(model):
+            logits = model(**inputs).logits
     finally:
         handle.remove()
-        for module, mode in modes:
-            module.training = mode
     return len(given) == 1 and torch.equal(given[0], logits)

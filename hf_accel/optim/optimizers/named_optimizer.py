@@ -10,7 +10,8 @@ The keys of ``rules`` are regular expressions that are searched for in the names
 ``weight_decay`` are factors, which multiply where several rules match.  Any other key is an option of the optimizer for
 these parameters, or a key of its parameter groups that its code reads; the last rule that matches decides:
 
-    NamedOptimizer("GaLore", rules={"proj": {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"}})
+    projected = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"}
+    NamedOptimizer("GaLore", rules={"proj": projected})
     NamedOptimizer("NorMuon", rules={"": {"use_muon": False}, r"layers.*proj": {"use_muon": True, "lr": 20.0}})
 
 Before the first step, the optimizer updates a small copy of the parameters, so that what it cannot do is said there.
@@ -107,7 +108,7 @@ def group_keys_of(kind: type[torch.optim.Optimizer]) -> set[str]:
 def failure(
     kind: type[torch.optim.Optimizer], groups: list[dict[str, Any]], options: Mapping[str, Any], saved: bool
 ) -> str | None:
-    """What goes wrong when the optimizer updates small copies of the parameters, and is saved and loaded; None: nothing.
+    """Return what goes wrong when the optimizer updates small copies of the parameters, and is saved and loaded.
 
     Args:
         saved: Whether it must be possible to load its state as Trainer does, without running what is in it.

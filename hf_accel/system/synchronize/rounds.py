@@ -17,7 +17,7 @@ from torch import Tensor
 
 from hf_accel.model.compression.low_rank_training import LowRankTraining
 from hf_accel.model.compression.sparse_training import SparseTraining
-from hf_accel.model.curriculum.layer_freezing import LayerFreezing
+from hf_accel.surgery.freezing import BlockFreezing
 from hf_accel.technique import State, Technique
 from hf_accel.weights import buffers, local_parameters
 
@@ -55,9 +55,10 @@ class Rounds(Technique):
                 )
         if args.world_size > 1:
             for technique in host.techniques:
-                if isinstance(technique, LayerFreezing) and technique.policy != "schedule":
+                if isinstance(technique, BlockFreezing) and technique.reads_weights:
                     raise ValueError(
-                        f"{self!r}: {technique!r} would freeze other blocks on each rank. Choose policy='schedule'."
+                        f"{self!r} does not support {technique!r} because each rank would freeze other blocks. "
+                        "Use LayerFreezing."
                     )
                 if technique.implemented_hooks() & {"accept_step", "averaging"}:
                     raise ValueError(
