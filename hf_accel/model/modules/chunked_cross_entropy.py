@@ -210,6 +210,11 @@ class ChunkedCrossEntropy(Technique):
             raise ValueError(
                 f"{self!r}: hidden states as wide as the vocabulary cannot be told from logits. Leave it out."
             )
+        if "labels" in head.without_labels(model, {"labels": torch.zeros(1, 2, dtype=torch.long)}):
+            raise ValueError(
+                f"{self!r} does not support {type(model).__name__} because it makes the decoder's inputs together with "
+                "its own loss. Remove ChunkedCrossEntropy."
+            )
         try:
             ends = _ends_in(model, projection)
         except Exception as error:

@@ -52,6 +52,13 @@ class LearningRateSearch(Technique):
     def inspect_dataset(self, dataset: Any) -> None:
         """Search, or in a run that goes on, take what its first part found."""
         host: Any = self.host_
+        trial = getattr(host, "_trial", None)
+        searched = trial if isinstance(trial, dict) else getattr(trial, "params", {})
+        if host.hp_search_backend is not None and "learning_rate" in searched:
+            raise ValueError(
+                f"{self!r} does not support a hyperparameter_search of learning_rate because both choose it. Remove "
+                "learning_rate from hp_space, or LearningRateSearch."
+            )
         if (state := host.resumed_state(self)) is not None:
             self.report_ = dict(state)
         else:

@@ -257,8 +257,8 @@ class Muon(Technique):
             )
         if self.scale == "spectral" and hasattr(model, "peft_config"):
             logger.warning(
-                f"{self!r}: with scale='spectral', a step of a tall adapter (out x rank) is sqrt(out / rank) times as long "
-                "as that of a square matrix. Set scale='match_rms' to train adapters at AdamW's rate."
+                f"{self!r}: with scale='spectral', a step of a tall adapter (out x rank) is sqrt(out / rank) times as "
+                "long as that of a square matrix. Set scale='match_rms' to train adapters at AdamW's rate."
             )
         frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
         if (source := getattr(model, "name_or_path", "")) and not matrices.keys() & frozen:
