@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar
 
 import annotated_types as at
 import numpy as np
@@ -35,7 +35,7 @@ from transformers import TrainerState
 
 from hf_accel.losses import widest
 from hf_accel.surgery.freezing import BlockFreezing
-from hf_accel.technique import Fraction, State
+from hf_accel.technique import Fraction
 
 
 def settled_by_gradient(norms_TL: Sequence[Sequence[float]], depth: int, threshold: float) -> int:
@@ -60,7 +60,8 @@ class GradientNormFreezing(BlockFreezing):
 
     threshold: Fraction = 0.5
     checks: Annotated[int, at.Ge(2)] = 20
-    reads_weights: ClassVar = True
+    decides_by_weights: ClassVar = True
+    counters: ClassVar = (*BlockFreezing.counters, "settled", "looks", "norms", "squares", "squared_steps")
     probe_fields: ClassVar = {"start": 0.25, "threshold": 0.75, "checks": 12}
     variations: ClassVar = {"start": 0.75, "threshold": 0.25}
 
@@ -75,8 +76,8 @@ class GradientNormFreezing(BlockFreezing):
         squares_L = torch.stack([_sum_of_squares(parameters, self.squares_) for parameters in self.trainable_])
         if args.world_size > 1:
             dist.all_reduce(squares_L)  # of shards, or as many times the whole: the ratio is the same
-        if self.host_ is not None and args.max_grad_norm > 0:
-            norm = self.host_.grad_norm
+        if self.run_ is not None and args.max_grad_norm > 0:
+            norm = self.run_.grad_norm
             norm = torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm).to(squares_L)
             squares_L = squares_L * (norm / args.max_grad_norm).clamp(min=1).square()
         self.squares_ += squares_L.nan_to_num(0.0, posinf=0.0)  # in float16, gradients may be too large
@@ -92,24 +93,6 @@ class GradientNormFreezing(BlockFreezing):
             if progress >= self.start:
                 self.settled_ = min(settled_by_gradient(self.norms_, self.settled_, self.threshold), self.most_)
         return self.settled_
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        if scope == "rank":
-            return {}
-        looks = {"settled": self.settled_, "looks": self.looks_, "norms": self.norms_}
-        return {
-            **super().state_dict(scope),
-            **looks,
-            "squares": self.squares_.cpu(),
-            "squared_steps": self.squared_steps_,
-        }
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        super().load_state_dict(scope, state)
-        if scope == "global":
-            self.settled_, self.looks_, self.norms_ = state["settled"], state["looks"], list(state["norms"])
-            self.squares_.copy_(state["squares"])
-            self.squared_steps_ = state["squared_steps"]
 
 
 def _sum_of_squares(parameters: Sequence[nn.Parameter], like: Tensor) -> Tensor:

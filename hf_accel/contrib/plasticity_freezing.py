@@ -24,7 +24,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import annotated_types as at
 import numpy as np
@@ -38,7 +38,7 @@ from hf_accel.preserve import evaluation_mode, random_state_kept
 from hf_accel.stream.indexed import StepStream
 from hf_accel.stream.reader import StepReader
 from hf_accel.surgery.freezing import BlockFreezing
-from hf_accel.technique import Fraction, State
+from hf_accel.technique import Fraction
 
 EXAMPLES = 16
 """Examples of the training set on which plasticity is measured."""
@@ -71,7 +71,8 @@ class PlasticityFreezing(BlockFreezing):
 
     threshold: Fraction = 0.2
     checks: Annotated[int, at.Ge(2)] = 20
-    reads_weights: ClassVar = True
+    decides_by_weights: ClassVar = True
+    counters: ClassVar = (*BlockFreezing.counters, "settled", "looks", "plasticity", "reference")
     probe_fields: ClassVar = {"start": 0.25, "threshold": 0.9, "checks": 12}
     variations: ClassVar = {"start": 0.75, "threshold": 0.25}
 
@@ -113,7 +114,7 @@ class PlasticityFreezing(BlockFreezing):
                 for inputs in self.examples_:
                     inputs = {name: value.to(model.device) for name, value in inputs.items()}
                     run = functools.partial(model, **inputs)
-                    run() if self.host_ is None else self.host_._counted(inputs, run, needed=False)
+                    run() if self.run_ is None else self.run_.count(inputs, run, needed=False)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -129,16 +130,3 @@ class PlasticityFreezing(BlockFreezing):
         chosen_N = torch.from_numpy(np.random.default_rng(seed).permutation(len(dataset))[:EXAMPLES])
         reader = loader.reader if isinstance(loader, StepStream) else StepReader(dataset, loader.collate_fn)
         return [micro.inputs for micro in reader[StepPlan(0, chosen_N, None, 1, 0, 1, seed)].micro_batches]
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        if scope == "rank":
-            return {}
-        state = {"settled": self.settled_, "looks": self.looks_, "plasticity": self.plasticity_}
-        reference = {} if self.reference_ is None else {"reference": self.reference_}
-        return {**super().state_dict(scope), **state, **reference}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        super().load_state_dict(scope, state)
-        if scope == "global":
-            self.settled_, self.looks_, self.plasticity_ = state["settled"], state["looks"], list(state["plasticity"])
-            self.reference_ = state.get("reference")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import annotated_types as at
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from transformers import TrainerState
 
 from hf_accel.surgery.block_wrapper import refuse_waiting_ddp
 from hf_accel.surgery.blocks import block_lists
-from hf_accel.technique import Fraction, State, Technique
+from hf_accel.technique import Fraction, Technique
 
 
 def find_blocks(model: Any) -> nn.ModuleList:
@@ -46,8 +46,8 @@ class BlockFreezing(Technique):
     neutral: ClassVar = {"max_fraction": 0.0}
     variations: ClassVar = {"start": 0.75}
     refused_backends: ClassVar = {"zero": "frozen weights keep moving in its flat partitions"}
-    reads_weights: ClassVar[bool] = False
-    """Whether the number depends on weights, so that ranks with weights of their own would disagree."""
+    claims: ClassVar = frozenset({"frozen_blocks"})
+    counters: ClassVar = ("steps", "frozen_steps")
 
     def depth(self, state: TrainerState, model: nn.Module) -> int:
         """Return the number of blocks that are frozen in the next step, at most ``most_``."""
@@ -113,13 +113,6 @@ class BlockFreezing(Technique):
             self.hook_.remove()
             self.hook_ = None
         self.depth_ = depth
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"steps": self.steps_, "frozen_steps": self.frozen_steps_} if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.steps_, self.frozen_steps_ = state["steps"], state["frozen_steps"]
 
     def report(self) -> Mapping[str, Any]:
         """Report the blocks frozen at the end, the share of frozen blocks over all steps, and the embeddings' fate."""

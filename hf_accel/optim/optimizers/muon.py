@@ -221,10 +221,10 @@ class Muon(Technique):
 
     def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Each group divided by the shape of its matrices; weight decay and factors on the rate hold for all."""
-        host: Any = self.host_
-        if host.is_deepspeed_enabled:
+        run: Any = self.run_
+        if run.is_deepspeed_enabled:
             raise ValueError(f"{self!r}: under DeepSpeed ZeRO, parameters are no matrices. Use DDP or FSDP.")
-        args, matrices = host.args, matrices_in(model)
+        args, matrices = run.args, matrices_in(model)
         if args.learning_rate == 0:
             raise ValueError(
                 f"{self!r} does not support learning_rate=0 because it is the rate of embeddings, heads and norms. "

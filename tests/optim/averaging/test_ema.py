@@ -31,7 +31,7 @@ class Run:
         self.model = nn.Linear(4, 3).to(dtype)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.state, self.technique = TrainerState(max_steps=STEPS), technique
-        technique.host_ = Host()
+        technique.run_ = Host()
         if resume is not None:
             self.model.load_state_dict(resume["model"])
             self.optimizer.load_state_dict(resume["optimizer"])
@@ -103,11 +103,11 @@ def test_a_share_of_the_budget_is_counted_in_progress_and_warmed_up():
 
 def test_progress_need_not_be_even():
     technique, model = ExponentialMovingAverage(0.05), nn.Linear(1, 1, bias=False).double()
-    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=0.0), model=model)
+    technique.run_ = SimpleNamespace(clock=SimpleNamespace(progress=0.0), model=model)
     technique.on_train_begin(None, TrainerState(), None, model=model)
     expected = model.weight.detach().clone()
     for n, progress in enumerate([0.01, 0.2, 0.21, 0.5, 1.0]):
-        before, technique.host_.clock.progress = technique.host_.clock.progress, progress
+        before, technique.run_.clock.progress = technique.run_.clock.progress, progress
         nn.init.constant_(model.weight, n)
         technique.on_step_end(None, TrainerState(), None)
         decay = min(0.5 ** ((progress - before) / 0.05), (1 + n) / (10 + n))
@@ -159,7 +159,7 @@ def test_parameters_frozen_at_the_start_are_left_out_and_those_frozen_later_stay
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
     technique = ExponentialMovingAverage(HALF_LIFE)
-    technique.host_ = Host()
+    technique.run_ = Host()
     technique.on_train_begin(None, TrainerState(), None, model=model)
     model[1].requires_grad_(False)
     technique.on_step_end(None, TrainerState(), None)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
-from hf_accel import AccelTrainer, GradientSpikeGuard, SharpnessAware
+from hf_accel import AccelTrainer, Budget, GradientSpikeGuard, SharpnessAware
 from hf_accel.optim.optimizers.gradient_spike_guard import is_spike
 from hf_accel.testing import largest_difference, losses_of, tiny_trainer, weights_of
 
@@ -44,9 +44,9 @@ class Poison(torch.autograd.Function):
         return gradient * math.nan
 
 
-def poisoned(directory, steps, technique, **args):
+def poisoned(directory, steps, *techniques, **args):
     """A run whose gradient is NaN at the given steps."""
-    trainer = tiny_trainer([technique], directory, dropout=0.0, **args)
+    trainer = tiny_trainer(techniques, directory, dropout=0.0, **args)
 
     def hook(module, inputs, output):
         return Poison.apply(output) if trainer.state.global_step in steps and module.training else output
@@ -63,6 +63,12 @@ def test_a_nan_leaves_weights_and_moments_alone(tmp_path):
     assert trainer.receipt.techniques[0]["report"] == {"accepted": 22, "refused": 2}
     states = trainer.optimizer.state_dict()["state"].values()
     assert {int(state["step"]) for state in states} == {22}
+
+
+def test_a_budget_of_updates_is_not_spent_on_refused_ones(tmp_path):
+    trainer = poisoned(tmp_path, {4, 9}, Budget("10steps"), GradientSpikeGuard())
+    assert (trainer.receipt.steps, trainer.receipt.skipped_steps, trainer.state.global_step) == (10, 2, 12)
+    assert trainer.clock.spent["steps"] == 10
 
 
 def test_it_resumes_with_what_it_has_seen(tmp_path):
@@ -129,7 +135,7 @@ class Scaled:
 
 def test_an_overflow_in_fp16_is_left_to_the_scaler():
     guard, model = GradientSpikeGuard(patience=3), torch.nn.BatchNorm1d(2)
-    guard.host_ = Scaled()
+    guard.run_ = Scaled()
     guard.on_train_begin(SimpleNamespace(max_grad_norm=1.0), None, None, model=model)
     for _ in range(20):  # as the first steps, until the scale has fallen
         guard.on_step_begin(None, None, None, model=model)

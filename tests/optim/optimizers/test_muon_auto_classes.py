@@ -41,7 +41,7 @@ def test_it_takes_two_steps_or_is_refused_by_name(name, kind):
     if model is None:
         pytest.skip("its default configuration makes no model here")
     technique = Muon()
-    technique.host_ = SimpleNamespace(args=ARGS, is_deepspeed_enabled=False)
+    technique.run_ = SimpleNamespace(args=ARGS, is_deepspeed_enabled=False)
     named = {n: p for n, p in model.named_parameters() if p.requires_grad and p.is_floating_point()}
     group = {"params": list(named.values()), "names": list(named), "lr": 1e-3, "weight_decay": 0.1, "group": ""}
     try:
