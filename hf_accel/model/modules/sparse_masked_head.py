@@ -30,6 +30,7 @@ from transformers.utils import ModelOutput
 
 from hf_accel.adapters import unwrapped
 from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead
+from hf_accel.preserve import evaluation_mode
 from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
@@ -141,16 +142,12 @@ def _is_by_position(model: Any) -> bool:
     device = next(model.parameters()).device
     ids_BL = torch.arange(8, device=device).view(2, 4) % model.config.vocab_size
     chosen_BL = torch.tensor([[False, True, True, False], [True, False, False, False]], device=device)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        every_BLV = model.eval()(input_ids=ids_BL).logits
+    with evaluation_mode(model):
+        every_BLV = model(input_ids=ids_BL).logits
         hook = model.base_model.register_forward_hook(lambda module, args, output: rows_at(output, chosen_BL))
         try:
             some_1NV = model(input_ids=ids_BL).logits
         finally:
             hook.remove()
-    finally:
-        for module, mode in modes:
-            module.training = mode
     expected_1NV = every_BLV[chosen_BL][None]
     return some_1NV.shape == expected_1NV.shape and torch.allclose(some_1NV, expected_1NV, rtol=1e-2, atol=1e-3)
