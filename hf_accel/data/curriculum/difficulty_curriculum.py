@@ -42,6 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from hf_accel.data.lengths import example_lengths, token_rows
 from hf_accel.data.scores import head_for, mean_losses, score_examples
 from hf_accel.technique import Fraction, State, Technique
 
@@ -85,14 +86,14 @@ def difficulties(dataset: Any, kind: str, asking: Technique) -> Tensor:
             "Choose one of them, 'length', 'rarity', 'compression' or 'loss'."
         )
     if kind == "length":
-        values = [float(len(row)) for row in _column(dataset, name)]
+        return example_lengths(dataset, name, asking=asking, remedy="").tokens_N.double()
     elif kind == "rarity":
-        rows = [np.asarray(row, dtype=np.int64) for row in _column(dataset, name)]
+        rows = list(token_rows(dataset, asking))
         counts = np.bincount(np.concatenate(rows))
         log_share = np.log(np.maximum(counts, 1) / counts.sum())
         values = [float(-log_share[row].sum()) for row in rows]
     elif kind == "compression":
-        texts = [np.asarray(row, dtype=np.int32).tobytes() for row in _column(dataset, name)]
+        texts = [row.astype(np.int32).tobytes() for row in token_rows(dataset, asking)]
         values = [len(zlib.compress(text)) / max(len(text), 1) for text in texts]
     else:
         values = list(_column(dataset, name))
