@@ -15,9 +15,9 @@ from itertools import groupby
 from pathlib import Path
 
 from hf_accel import evidence
-from hf_accel.cards import FIDELITY, NOTE, area, card, in_order, owned, source, table
 from hf_accel.clock import parse_budget
 from hf_accel.evidence import Arm, Record, Records
+from hf_accel.evidence.cards import FIDELITY, NOTE, area, card, in_order, owned, source, table
 from hf_accel.technique import Technique
 
 ROOT = Path(__file__).parents[1]

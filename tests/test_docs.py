@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hf_accel import evidence
-from hf_accel.cards import markdown, meanings, source
 from hf_accel.compare.workloads import WORKLOADS
+from hf_accel.evidence.cards import markdown, meanings, source
 from hf_accel.recipe import known_techniques
 
 ROOT = Path(__file__).parents[1]
@@ -140,8 +140,8 @@ def test_the_first_numbers_are_those_of_the_fastest_of_fair_comparisons(tmp_path
     records = {
         "fair": document("8 trials", True, arm("Muon", 1.5), arm("InfoBatch", 1.1)),
         "faster": document("8 trials", True, arm("Muon", 1.8)),
-        "untuned": document("", True, arm("Lamb", 9.0)),
-        "unproven": document("8 trials", False, arm("Lars", 9.0)),
+        "untuned": document("", True, arm("LAMB", 9.0)),
+        "unproven": document("8 trials", False, arm("LARS", 9.0)),
     }
     overhead, kept = tmp_path / "overhead.json", tmp_path / "kept.json"
     overhead.write_text('{"wall": {"ratio": 1.01, "low": 1.0, "high": 1.02}}')

@@ -6,10 +6,10 @@ The same on the command line: ``hf-accel compare "InfoBatch(keep=0.5)" --workloa
 """
 
 from hf_accel.compare.comparison import Arm, Comparison, Progress, Run, compare
+from hf_accel.compare.record import write_record
 from hf_accel.compare.results import Results, Row
 from hf_accel.compare.statistics import NonInferiority, SpeedUp, non_inferiority, speed_up
 from hf_accel.compare.workloads import WORKLOADS, Workload, build_workload
-from hf_accel.evidence import write_record
 
 __all__ = [
     "WORKLOADS",

@@ -1,4 +1,4 @@
-"""Charts as SVG: axes, lines, points and intervals, in colours that the page's style sheet names.
+"""Charts as SVG: axes, lines, points and intervals, in colors that the page's style sheet names.
 
 Series are the classes ``s0`` to ``s5``, the baseline is ``base``; lengths are those of the ``viewBox``.
 """
@@ -99,12 +99,12 @@ class Chart:
             _, y = self.place(self.x.low, tick)
             parts.append(f'<line class="grid" x1="{LEFT}" y1="{y:.1f}" x2="{right}" y2="{y:.1f}"/>')
             parts.append(f'<text class="tick" x="{LEFT - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-        middle, centre = (LEFT + right) / 2, (TOP + bottom) / 2
+        middle, center = (LEFT + right) / 2, (TOP + bottom) / 2
         parts.append(
             f'<text class="axis" x="{middle:.0f}" y="{HEIGHT - 8}" text-anchor="middle">{escape(self.x_title)}</text>'
         )
         parts.append(
-            f'<text class="axis" transform="translate(14 {centre:.0f}) rotate(-90)" text-anchor="middle">'
+            f'<text class="axis" transform="translate(14 {center:.0f}) rotate(-90)" text-anchor="middle">'
             f"{escape(self.y_title)}</text>"
         )
         return "\n".join([*parts, *filter(None, elements), "</svg>"])

@@ -13,6 +13,7 @@ first seed.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import os
 import random
@@ -22,14 +23,17 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from hf_accel.clock import parse_budget
 from hf_accel.compare import cache, placebos, tuning
+from hf_accel.compare.arm import Arm
+from hf_accel.compare.page import page
 from hf_accel.compare.pool import run_jobs
-from hf_accel.compare.results import Results, collect, lower_is_better, machine
+from hf_accel.compare.report import markdown
+from hf_accel.compare.results import Design, Results, collect, lower_is_better, machine
 from hf_accel.compare.workloads import DATA_ROOT, WORKLOADS, Workload, build_workload
 from hf_accel.recipe import Recipe, read_technique
 
@@ -46,25 +50,6 @@ OPTIMIZER = ("optim", "optim_args")
 
 TRIALS = 4
 """The fewest that are called tuning: the arm as given, two other learning rates, another batch size."""
-
-
-@dataclass
-class Arm:
-    """One way to train.
-
-    Args:
-        name: What tables call it.
-        recipe: Its arguments and techniques; arguments that it does not name are the baseline's.
-        role: What it is there for.
-        of: The candidate that it is a placebo or an ablation of.
-        horizon: Share of the nominal budget, of all but the baseline; one of the comparison's horizons.
-    """
-
-    name: str
-    recipe: Recipe
-    role: Literal["baseline", "candidate", "placebo", "ablation", "defaults"] = "candidate"
-    of: str | None = None
-    horizon: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -311,11 +296,26 @@ class Comparison:
             late = self._late_placebos(records)
             plan = self.plan(late)
         records = self._execute(plan, began, progress, records)
-        results = collect(
-            self, [*self._early_arms(), *late], {(run.arm, run.horizon, run.seed): r for run, r in records.items()}
-        )
-        results.save(self.out)
+        by_run = {(run.arm, run.horizon, run.seed): record for run, record in records.items()}
+        results = collect(self._design(), [*self._early_arms(), *late], by_run)
+        save(results, self.out)
         return results
+
+    def _design(self) -> Design:
+        workload: Any = self.workload
+        seeds: Any = self.seeds
+        return Design(
+            workload=workload,
+            metric=self.metric_name,
+            seeds=seeds,
+            horizons=self.horizons,
+            budget=self.budget,
+            cost=str(self.cost),
+            tuned=self.tuned,
+            placebos=self.placebos,
+            trials=self.trials,
+            baseline_args=self.reference.recipe.args,
+        )
 
     def _tune(self, began: float, progress: Callable[[Progress], None]) -> None:
         """Give every arm the best arguments of its own search."""
@@ -457,7 +457,7 @@ def _inherit(arm: Arm, args: dict[str, Any]) -> Arm:
     """The arm with arguments where it says nothing; its mistakes are found here."""
     techniques = arm.recipe.build_techniques()
     for slot, replaced in (("schedule", SCHEDULE), ("optimizer", OPTIMIZER)):
-        if any(slot in technique.answers() for technique in techniques):
+        if any(slot in technique.implemented_hooks() for technique in techniques):
             args = {name: value for name, value in args.items() if name not in replaced}
     recipe = Recipe(args=args | arm.recipe.args, techniques=arm.recipe.techniques)
     recipe.training_arguments()
@@ -469,3 +469,10 @@ def _seconds(text: str) -> float:
     if unit != "seconds":
         raise ValueError(f"budget({text!r}): must be a time. Write, for example, '20min'.")
     return amount
+
+
+def save(results: Results, folder: Path) -> None:
+    """Write ``results.json``, ``report.md`` and ``report.html``."""
+    (folder / "results.json").write_text(json.dumps(results.to_dict(), indent=1, allow_nan=False) + "\n")
+    (folder / "report.md").write_text(markdown(results))
+    (folder / "report.html").write_text(page(results))

@@ -12,6 +12,7 @@ import numpy as np
 
 from hf_accel import evidence
 from hf_accel.compare.charts import SHAPES, Axis, Chart, swatch, whisker
+from hf_accel.compare.record import record
 from hf_accel.compare.report import APART, HEADINGS, apart, by_cost, cells, errors, first_line, notes, ordered
 from hf_accel.compare.statistics import mean_interval
 from hf_accel.evidence import said
@@ -64,7 +65,7 @@ def looks(results: Results) -> dict[str, tuple[str, str]]:
 def headline(results: Results) -> str:
     """A sentence for each candidate."""
     look = looks(results)
-    document = evidence.record(results)
+    document = record(results)
     lines = [
         f"<p>{swatch(*look[arm['name']])}{escape(evidence.sentence(document, arm))}</p>"
         for arm in document["arms"]

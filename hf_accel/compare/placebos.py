@@ -21,7 +21,9 @@ def learning_rate_placebo(candidate: Recipe, baseline: Recipe) -> Recipe | None:
 
 def random_subset_placebo(candidate: Recipe, baseline: Recipe, sample_ratio: float) -> Recipe | None:
     """The baseline on a random subset, where the candidate chooses examples and trains on fewer than 97 %."""
-    chooses = any({"select", "step_select"} & technique.answers() for technique in candidate.build_techniques())
+    chooses = any(
+        {"select", "step_select"} & technique.implemented_hooks() for technique in candidate.build_techniques()
+    )
     if not chooses or not 0 < sample_ratio < 0.97:
         return None
     return Recipe(args=baseline.args, techniques=[RandomSubset(keep=round(sample_ratio, 2))])

@@ -10,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from hf_accel import evidence
+from hf_accel.compare.record import record
 from hf_accel.evidence import said
 
 if TYPE_CHECKING:
@@ -92,7 +93,7 @@ def errors(results: Results) -> list[str]:
 
 def sentences(results: Results) -> list[str]:
     """What came out, a sentence for each candidate."""
-    document = evidence.record(results)
+    document = record(results)
     return [evidence.sentence(document, arm) for arm in document["arms"] if arm["role"] == "candidate"]
 
 

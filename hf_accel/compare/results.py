@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import os
 import platform
@@ -11,19 +10,16 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
 from hf_accel.compare import cache
-from hf_accel.compare.page import page
-from hf_accel.compare.report import markdown
+from hf_accel.compare.arm import Arm
 from hf_accel.compare.statistics import NonInferiority, SpeedUp, non_inferiority, p_value, speed_up
+from hf_accel.compare.workloads import Workload
 from hf_accel.evidence import holm
-
-if TYPE_CHECKING:
-    from hf_accel.compare.comparison import Arm, Comparison
 
 COSTS = ("cpu_seconds", "wall_seconds", "flops", "tokens", "samples", "steps")
 
@@ -105,32 +101,44 @@ class Results:
         """Plain data, as in ``results.json``; what is not finite is null."""
         return _plain(asdict(self))
 
-    def save(self, folder: Path) -> None:
-        """Write ``results.json``, ``report.md`` and ``report.html``."""
-        (folder / "results.json").write_text(json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n")
-        (folder / "report.md").write_text(markdown(self))
-        (folder / "report.html").write_text(page(self))
-
 
 def lower_is_better(metric: str) -> bool:
     """Whether less of a metric is better, judging from its name."""
     return metric.endswith(LOWER_IS_BETTER)
 
 
-def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Results:
+@dataclass(frozen=True)
+class Design:
+    """What a comparison compares, and by which measure.
+
+    Args:
+        budget: Seconds that the comparison itself may take, as it was given.
+    """
+
+    workload: Workload
+    metric: str
+    seeds: Sequence[int]
+    horizons: Sequence[float]
+    budget: str | None
+    cost: str
+    tuned: str
+    placebos: bool
+    trials: dict[str, list[dict[str, Any]]]
+    baseline_args: dict[str, Any]
+
+
+def collect(design: Design, arms: Sequence[Arm], records: Records) -> Results:
     """Results from the records that there are."""
-    workload = comparison.workload
-    assert workload is not None and not isinstance(workload, str) and not isinstance(comparison.seeds, int)
-    metric = comparison.metric_name
+    workload, metric = design.workload, design.metric
     known = {name for record in records.values() for name in record.get("metrics", {})}
     if known and metric not in known:
         shown = ", ".join(sorted(known - {"epoch"}))
         raise ValueError(f"metric({metric!r}): the evaluation has none of this name. It has {shown}.")
     lower = lower_is_better(metric)
-    horizons = list(comparison.horizons)
-    whole = [seed for seed in comparison.seeds if all(("baseline", h, seed) in records for h in horizons)]
+    horizons = list(design.horizons)
+    whole = [seed for seed in design.seeds if all(("baseline", h, seed) in records for h in horizons)]
     if not whole:
-        raise ValueError(f"budget({comparison.budget!r}): too short for the baseline of one seed. Give more time.")
+        raise ValueError(f"budget({design.budget!r}): too short for the baseline of one seed. Give more time.")
     sign = 1 if lower else -1
 
     def values(name: str, horizon: float, seeds: Sequence[int], read: Any) -> np.ndarray:
@@ -147,7 +155,7 @@ def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Re
             return _mean(values(arm.name, horizon, seeds, read))
 
         def after(record: Mapping[str, Any]) -> float:
-            charged = record["costs"][comparison.cost] - record["set_up"].get(comparison.cost, 0.0)
+            charged = record["costs"][design.cost] - record["set_up"].get(design.cost, 0.0)
             return charged / max(record["costs"]["steps"], 1)
 
         qualities = values(arm.name, horizon, seeds, quality)
@@ -163,7 +171,7 @@ def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Re
             quality=_mean(qualities),
             quality_sd=float(finite.std(ddof=1)) if len(finite) > 1 else math.nan,
             costs={cost: mean(lambda record, cost=cost: record["costs"][cost]) for cost in COSTS},
-            set_up_seconds=mean(lambda record: record["set_up"].get(comparison.cost, math.nan)),
+            set_up_seconds=mean(lambda record: record["set_up"].get(design.cost, math.nan)),
             step_seconds=mean(after),
             peak_memory_bytes=mean(lambda record: record["peak_memory_bytes"]),
             errors=sorted({record["error"] for record in found if "error" in record}),
@@ -195,8 +203,8 @@ def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Re
                 rows[-1].speed_ups[cost] = speed_up(costs, curves, paid, losses)
         final = sign * values("baseline", arm.horizon, seeds, quality)
         rows[-1].non_inferiority = non_inferiority(losses, final, margin)
-    candidates = [row for row in rows if row.role == "candidate" and comparison.cost in row.speed_ups]
-    p_values = [p_value(row.speed_ups[str(comparison.cost)]) for row in candidates]
+    candidates = [row for row in rows if row.role == "candidate" and design.cost in row.speed_ups]
+    p_values = [p_value(row.speed_ups[design.cost]) for row in candidates]
     for candidate, own, adjusted in zip(candidates, p_values, holm(p_values), strict=True):
         candidate.p_unadjusted, candidate.p_value = own, adjusted
     return Results(
@@ -204,16 +212,16 @@ def collect(comparison: Comparison, arms: Sequence[Arm], records: Records) -> Re
         metric=metric,
         lower_is_better=lower,
         margin=margin,
-        cost=str(comparison.cost),
-        tuned=comparison.tuned,
-        placebos=comparison.placebos,
-        trials=comparison.trials,
-        baseline_args=comparison.reference.recipe.args,
+        cost=design.cost,
+        tuned=design.tuned,
+        placebos=design.placebos,
+        trials=design.trials,
+        baseline_args=design.baseline_args,
         seeds=whole,
         horizons=horizons,
         rows=rows,
         runs=[{"arm": name, "horizon": h, "seed": seed, **record} for (name, h, seed), record in records.items()],
-        complete=len(whole) == len(comparison.seeds) and all(row.seeds == whole for row in rows),
+        complete=len(whole) == len(design.seeds) and all(row.seeds == whole for row in rows),
         versions=cache.versions(),
         code=cache.code_hash(),
         machine=machine(),

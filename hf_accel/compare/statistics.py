@@ -61,7 +61,7 @@ class Curve:
 def fit_curve(costs_H: ArrayLike, losses_H: ArrayLike) -> Curve:
     """The curve of one seed, made monotone.
 
-    Where noise lets a costlier run end worse, neighbours are averaged, in loss and in log cost, until the loss falls
+    Where noise lets a costlier run end worse, neighbors are averaged, in loss and in log cost, until the loss falls
     from knot to knot (isotonic regression by pooling of adjacent violators; a pooled knot stays one point, so that the
     inverse is continuous).  Runs without a finite loss are left out.
     """

@@ -1,7 +1,7 @@
 """Equal tuning for every arm: the same number of trials, in the same space, by the same rule.
 
 The space is the peak learning rate times 2^(i/2) and the batch size times 2^j, with whole i and j; (0, 0) is the arm as
-it was given.  A pattern search goes through it: of the best trial so far, both neighbours in the first of these moves
+it was given.  A pattern search goes through it: of the best trial so far, both neighbors in the first of these moves
 that has untried ones,
 
     the learning rate by a factor of 2;  the batch size by a factor of 2;  the learning rate by a factor of sqrt(2)
@@ -53,8 +53,8 @@ class Search:
             return [(0, 0)][:left]
         rate, batch = self.best
         for move in MOVES:
-            neighbours = [(rate + i, batch + j) for i, j in move]
-            untried = [point for point in neighbours if point not in self.losses and self._is_whole(point)]
+            neighbors = [(rate + i, batch + j) for i, j in move]
+            untried = [point for point in neighbors if point not in self.losses and self._is_whole(point)]
             if untried:
                 return untried[:left]
         return []

@@ -156,7 +156,7 @@ def make_trainer(
     unit, amount = parse_budget(budget)
     horizon: dict[str, Any] | None = None
     accumulates = args.get("gradient_accumulation_steps", 1) > 1
-    misscaled = accumulates and not losses.honours_num_items(task["model"])
+    misscaled = accumulates and not losses.honors_num_items(task["model"])
     plain = not recipe.techniques and not hosted and not misscaled
     if plain and unit in ("steps", "epochs", "samples"):
         horizon = {"num_train_epochs": amount}

@@ -5,8 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from hf_accel import cards, evidence
+from hf_accel import evidence
 from hf_accel.cli import app
+from hf_accel.evidence import cards
 from hf_accel.recipe import known_techniques
 
 WIDE = {"COLUMNS": "160"}

@@ -16,7 +16,6 @@ from hf_accel.compare import Arm, Comparison, build_workload, cache, compare
 from hf_accel.compare import comparison as comparison_module
 from hf_accel.compare.placebos import bigger_batch_placebo, random_subset_placebo
 from hf_accel.compare.pool import environment, run_jobs
-from hf_accel.compare.results import Results
 from hf_accel.compare.worker import measure
 from hf_accel.compare.workloads import WORKLOADS, Workload
 
@@ -298,7 +297,7 @@ def test_placebos_of_a_measured_size_are_shuffled_into_the_seeds_after_the_first
             done(job, 0)
 
     monkeypatch.setattr(comparison_module, "run_jobs", half_the_samples)
-    monkeypatch.setattr(Results, "save", lambda self, folder: None)
+    monkeypatch.setattr(comparison_module, "save", lambda results, folder: None)
     told = []
     results = Comparison(["InfoBatch"], workload="synthetic", horizons=(0.5, 1.0), seeds=4, out=tmp_path).run(
         told.append

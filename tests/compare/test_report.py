@@ -14,6 +14,7 @@ from hf_accel import evidence
 from hf_accel.compare import Arm, Comparison
 from hf_accel.compare.charts import Axis, Chart
 from hf_accel.compare.page import page, parts
+from hf_accel.compare.record import record, write_record
 from hf_accel.compare.report import markdown, sentences
 from hf_accel.compare.results import collect
 from hf_accel.recipe import Recipe
@@ -35,7 +36,7 @@ def results():
     comparison = Comparison(
         [
             Arm("half", Recipe(techniques=["LayerFreezing"])),
-            Arm("same", Recipe(techniques=["StepGuard"])),
+            Arm("same", Recipe(techniques=["GradientSpikeGuard"])),
             Arm("bad", Recipe(techniques=["Muon"])),
             Arm("stack & more", Recipe(techniques=["Muon", "LayerFreezing"])),
         ],
@@ -118,7 +119,7 @@ def test_a_placebo_that_the_time_did_not_allow_is_missed(results):
     assert recollected(results, lambda run: run).complete
     cut = recollected(results, lambda run: None if run["arm"] == "baseline, LR of half" else run)
     assert not cut.complete and cut.row("baseline, LR of half").seeds == []
-    document = evidence.record(cut)
+    document = record(cut)
     assert evidence.verdict(document, document["arms"][5]) == "not all placebos run"
     assert "not all of its placebos were run (not baseline, LR of half)" in sentences(cut)[0]
     for text in (markdown(cut), page(cut)):
@@ -251,10 +252,10 @@ def test_places_are_shares_of_an_axis():
 
 
 def test_a_record_is_read_as_it_was_written(results, tmp_path):
-    evidence.write_record(results, tmp_path / "new" / "synthetic.json")
+    write_record(results, tmp_path / "new" / "synthetic.json")
     (tmp_path / "new" / "other.json").write_text('{"what": "no comparison"}')
     read = evidence.load_records(tmp_path / "new")
-    assert read == {"synthetic": evidence.record(results)}
+    assert read == {"synthetic": record(results)}
     document = read["synthetic"]
     assert "runs" not in document and "log" not in json.dumps(document)
     arms = {arm["name"]: arm for arm in document["arms"] if arm["role"] != "baseline"}
@@ -264,4 +265,4 @@ def test_a_record_is_read_as_it_was_written(results, tmp_path):
     assert arms["bad"]["qualities"][1] is None and arms["bad"]["qualities"][0] == pytest.approx(3.0, rel=0.01)
     assert arms["baseline, LR of half"]["args"] == {"learning_rate": 1.0}
     assert evidence.grade("LayerFreezing", read) == "proven here"
-    assert evidence.grade("StepGuard", read) == "no gain shown" == evidence.grade("Muon", read)
+    assert evidence.grade("GradientSpikeGuard", read) == "no gain shown" == evidence.grade("Muon", read)

@@ -231,15 +231,15 @@ def test_sst2_is_evaluated_on_all_sentences_by_length():
     assert len(lengths) == 60 and lengths == sorted(lengths)
 
 
-def test_only_completions_are_learnt(made):
+def test_only_completions_are_learned(made):
     task = build("gsm8k-sft")
     table = pyarrow.parquet.read_table(made / "sft" / "gsm8k" / "train.parquet").to_pylist()
     assert len(task["train_dataset"]) == len(table) - 1, "what does not fit is left out"
     tokenizer, pairs = task["processing_class"], {(row["prompt"], row["completion"]) for row in table}
     for row in task["train_dataset"]:
-        learnt = [label != -100 for label in row["labels"]]
-        start = learnt.index(True)
-        assert all(learnt[start:]) and row["labels"][start:] == row["input_ids"][start:]
+        learned = [label != -100 for label in row["labels"]]
+        start = learned.index(True)
+        assert all(learned[start:]) and row["labels"][start:] == row["input_ids"][start:]
         words = tokenizer.convert_ids_to_tokens(row["input_ids"])
         assert (words[0], words[start - 1], words[-1]) == ("<s>", "\n", "</s>")
         assert (" ".join(words[1 : start - 1]), " ".join(words[start:-1])) in pairs

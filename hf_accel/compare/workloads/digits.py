@@ -70,5 +70,5 @@ def collate(examples: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torc
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of images whose digit is recognised."""
+    """Share of images whose digit is recognized."""
     return {"accuracy": float(np.mean(np.argmax(prediction.predictions, axis=-1) == prediction.label_ids))}

@@ -19,7 +19,7 @@ IGNORED = -100
 
 @dataclass
 class Gsm8kSft(Workload):
-    """Grade-school mathematics: a question, and the steps to its answer, which alone are learnt and evaluated.
+    """Grade-school mathematics: a question, and the steps to its answer, which alone are learned and evaluated.
 
     Examples that are longer than the context are left out.  All weights are trained.
     """

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_accel.data.lengths import example_lengths, padding_share
+from hf_accel.features.lengths import example_lengths, padding_share
 from hf_accel.technique import State, Technique
 
 logger = logging.get_logger(__name__)
@@ -75,7 +75,7 @@ class LengthGrouped(Technique):
         """Read the lengths, from ``args.length_column_name`` if the data set has that column, else of ``input_ids``."""
         host: Any = self.host_
         column = host.args.length_column_name
-        remedy = f"Tokenise it before training, or add a column {column!r} with the lengths."
+        remedy = f"Tokenize it before training, or add a column {column!r} with the lengths."
         self.lengths_ = lengths = example_lengths(dataset, column, "input_ids", asking=self, remedy=remedy)
         if (width := lengths.width_N).eq(width[0]).all() and lengths.tokens_N.sum() < (width * lengths.rows_N).sum():
             logger.warning(

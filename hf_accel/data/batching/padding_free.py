@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from hf_accel.data.flattening import (
+from hf_accel.features.flattening import (
     CAUSAL,
     Layout,
     check_kept_apart,
@@ -42,11 +42,11 @@ from hf_accel.data.flattening import (
     tell_apart,
     unpadded,
 )
-from hf_accel.data.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
+from hf_accel.features.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
 from hf_accel.technique import State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
 
 def flatten(examples: Sequence[Mapping[str, Tensor]], asking: Technique, layout: Layout = CAUSAL) -> dict[str, Tensor]:

@@ -42,8 +42,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_accel.data.lengths import example_lengths, token_rows
-from hf_accel.data.scores import head_for, mean_losses, score_examples
+from hf_accel.features.lengths import example_lengths, token_rows
+from hf_accel.features.scores import head_for, mean_losses, score_examples
 from hf_accel.technique import Fraction, State, Technique
 
 

@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_accel.data.columns import column_chunks
-from hf_accel.data.static_subset import StaticSubset, rows_of
+from hf_accel.data.sampling.static_subset import StaticSubset, rows_of
+from hf_accel.features.columns import column_chunks
 from hf_accel.technique import State, Technique
 
 HASHES = 128
@@ -57,7 +57,7 @@ class Shingles(NamedTuple):
 
 
 def mixed(values: Hashes) -> Hashes:
-    """A permutation of 64-bit numbers that leaves no pattern (the finaliser of SplitMix64)."""
+    """A permutation of 64-bit numbers that leaves no pattern (the finalizer of SplitMix64)."""
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))

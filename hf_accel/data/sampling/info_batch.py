@@ -1,4 +1,4 @@
-"""InfoBatch: skip a random part of the examples that are already learnt, and let the rest of them count more.
+"""InfoBatch: skip a random part of the examples that are already learned, and let the rest of them count more.
 
 An epoch over fewer examples costs less.  With the last loss of each example as its score, an epoch trains on
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from hf_accel.technique import Fraction, State, Technique
 
 
-def prune_learnt(scores_N: Tensor, keep: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+def prune_learned(scores_N: Tensor, keep: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Ids (ascending) and weights of one epoch's examples; a score of NaN means that there is none yet.
 
     ``N`` are the examples of the data set before the choice, and those kept after it.
@@ -75,7 +75,7 @@ class InfoBatch(Technique):
             self.scores_ = torch.full((num_examples,), float("nan"))
         ids_N, weights_N = torch.arange(num_examples), None
         if self.keep < 1 and self.host_.clock.progress < self.end:
-            ids_N, weights_N = prune_learnt(self.scores_, self.keep, generator)
+            ids_N, weights_N = prune_learned(self.scores_, self.keep, generator)
         self.kept_ += len(ids_N)
         self.offered_ += num_examples
         return ids_N, None if weights_N is None or weights_N.eq(1).all() else weights_N

@@ -17,7 +17,7 @@ them a step.
 Reference: (1) Ajroldi, Orvieto, Geiping, "When, Where and Why to Average Weights?", ICML 2025, arXiv:2502.06761; (2)
 Polyak, Juditsky, "Acceleration of stochastic approximation by averaging", 1992.  Departures: the average of fp16 or
 bf16 weights is kept in fp32, for an update of 1 - 2^(-1/100) = 0.7 % vanishes in their 8 to 11 bits; buffers are not
-averaged, and where the model has batch normalisation, its statistics are computed anew for the averaged weights, from
+averaged, and where the model has batch normalization, its statistics are computed anew for the averaged weights, from
 up to 1,024 training examples before each evaluation and checkpoint (``batch norm`` in the receipt).
 
 When to use: a learning rate that stays high, or a run that may be stopped at any time; evaluations that choose a
@@ -40,7 +40,7 @@ from hf_accel.technique import Positive
 
 
 def ema_update(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay: float) -> None:
-    """Move each average, in place, towards the weight of the same name: e <- e + (1 - decay) (w - e).
+    """Move each average, in place, toward the weight of the same name: e <- e + (1 - decay) (w - e).
 
     ``decay`` is in [0, 1], 2^(-1/h) for a half life of h updates.  For any loop: start with clones of the weights.
     """

@@ -6,8 +6,8 @@ import torch
 from transformers import BertForQuestionAnswering
 
 from hf_accel import AccelTrainer, Packing, TokenCutoff
+from hf_accel.batch import MicroBatch, StepBatch, StepPlan
 from hf_accel.data.curriculum.sequence_length_warmup import SequenceLengthWarmup, warmed_up_length
-from hf_accel.stream import MicroBatch, StepBatch, StepPlan
 from hf_accel.testing import CountingText, collate_padded, tiny_bert, tiny_llama, tiny_trainer
 
 ROWS = [[11, 12, 13, 14, 15], [21, 22], [31, 32, 33, 34, 35, 36, 37, 38], [41, 42, 43, 44]]
