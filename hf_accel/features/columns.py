@@ -28,7 +28,7 @@ def check_indexable(dataset: Any, asking: Technique) -> None:
 def column_names(dataset: Any, asking: Technique) -> list[str]:
     """Names of the columns that the technique may read."""
     check_indexable(dataset, asking)
-    if isinstance(dataset, datasets.Dataset):
+    if _in_arrow(dataset):
         return dataset.column_names
     if not isinstance(first := dataset[0], Mapping):
         raise ValueError(f"{asking!r}: its examples ({type(first).__name__}) have no columns. Give mappings.")
@@ -42,7 +42,7 @@ def columns_in_chunks(dataset: Any, names: Sequence[str], asking: Technique, row
         raise ValueError(
             f"{asking!r}: train_dataset has no column {name!r}, only {', '.join(map(repr, found))}. Name one of these."
         )
-    if isinstance(dataset, datasets.Dataset):
+    if _in_arrow(dataset):
         chunks: Any = dataset.select_columns(list(names)).with_format("arrow").iter(batch_size=rows)
         for chunk in chunks:
             yield [_storage(chunk[name].combine_chunks()) for name in names]
@@ -50,6 +50,10 @@ def columns_in_chunks(dataset: Any, names: Sequence[str], asking: Technique, row
     for start in range(0, len(dataset), rows):
         examples = [dataset[i] for i in range(start, min(start + rows, len(dataset)))]
         yield [_array([example.get(name) for example in examples], name, asking) for name in names]
+
+
+def _in_arrow(dataset: Any) -> bool:
+    return isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"  # a transform makes columns
 
 
 def _storage(values: pa.Array) -> pa.Array:

@@ -166,8 +166,8 @@ def _with_borders(rows: dict[str, Any]) -> dict[str, Any]:
 
 def _pieces_of(micro: MicroBatch, inputs: dict[str, Tensor], of_B: Tensor) -> MicroBatch:
     """A micro-batch of pieces, each of one of the examples of another one."""
-    weights_B = None if micro.weights_B is None else micro.weights_B[of_B]
-    return MicroBatch(inputs, micro.ids_B[of_B], weights_B)
+    columns = (micro.ids_B, micro.weights_B, micro.repeats_B)
+    return MicroBatch(inputs, *(None if column is None else column[of_B] for column in columns))
 
 
 def _used_of_packed(inputs: Mapping[str, Tensor], mask_RL: Tensor) -> Tensor | None:

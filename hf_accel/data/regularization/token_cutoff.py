@@ -99,7 +99,7 @@ class TokenCutoff(Technique):
             self.seen_ += int(seen_RL.sum())
             if share > 0:
                 assert self.pad_id_ is not None
-                drawn = generators(self, batch.plan, micro.ids_B)
+                drawn = generators(self, batch.plan, micro)
                 cut = self._cuts(micro.inputs, seen_RL, share, drawn).view_as(ids_RL)
                 inputs = {**micro.inputs, "input_ids": ids_RL.masked_fill(cut, self.pad_id_)}
                 if "attention_mask" in inputs:

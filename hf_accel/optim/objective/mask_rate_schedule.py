@@ -104,7 +104,7 @@ class MaskRateSchedule(Technique):
         """Each text with masks of the present rate."""
         host: Any = self.host_
         rate = self.start + (self.end - self.start) * host.clock.progress
-        micros = [self._masked(micro, rate, generators(self, batch.plan, micro.ids_B)) for micro in batch.micro_batches]
+        micros = [self._masked(micro, rate, generators(self, batch.plan, micro)) for micro in batch.micro_batches]
         return dataclasses.replace(batch, micro_batches=micros)
 
     def _masked(self, micro: MicroBatch, rate: float, drawn: list[np.random.Generator]) -> MicroBatch:
