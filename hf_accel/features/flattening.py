@@ -125,17 +125,17 @@ def _layouts(model: Any, num_rows: int) -> list[Layout]:
 
 def check_kept_apart(model: Any, asking: Technique, num_rows: int = 1) -> Layout:
     """The layout in which a model keeps the examples of a row apart; ValueError where there is none."""
-    base, host = unwrapped(model), asking.host_
+    base, run = unwrapped(model), asking.run_
     if not isinstance(base, PreTrainedModel):
         raise ValueError(f"{asking!r}: {type(base).__name__} is not a model of transformers. Leave it out.")
     refuse_media_tokens(asking, base)
-    if host is not None and host.args.use_cache:
+    if run is not None and run.args.use_cache:
         raise ValueError(f"{asking!r}: with a cache, a model does not look where examples begin. Set use_cache=False.")
     model.config.use_cache = False  # as Trainer sets it, but not for every model of a ``model_init``
     faults = []
     for layout in _layouts(base, num_rows):
-        if (fault := flattening_fault(model, num_rows, host, layout)) is None:
-            return layout._replace(shift=not _tried(model, host, layout, _predicts_itself))
+        if (fault := flattening_fault(model, num_rows, run, layout)) is None:
+            return layout._replace(shift=not _tried(model, run, layout, _predicts_itself))
         faults.append(fault)
     raise ValueError(
         f"{asking!r}: {type(model).__name__} with {model.config._attn_implementation!r} attention: {faults[0]}, "
@@ -143,21 +143,21 @@ def check_kept_apart(model: Any, asking: Technique, num_rows: int = 1) -> Layout
     )
 
 
-def flattening_fault(model: Any, num_rows: int = 1, host: Any = None, layout: Layout = CAUSAL) -> str | None:
+def flattening_fault(model: Any, num_rows: int = 1, run: Any = None, layout: Layout = CAUSAL) -> str | None:
     """Why flattened rows would not train as their examples do apart; None where they would.
 
-    Tried on ``num_rows`` equal rows, on the device and in the precision of ``host``, the trainer.  Leaves the model as
+    Tried on ``num_rows`` equal rows, on the device and in the precision of ``run``, the trainer.  Leaves the model as
     found.
     """
-    return _tried(model, host, layout, lambda tried: _fault(tried, tried, num_rows, layout)) or None
+    return _tried(model, run, layout, lambda tried: _fault(tried, tried, num_rows, layout)) or None
 
 
 @torch.no_grad()
-def _tried(model: Any, host: Any, layout: Layout, trial: Callable[[Any], Result]) -> Result:
+def _tried(model: Any, run: Any, layout: Layout, trial: Callable[[Any], Result]) -> Result:
     """What a trial finds out about a model, or about one of its kind where its weights are elsewhere."""
     modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device if host is None else host.args.device
-    accelerator = getattr(host, "accelerator", None)  # a quantized model is asked before there is one
+    device = next(model.parameters()).device if run is None else run.args.device
+    accelerator = getattr(run, "accelerator", None)  # a quantized model is asked before there is one
     precision = contextlib.nullcontext() if accelerator is None else accelerator.autocast()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
         tried = model if _can_run(model, device) else _fresh(model).to(device)

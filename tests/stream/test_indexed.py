@@ -158,6 +158,16 @@ def test_randomness_does_not_depend_on_ranks_or_micro_batches():
     assert noises() == noises(micro_batch_size=2) == noises(world=2) == noises(loader={"num_workers": 1})
 
 
+def test_every_epoch_draws_anew_for_every_example():
+    def noises(number):
+        batches = epoch(stream(micro_batch_size=1), number)
+        return {i: noise for b in batches for m in b for i, noise in zip(m["ids"], m["noise"], strict=True)}
+
+    first, second = noises(0), noises(1)
+    assert first == noises(0) and first.keys() == second.keys()
+    assert all(first[i] != second[i] for i in first) and len(set(first.values())) == len(first)
+
+
 def test_epochs_count_as_trainer_counts_them():
     s = stream(n=20)
     s.set_epoch(1)

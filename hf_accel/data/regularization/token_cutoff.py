@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 import numpy as np
@@ -36,7 +36,7 @@ from hf_accel.features.augmentation import generators, strength
 from hf_accel.features.choices import folded
 from hf_accel.features.truncation import refuse_media_tokens
 from hf_accel.losses import examples_of
-from hf_accel.technique import Fraction, State, Technique
+from hf_accel.technique import Fraction, Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -70,6 +70,7 @@ class TokenCutoff(Technique):
     share: Annotated[float, at.Interval(ge=0, lt=1)] = 0.1  # the paper tunes it for each task
     ramp: Fraction = 0.0
     neutral: ClassVar = {"share": 0.0}
+    rank_counters: ClassVar = ("cut", "seen")
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -118,13 +119,6 @@ class TokenCutoff(Technique):
         texts = [generator for generator in drawn for _ in range(choices)]
         texts_RL = examples_of({**rows, "labels": rows["input_ids"]}, len(texts))
         return draw_cuts(texts_RL, seen.view_as(rows["input_ids"]), share, texts)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"cut": self.cut_, "seen": self.seen_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.cut_, self.seen_ = state["cut"], state["seen"]
 
     def report(self) -> Mapping[str, Any]:
         """The share of the tokens that was cut, on this rank."""

@@ -53,7 +53,7 @@ def test_it_orders_what_was_selected_and_reports_the_padding_it_saved():
     rows = [{"input_ids": [0] * int(n)} for n in torch.randint(1, 60, (200,), generator=generator(2))]
     technique, other = LengthGrouped(mega_batch=10), LengthGrouped()
     args = SimpleNamespace(length_column_name="length", dataloader_drop_last=False)
-    technique.host_ = other.host_ = SimpleNamespace(args=args)
+    technique.run_ = other.run_ = SimpleNamespace(args=args)
     technique.inspect_dataset(rows)
     ids = torch.arange(0, 200, 3)
     order = technique.order(ids, 4, generator())
@@ -91,7 +91,7 @@ def test_a_collator_that_pads_to_a_multiple_makes_few_shapes(tmp_path):
 
 def test_seconds_are_grouped_and_padding_in_the_data_set_is_named(caplog):
     technique = LengthGrouped(mega_batch=10)
-    technique.host_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length", dataloader_drop_last=False))
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length", dataloader_drop_last=False))
     seconds = (torch.rand(40, generator=generator(3)) * 9).tolist()
     technique.inspect_dataset([{"length": s} for s in seconds])
     order = technique.order(torch.arange(40), 4, generator()).tolist()

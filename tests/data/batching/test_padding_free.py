@@ -147,7 +147,7 @@ def test_encoders_get_a_mask_and_train_as_on_padded_batches(kind, auto, fields, 
         return batch | {"input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, padding)}
 
     technique = PaddingFree()
-    technique.host_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"), use_cache=False))
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"), use_cache=False))
     technique.prepare_model(model)
     technique.on_train_begin(SimpleNamespace(torch_compile=False), None, None, model=model)
     flat = technique.collate(features(), padded)
@@ -296,7 +296,7 @@ def test_models_whose_weights_are_elsewhere_are_judged_by_a_copy(kind, fields, f
             parameter.ds_tensor = parameter.data
             parameter.data = torch.empty(0)
     random, blocks = torch.get_rng_state(), len([name for name, _ in model.named_parameters()])
-    found = flattening_fault(model, host=SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"))))
+    found = flattening_fault(model, run=SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"))))
     assert found is None if fault is None else fault in found
     assert torch.equal(torch.get_rng_state(), random)
     assert len([name for name, _ in model.named_parameters()]) == blocks
@@ -312,7 +312,7 @@ def test_it_is_tried_in_the_precision_of_training(tmp_path):
 
 def test_it_reports_the_padding_it_avoided():
     technique = PaddingFree()
-    technique.host_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"), use_cache=False))
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"), use_cache=False))
     model = tiny_llama()
     technique.prepare_model(model)
     technique.on_train_begin(SimpleNamespace(torch_compile=False), None, None, model=model)

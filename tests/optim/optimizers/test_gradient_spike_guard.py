@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from hf_accel import GradientSpikeGuard
+from hf_accel import Budget, GradientSpikeGuard
 from hf_accel.optim.optimizers.gradient_spike_guard import is_spike
 from hf_accel.testing import largest_difference, losses_of, tiny_trainer, weights_of
 
@@ -42,9 +42,9 @@ class Poison(torch.autograd.Function):
         return gradient * math.nan
 
 
-def poisoned(directory, steps, technique, **args):
+def poisoned(directory, steps, *techniques, **args):
     """A run whose gradient is NaN at the given steps."""
-    trainer = tiny_trainer([technique], directory, dropout=0.0, **args)
+    trainer = tiny_trainer(techniques, directory, dropout=0.0, **args)
 
     def hook(module, inputs, output):
         return Poison.apply(output) if trainer.state.global_step in steps and module.training else output
@@ -61,6 +61,12 @@ def test_a_nan_leaves_weights_and_moments_alone(tmp_path):
     assert trainer.receipt.techniques[0]["report"] == {"accepted": 22, "refused": 2}
     states = trainer.optimizer.state_dict()["state"].values()
     assert {int(state["step"]) for state in states} == {22}
+
+
+def test_a_budget_of_updates_is_not_spent_on_refused_ones(tmp_path):
+    trainer = poisoned(tmp_path, {4, 9}, Budget("10steps"), GradientSpikeGuard())
+    assert (trainer.receipt.steps, trainer.receipt.skipped_steps, trainer.state.global_step) == (10, 2, 12)
+    assert trainer.clock.spent["steps"] == 10
 
 
 def test_it_resumes_with_what_it_has_seen(tmp_path):
