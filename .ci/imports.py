@@ -12,7 +12,7 @@ import hf_accel
 
 
 def outcome(module: str) -> str:
-    """``imports``, the extra that an ImportError names, or the error."""
+    """Return ``imports``, the extra that an ImportError names, or the error."""
     try:
         importlib.import_module(module)
     except ImportError as error:

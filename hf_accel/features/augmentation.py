@@ -20,8 +20,8 @@ def generators(technique: Technique, plan: StepPlan, ids_B: Tensor) -> list[np.r
 
 def strength(technique: Any) -> float:
     """The present share of a technique's full strength: rising from 0 until progress ``ramp``, then 1."""
-    assert technique.host_ is not None
-    return min(technique.host_.clock.progress / technique.ramp, 1.0) if technique.ramp else 1.0
+    assert technique.run_ is not None
+    return min(technique.run_.clock.progress / technique.ramp, 1.0) if technique.ramp else 1.0
 
 
 def refuse_other_than_images(technique: Technique, model: nn.Module | None) -> None:
@@ -34,7 +34,7 @@ def refuse_other_than_images(technique: Technique, model: nn.Module | None) -> N
 
 def images_of(technique: Technique, micro: MicroBatch) -> Tensor:
     """A micro-batch's images, (B, C, H, W), on the device of the model."""
-    assert technique.host_ is not None
+    assert technique.run_ is not None
     images, labels = micro.inputs["pixel_values"], micro.inputs.get("labels")
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(
@@ -43,4 +43,4 @@ def images_of(technique: Technique, micro: MicroBatch) -> Tensor:
         )
     if (isinstance(labels, Tensor) and labels.dim() > 2) or not isinstance(labels, Tensor | None):
         raise ValueError(f"{technique!r}: the labels belong to places in the images, not to images. Leave it out.")
-    return images.to(technique.host_.args.device, non_blocking=True)
+    return images.to(technique.run_.args.device, non_blocking=True)

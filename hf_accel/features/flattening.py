@@ -53,15 +53,15 @@ def end_to_end(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def flattening_fault(model: Any, num_rows: int = 1, host: Any = None) -> str | None:
+def flattening_fault(model: Any, num_rows: int = 1, run: Any = None) -> str | None:
     """Why flattened rows would not train as their examples do apart; None where they would.
 
-    Tried on ``num_rows`` equal rows, on the device and in the precision of ``host``, the trainer.  Leaves the model as
+    Tried on ``num_rows`` equal rows, on the device and in the precision of ``run``, the trainer.  Leaves the model as
     found.
     """
     modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device if host is None else host.args.device
-    accelerator = getattr(host, "accelerator", None)  # a quantized model is asked before there is one
+    device = next(model.parameters()).device if run is None else run.args.device
+    accelerator = getattr(run, "accelerator", None)  # a quantized model is asked before there is one
     precision = contextlib.nullcontext() if accelerator is None else accelerator.autocast()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
@@ -146,7 +146,7 @@ def _noisy(parameter: Tensor, generator: torch.Generator) -> Tensor:
 
 def check_kept_apart(model: Any, asking: Technique, num_rows: int = 1) -> None:
     """Raise ValueError where a model would mix examples of a row."""
-    if (fault := flattening_fault(model, num_rows, asking.host_)) is not None:
+    if (fault := flattening_fault(model, num_rows, asking.run_)) is not None:
         raise ValueError(
             f"{asking!r}: {type(model).__name__} with {model.config._attn_implementation!r} attention: {fault}, "
             "so flattened examples would not train as padded ones. Pad, and group examples by length."

@@ -262,7 +262,7 @@ class _Collate:
 
     def __getstate__(self) -> dict[str, Any]:
         owner = copy.copy(self.owner)
-        vars(owner).pop("host_", None)  # the trainer stays where it is
+        vars(owner).pop("run_", None)  # the trainer stays where it is
         return {"owner": owner, "collator": self.collator}
 
     def __call__(self, features: list[Any]) -> Mapping[str, Any]:

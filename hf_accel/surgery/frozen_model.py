@@ -25,8 +25,8 @@ def load_frozen(technique: Technique, source: str) -> PreTrainedModel:
 
     ``source`` is a folder, a model id or ``package.module:function``, a function that gives a model.
     """
-    host: Any = technique.host_
-    student = unwrapped(host.model)
+    run: Any = technique.run_
+    student = unwrapped(run.model)
     if is_deepspeed_zero3_enabled():
         raise ValueError(f"{technique!r}: under ZeRO-3 {source!r} would be sharded and never gathered. Use ZeRO-2.")
     by_function = ":" in source and not Path(source).exists()
@@ -35,8 +35,8 @@ def load_frozen(technique: Technique, source: str) -> PreTrainedModel:
     except ValueError as error:
         raise ValueError(f"{technique!r}: {error}") from None
     check_same_classes(technique, source, model, student)
-    _check_same_tokens(technique, source, host.processing_class)
-    return freeze(model).to(host.args.device)  # type: ignore[arg-type]
+    _check_same_tokens(technique, source, run.processing_class)
+    return freeze(model).to(run.args.device)  # type: ignore[arg-type]
 
 
 def freeze(model: Any) -> Any:
@@ -67,10 +67,10 @@ def check_same_classes(technique: Technique, source: str, model: Any, student: A
 @torch.no_grad()
 def judge(technique: Technique, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
     """The outputs of a frozen model.  Its operations are added to the trainer's, 2 for a parameter and position."""
-    host: Any = technique.host_
-    host.current_flos += 2 * inputs[model.main_input_name].numel() * model.num_parameters(exclude_embeddings=True)
-    with host.accelerator.autocast():  # as around the forward pass of the model that is trained
-        return model(**host.head.without_labels(model, inputs))
+    run: Any = technique.run_
+    run.add_flops(2 * inputs[model.main_input_name].numel() * model.num_parameters(exclude_embeddings=True))
+    with run.accelerator.autocast():  # as around the forward pass of the model that is trained
+        return model(**run.head.without_labels(model, inputs))
 
 
 def _num_classes(config: Any, tokens: bool) -> int:

@@ -48,7 +48,7 @@ def test_average_over_ranks_is_the_weighted_mean_and_resumes_anywhere(backend, t
 
     def rank():
         technique, recording = ExponentialMovingAverage(HALF_LIFE), Recording()
-        technique.host_ = Host()
+        technique.run_ = Host()
         args = TrainingArguments(
             output_dir=str(tmp_path),
             max_steps=3,
@@ -77,7 +77,7 @@ def test_average_over_ranks_is_the_weighted_mean_and_resumes_anywhere(backend, t
         assert not torch.equal(average, iterates[-1][name])
 
     alone = ExponentialMovingAverage(HALF_LIFE)
-    alone.host_ = Host()
+    alone.run_ = Host()
     alone.on_train_begin(None, TrainerState(global_step=3), None, model=tiny_llama())
     alone.load_state_dict("global", state)
     assert all(torch.equal(average, state["averages"][name]) for name, average in alone.averaging().items())

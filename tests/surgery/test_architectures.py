@@ -31,9 +31,8 @@ HEADING = """# Techniques of the model, by architecture
 
 <!-- Written by pytest tests/model/test_architectures.py --write-docs, from what ran. -->
 
-Each trained a tiny model for four steps and showed its effect (works), or was refused; a number is that of the refusal,
-which is given below and comes before the first step. Architectures with the same parts behave alike: Qwen is
-Qwen3, and ResNet has batch norm.
+*Works*: the technique trained a tiny model for four steps and showed its effect. A number refers to the error below,
+which comes before the first step. Architectures with the same parts behave alike. Qwen is Qwen3; ResNet has batch norm.
 """
 
 

@@ -23,14 +23,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import annotated_types as at
 import torch
 from torch import Tensor
 
 from hf_accel.features.lengths import example_lengths, padding_share
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 
 def group_by_length(
@@ -67,11 +67,12 @@ class LengthGrouped(Technique):
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"mega_batch": 1}
     variations: ClassVar = {"mega_batch": 2}
+    counters: ClassVar = ("padding",)
 
     def inspect_dataset(self, dataset: Any) -> None:
         """Read the lengths, from ``args.length_column_name`` if the data set has that column, else of ``input_ids``."""
-        host: Any = self.host_
-        column = host.args.length_column_name
+        run: Any = self.run_
+        column = run.args.length_column_name
         remedy = f"Tokenize it before training, or add a column {column!r} with the lengths."
         self.lengths_N_ = example_lengths(dataset, column, "input_ids", asking=self, remedy=remedy)
         self.padding_ = {"padding": 0.0, "padding_shuffled": 0.0}
@@ -80,22 +81,14 @@ class LengthGrouped(Technique):
         """Batches of similar length, in random order."""
         lengths_N = self.lengths_N_[ids_N]
         shuffled_N = torch.randperm(len(ids_N), generator=torch.Generator().set_state(generator.get_state()))
-        host: Any = self.host_
-        drop_last = host.args.dataloader_drop_last
+        run: Any = self.run_
+        drop_last = run.args.dataloader_drop_last
         order_N = group_by_length(lengths_N, batch_size, self.mega_batch, generator, drop_last)
         self.padding_ = {
             "padding": padding_share(lengths_N[order_N], batch_size),
             "padding_shuffled": padding_share(lengths_N[shuffled_N], batch_size),
         }
         return ids_N[order_N]
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """Numbers for the report; the order itself depends on seed and epoch only."""
-        return dict(self.padding_) if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.padding_ = dict(state)
 
     def report(self) -> Mapping[str, Any]:
         """Share of padding in the last epoch, were each step one padded batch; and the same of a shuffled order."""

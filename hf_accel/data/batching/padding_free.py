@@ -29,13 +29,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
 from hf_accel.features.flattening import check_kept_apart, end_to_end, unpadded
 from hf_accel.features.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -51,11 +51,12 @@ class PaddingFree(Technique):
     """Trains on flattened micro-batches of a causal language model, without padding."""
 
     fidelity: ClassVar = "exact"
+    rank_counters: ClassVar = ("tokens", "padded")
 
     def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps flattened examples apart."""
         check_kept_apart(model, self)
-        self.by_segment_ = can_attend_by_segment(model, host=self.host_)
+        self.by_segment_ = can_attend_by_segment(model, run=self.run_)
         return model
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
@@ -78,13 +79,6 @@ class PaddingFree(Technique):
             self.tokens_ += positions_1L.numel()
             self.padded_ += len(micro.ids_B) * (int(positions_1L.max()) + 1)
         return batch
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"tokens": self.tokens_, "padded": self.padded_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.tokens_, self.padded_ = state["tokens"], state["padded"]
 
     def report(self) -> Mapping[str, Any]:
         """The share of positions that padded micro-batches would have spent on padding, on this rank."""

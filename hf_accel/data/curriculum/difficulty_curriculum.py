@@ -133,22 +133,22 @@ class DifficultyCurriculum(Technique):
 
     def inspect_dataset(self, dataset: Any) -> None:
         """Measure the difficulty of each example; the loss only once, by the model before training."""
-        assert self.host_ is not None
+        assert self.run_ is not None
         if self.difficulty != "loss":
             self.difficulty_N_ = difficulties(dataset, self.difficulty, self)
-        elif (state := self.host_.resumed_state(self)) is not None:
+        elif (state := self.run_.resumed_state(self)) is not None:
             self.difficulty_N_ = state["difficulty_N"]
         else:
-            score = functools.partial(mean_losses, head_for(self), self.host_.model)
+            score = functools.partial(mean_losses, head_for(self), self.run_.model)
             self.difficulty_N_ = score_examples(self, dataset, score)
         self.first_ = None
 
     def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """All examples; which of them come, and how often, is decided with their order."""
-        host: Any = self.host_
-        progress = host.clock.progress
-        if host.nominal_steps:
-            share = host.steps_per_epoch / host.nominal_steps
+        run: Any = self.run_
+        progress = run.clock.progress
+        if run.nominal_steps:
+            share = run.steps_per_epoch / run.nominal_steps
         else:
             share = progress / epoch if epoch else 1.0
         self.progress_N_ = progress + share * torch.arange(num_examples) / num_examples

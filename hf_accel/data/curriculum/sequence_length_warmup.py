@@ -31,7 +31,7 @@ import annotated_types as at
 
 from hf_accel.features.lengths import example_lengths
 from hf_accel.features.truncation import rechunk, truncate
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import MicroBatch, StepBatch
@@ -66,6 +66,7 @@ class SequenceLengthWarmup(Technique):
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"start": 1.0}
     variations: ClassVar = {"max_length": 16}
+    rank_counters: ClassVar = ("counts",)
 
     def inspect_dataset(self, dataset: Any) -> None:
         """Find the longest example."""
@@ -83,9 +84,9 @@ class SequenceLengthWarmup(Technique):
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
         """Every micro-batch at the present length."""
-        assert self.host_ is not None
+        assert self.run_ is not None
         ramp = {"start": self.start, "end": self.end, "multiple": self.multiple}
-        length = warmed_up_length(self.host_.clock.progress, self.full_length_, **ramp)
+        length = warmed_up_length(self.run_.clock.progress, self.full_length_, **ramp)
         micros = batch.micro_batches
         if self.cut == "rechunk" and any(micro.inputs["labels"].dim() < 2 for micro in micros):
             raise ValueError(f"{self!r}: only language models learn from pieces of a text. Choose cut='truncate'.")
@@ -102,13 +103,6 @@ class SequenceLengthWarmup(Technique):
     def _count(self, micros: list[MicroBatch], positions: str, rows: str) -> None:
         self.counts_[positions] += sum(micro.inputs["input_ids"].numel() for micro in micros)
         self.counts_[rows] += sum(len(micro.ids_B) for micro in micros)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return dict(self.counts_) if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.counts_ = dict(state)
 
     def report(self) -> Mapping[str, Any]:
         """The share of the positions that was trained on, and pieces of an example, on this rank."""

@@ -22,7 +22,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 import torch
@@ -30,7 +30,7 @@ from torch import Tensor
 
 from hf_accel.features.augmentation import generators, images_of, strength
 from hf_accel.features.mixing import partners, prepare_soft_labels, with_soft_labels
-from hf_accel.technique import Fraction, State, Technique
+from hf_accel.technique import Fraction, Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -54,6 +54,7 @@ class Mixup(Technique):
     ramp: Fraction = 0.0
     modality: ClassVar = "image"
     neutral: ClassVar = {"alpha": 0.0}
+    rank_counters: ClassVar = ("mixed", "seen")
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -74,13 +75,6 @@ class Mixup(Technique):
             micros.append(with_soft_labels(self, micro, images_B, labels_B, shares_B))
             self.mixed_ += float(torch.minimum(shares_B, 1 - shares_B).sum())
         return dataclasses.replace(batch, micro_batches=micros)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"mixed": self.mixed_, "seen": self.seen_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.mixed_, self.seen_ = state["mixed"], state["seen"]
 
     def report(self) -> Mapping[str, Any]:
         """The mean share of the lesser part of a mixed image, on this rank."""

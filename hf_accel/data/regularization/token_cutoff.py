@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 import numpy as np
@@ -34,7 +34,7 @@ from torch import Tensor
 
 from hf_accel.features.augmentation import generators, strength
 from hf_accel.losses import examples_of
-from hf_accel.technique import Fraction, State, Technique
+from hf_accel.technique import Fraction, Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -68,6 +68,7 @@ class TokenCutoff(Technique):
     share: Annotated[float, at.Interval(ge=0, lt=1)] = 0.1  # the paper tunes it for each task
     ramp: Fraction = 0.0
     neutral: ClassVar = {"share": 0.0}
+    rank_counters: ClassVar = ("cut", "seen")
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -107,13 +108,6 @@ class TokenCutoff(Technique):
                 self.cut_ += int(cut_RL.sum())
             micros.append(micro)
         return dataclasses.replace(batch, micro_batches=micros)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"cut": self.cut_, "seen": self.seen_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.cut_, self.seen_ = state["cut"], state["seen"]
 
     def report(self) -> Mapping[str, Any]:
         """The share of the tokens that was cut, on this rank."""

@@ -67,7 +67,7 @@ class Coreset(StaticSubset):
 
     def choose(self, dataset: Any) -> Tensor:
         """The centers."""
-        host: Any = self.host_
+        run: Any = self.run_
         if self.keep == 1:
             return torch.arange(len(dataset))
         if self.column is None:
@@ -77,12 +77,12 @@ class Coreset(StaticSubset):
         if not_finite := int((~points_ND.isfinite()).any(1).sum()):
             raise ValueError(f"{self!r}: {not_finite} of {len(dataset)} points are not finite. Give numbers.")
         num_centers = max(round(self.keep * len(dataset)), 1)
-        quiet = host.args.disable_tqdm or not host.is_world_process_zero()
-        return k_center(points_ND.to(host.args.device), num_centers, quiet).sort().values
+        quiet = run.args.disable_tqdm or not run.is_world_process_zero()
+        return k_center(points_ND.to(run.args.device), num_centers, quiet).sort().values
 
     def _embed(self, head: Head, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
         """The mean of the last hidden states over an example's positions, (B, D)."""
-        model: Any = unwrapped(self.host_.model)
+        model: Any = unwrapped(self.run_.model)
         outputs = model.base_model(**head.without_labels(model, inputs))
         states = outputs.get("encoder_last_hidden_state", outputs.get("last_hidden_state"))
         if states is None:

@@ -23,13 +23,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import annotated_types as at
 import torch
 from torch import Tensor
 
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 
 def subset_of_epoch(epoch: int, num_examples: int, size: int, seed: int) -> Tensor:
@@ -61,6 +61,7 @@ class RandomSubset(Technique):
     keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5
     fidelity: ClassVar = "unbiased"
     neutral: ClassVar = {"keep": 1.0}
+    counters: ClassVar = ("kept",)
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -68,18 +69,10 @@ class RandomSubset(Technique):
 
     def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """The epoch's part of its round."""
-        assert self.host_ is not None
+        assert self.run_ is not None
         size = max(round(self.keep * num_examples), 1)
         self.kept_ = size / num_examples
-        return subset_of_epoch(epoch, num_examples, size, self.host_.stream.seed), None
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """The share for the report; the choice itself depends on seed and epoch only."""
-        return {"kept": self.kept_} if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.kept_ = state["kept"]
+        return subset_of_epoch(epoch, num_examples, size, self.run_.stream.seed), None
 
     def report(self) -> Mapping[str, Any]:
         """The share of the examples that an epoch trains on."""

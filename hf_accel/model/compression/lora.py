@@ -147,11 +147,12 @@ class LoRA(Technique):
     lr_factor: Positive = 10.0  # Schulman et al.: 9.8 over 14 models
     lr_ratio: Positive = 1.0  # Hu et al.
     variations: ClassVar = {"rank": 4, "target": r".*\.q_proj"}
+    claims: ClassVar = frozenset({"pretrained_weights", "weight_matrices"})
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Adapters on the layers of ``target``."""
-        assert self.host_ is not None
-        args = self.host_.args
+        assert self.run_ is not None
+        args = self.run_.args
         if hasattr(model, "peft_config") or not hasattr(model, "get_output_embeddings"):
             problem = "has adapters already" if hasattr(model, "peft_config") else "is no model of transformers"
             place = " to AccelTrainer, for other trainers refuse it" if getattr(model, "is_quantized", False) else ""

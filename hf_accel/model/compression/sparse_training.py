@@ -106,6 +106,8 @@ class SparseTraining(Technique):
         "zero": "a mask is of a whole matrix",
     }
     variations: ClassVar = {"interval": 0.5}
+    counters: ClassVar = ("masks", "changes", "risen")
+    claims: ClassVar = frozenset({"own_weights", "weight_matrices"})
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.deepspeed_plugin is not None or args.fsdp or any(isinstance(m, FSDPModule) for m in model.modules()):
@@ -190,13 +192,9 @@ class SparseTraining(Technique):
             self.risen_ += int((mask & ~self.masks_[path]).sum())
             self.masks_[path] = mask
 
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"masks": self.masks_, "changes": self.changes_, "risen": self.risen_} if scope == "global" else {}
-
     def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.masks_ = {path: mask.to(self.weights_[path].device) for path, mask in state["masks"].items()}
-            self.changes_, self.risen_ = state["changes"], state["risen"]
+        super().load_state_dict(scope, state)
+        self.masks_ = {path: mask.to(self.weights_[path].device) for path, mask in self.masks_.items()}
 
     def report(self) -> Mapping[str, Any]:
         """The share of zeros, and how often a dead weight came alive."""

@@ -125,6 +125,12 @@ class LayerFreezing(Technique):
     probe_fields: ClassVar = {"policy": "gradient_norm", "start": 0.25, "threshold": 0.75, "checks": 12}
     variations: ClassVar = {"start": 0.75, "threshold": 0.25}
     refused_backends: ClassVar = {"zero": "frozen weights go on moving in its flat partitions"}
+    claims: ClassVar = frozenset({"frozen_blocks"})
+
+    @property
+    def decides_by_weights(self) -> bool:  # type: ignore[override]
+        """Whether it looks at gradients or activations, and not at the clock alone."""
+        return self.policy != "schedule"
 
     def on_train_begin(self, args, state, control, model: Any = None, train_dataloader: Any = None, **kwargs):
         if args.deepspeed_plugin is not None:
@@ -163,8 +169,8 @@ class LayerFreezing(Technique):
         squares_L = torch.stack([_sum_of_squares(parameters, self.squares_) for parameters in self.trainable_])
         if args.world_size > 1:
             dist.all_reduce(squares_L)  # of shards, or as many times the whole: the ratio is the same
-        if self.host_ is not None and args.max_grad_norm > 0:
-            norm = self.host_.grad_norm
+        if self.run_ is not None and args.max_grad_norm > 0:
+            norm = self.run_.grad_norm
             norm = torch.as_tensor(norm.full_tensor() if isinstance(norm, DTensor) else norm).to(squares_L)
             squares_L = squares_L * (norm / args.max_grad_norm).clamp(min=1).square()
         self.squares_ += squares_L.nan_to_num(0.0, posinf=0.0)  # in float16, gradients may be too large
@@ -212,7 +218,7 @@ class LayerFreezing(Technique):
             for inputs in self.examples_:
                 inputs = {name: value.to(model.device) for name, value in inputs.items()}
                 run = functools.partial(model, **inputs)
-                run() if self.host_ is None else self.host_._counted(inputs, run, needed=False)
+                run() if self.run_ is None else self.run_.count(inputs, run, needed=False)
         for module, mode in modes:
             module.training = mode
         for hook in hooks:

@@ -49,10 +49,11 @@ class Lookahead(RunningAverage):
 
     neutral: ClassVar = {"k": 1, "alpha": 1.0}
     refused_backends: ClassVar = {"zero": "its optimizer would write its own masters over the weights"}
+    claims: ClassVar = frozenset({"early_weights", "slow_weights"})
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        if self.host_.is_deepspeed_enabled:
+        if self.run_.is_deepspeed_enabled:
             raise ValueError(
                 f"{self!r}: under DeepSpeed ZeRO, the optimizer writes copies of its own over the weights. Use FSDP."
             )

@@ -78,5 +78,5 @@ class LARS(Technique):
 
     def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Each group divided into what is decayed and what is not; the trainer's betas are not read."""
-        parts, args = groups_for(self, model, groups), self.host_.args
+        parts, args = groups_for(self, model, groups), self.run_.args
         return LarsSGD(parts, args.learning_rate, self.momentum, self.trust_coefficient)

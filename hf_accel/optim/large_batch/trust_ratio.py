@@ -31,12 +31,12 @@ def local(tensor: Tensor) -> Tensor:
 
 def groups_for(technique: Technique, model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The groups of the trainer divided into what is decayed, which has a trust ratio, and what is not."""
-    host: Any = technique.host_
-    if host.is_deepspeed_enabled:
+    run: Any = technique.run_
+    if run.is_deepspeed_enabled:
         raise ValueError(
             f"{technique!r}: under DeepSpeed ZeRO, parameters have no norms of their own. Use DDP or FSDP."
         )
-    parts = divided(groups, set(host.get_decay_parameter_names(model)))
+    parts = divided(groups, set(run.get_decay_parameter_names(model)))
     if not any(part["adapted"] for part in parts):
         raise ValueError(f"{technique!r}: all that is trained are biases and norms. Use another optimizer.")
     return parts

@@ -83,10 +83,10 @@ class LayerwiseDecay(Technique):
 
     def parameter_rules(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
         """The power of ``decay``."""
-        assert self.host_ is not None
+        assert self.run_ is not None
         if self.distances_ is None:
             try:
-                self.distances_ = distances_from_head(self.host_.model)
+                self.distances_ = distances_from_head(self.run_.model)
             except ValueError as error:
                 raise ValueError(f"{self!r}: {error}") from None
         return {"lr": self.decay ** self.distances_[name]}

@@ -56,10 +56,11 @@ class GradientSpikeGuard(Technique):
     expected_failed_checks: ClassVar = {
         "check_every_option_matters": "patience acts only where updates are refused in a row, which ends the run"
     }
+    counters: ClassVar = ("mean_log_norm", "seen", "refused", "in_a_row")
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        if self.host_.is_deepspeed_enabled:
+        if self.run_.is_deepspeed_enabled:
             raise ValueError(f"{self!r}: DeepSpeed updates within the backward pass. Leave it out.")
         self.mean_log_norm_, self.seen_, self.refused_, self.in_a_row_ = 0.0, 0, 0, 0
 
@@ -78,21 +79,6 @@ class GradientSpikeGuard(Technique):
         self.seen_ += 1
         self.mean_log_norm_ += (math.log(max(norm, 1e-30)) - self.mean_log_norm_) / min(self.seen_, MEMORY)
         return True
-
-    def state_dict(self, scope) -> Mapping[str, Any]:
-        if scope == "rank":
-            return {}
-        return {
-            "mean_log_norm": self.mean_log_norm_,
-            "seen": self.seen_,
-            "refused": self.refused_,
-            "in_a_row": self.in_a_row_,
-        }
-
-    def load_state_dict(self, scope, state) -> None:
-        if scope == "global":
-            self.mean_log_norm_, self.seen_ = state["mean_log_norm"], state["seen"]
-            self.refused_, self.in_a_row_ = state["refused"], state["in_a_row"]
 
     def report(self) -> Mapping[str, Any]:
         return {"accepted": self.seen_, "refused": self.refused_}

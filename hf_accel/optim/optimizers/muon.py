@@ -202,10 +202,10 @@ class Muon(Technique):
 
     def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Each group divided by the shape of its matrices; weight decay and factors on the rate hold for all."""
-        host: Any = self.host_
-        if host.is_deepspeed_enabled:
+        run: Any = self.run_
+        if run.is_deepspeed_enabled:
             raise ValueError(f"{self!r}: under DeepSpeed ZeRO, parameters are no matrices. Use DDP or FSDP.")
-        args, matrices = host.args, matrices_in(model)
+        args, matrices = run.args, matrices_in(model)
         muon = {"algorithm": "muon", "momentum": self.momentum, "cautious": self.cautious}
         adamw = {
             "algorithm": "adamw",

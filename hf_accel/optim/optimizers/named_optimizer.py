@@ -129,7 +129,7 @@ class NamedOptimizer(Technique):
 
     def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The named optimizer, with the groups that the rules make."""
-        host: Any = self.host_
+        run: Any = self.run_
         names = [name for group in groups for name in group["names"]]
         for pattern in self.rules:
             if not any(re.search(pattern, name) for name in names):
@@ -155,19 +155,20 @@ class NamedOptimizer(Technique):
             kept.append(
                 {k: group[k] for k in ("params", "lr", "weight_decay") if k in known | {"params"}} | _tuples(extra)
             )
-        lr = {"lr": host.args.learning_rate} if "lr" in known else {}
+        lr = {"lr": run.args.learning_rate} if "lr" in known else {}
         try:
             made = kind(kept, **lr, **_tuples(self.options))
         except (TypeError, ValueError) as error:
             raise ValueError(f"{self!r}: {kind.__name__} refuses its options: {error}") from error
         self.switched_ = callable(getattr(made, "eval", None))
         if self.switched_:
-            self._refuse_what_breaks_switching(host)
+            self._refuse_what_breaks_switching(run)
         return made
 
-    def _refuse_what_breaks_switching(self, host: Any) -> None:
-        scheduled = next((repr(t) for t in host.techniques if "schedule" in t.implemented_hooks()), None)
-        named = SchedulerType(host.args.lr_scheduler_type).value
+    def _refuse_what_breaks_switching(self, run: Any) -> None:
+        owner = run.owner("schedule")
+        scheduled = None if owner is None else repr(owner)
+        named = SchedulerType(run.args.lr_scheduler_type).value
         if scheduled is None and named not in ("constant", "constant_with_warmup"):
             scheduled = f"lr_scheduler_type={named!r}"
         if scheduled is not None:
@@ -175,27 +176,27 @@ class NamedOptimizer(Technique):
                 f"{self!r}: its averaging takes the place of a decay, and {scheduled} decays the learning rate. "
                 "Use lr_scheduler_type='constant' or 'constant_with_warmup'."
             )
-        if host.args.load_best_model_at_end:
+        if run.args.load_best_model_at_end:
             raise ValueError(
                 f"{self!r}: checkpoints hold the weights of training, and load_best_model_at_end would return them. "
                 "Set it to False."
             )
-        if host.is_deepspeed_enabled:
+        if run.is_deepspeed_enabled:
             raise ValueError(f"{self!r}: DeepSpeed does not switch between training and evaluation. Use DDP or FSDP2.")
 
     @contextlib.contextmanager
     def _switched(self, model: nn.Module) -> Iterator[None]:
         """The weights of evaluation, while training; after it the model has them anyway."""
-        host: Any = self.host_
-        if not host.is_in_train or not self.switched_:
+        run: Any = self.run_
+        if not run.is_in_train or not self.switched_:
             yield
             return
         before = {name: weight.clone() for name, weight in local_parameters(model).items()}
-        host.optimizer.eval()
+        run.optimizer.eval()
         try:
             yield
         finally:
-            host.optimizer.train()
+            run.optimizer.train()
             with torch.no_grad():
                 for name, weight in local_parameters(model).items():
                     weight.copy_(before[name])

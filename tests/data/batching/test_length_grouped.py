@@ -53,7 +53,7 @@ def test_it_orders_what_was_selected_and_reports_the_padding_it_saved():
     rows = [{"input_ids": [0] * int(n)} for n in torch.randint(1, 60, (200,), generator=generator(2))]
     technique, other = LengthGrouped(mega_batch=10), LengthGrouped()
     args = SimpleNamespace(length_column_name="length", dataloader_drop_last=False)
-    technique.host_ = other.host_ = SimpleNamespace(args=args)
+    technique.run_ = other.run_ = SimpleNamespace(args=args)
     technique.inspect_dataset(rows)
     ids = torch.arange(0, 200, 3)
     order = technique.order(ids, 4, generator())

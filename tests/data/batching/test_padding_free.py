@@ -214,7 +214,7 @@ def test_it_is_tried_in_the_precision_of_training(tmp_path):
 
 def test_it_reports_the_padding_it_avoided():
     technique = PaddingFree()
-    technique.host_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
     model = tiny_llama()
     model.config.use_cache = False  # as Trainer sets it
     technique.prepare_model(model)

@@ -66,13 +66,13 @@ def test_all_admitted_is_the_order_of_trainer():
 
 def test_progress_within_an_epoch_is_foreseen():
     technique = DifficultyCurriculum()
-    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=0.5), nominal_steps=40, steps_per_epoch=10)
+    technique.run_ = SimpleNamespace(clock=SimpleNamespace(progress=0.5), nominal_steps=40, steps_per_epoch=10)
     technique.select(2, 4, torch.Generator())
     assert technique.progress_N_.tolist() == pytest.approx([0.5, 0.5625, 0.625, 0.6875])
-    technique.host_.nominal_steps = None  # a budget in seconds
+    technique.run_.nominal_steps = None  # a budget in seconds
     technique.select(2, 4, torch.Generator())
     assert technique.progress_N_.tolist() == pytest.approx([0.5, 0.5625, 0.625, 0.6875])
-    technique.host_.clock.progress = 0.0
+    technique.run_.clock.progress = 0.0
     technique.select(0, 4, torch.Generator())
     assert technique.progress_N_.tolist() == pytest.approx([0, 0.25, 0.5, 0.75])
 

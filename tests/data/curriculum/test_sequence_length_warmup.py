@@ -31,13 +31,13 @@ def test_lengths_follow_the_equation(full, start, multiple):
 
 def test_the_technique_asks_the_clock_and_counts():
     technique = SequenceLengthWarmup(start=0.25, end=0.5, multiple=2)
-    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=0.0))
+    technique.run_ = SimpleNamespace(clock=SimpleNamespace(progress=0.0))
     technique.inspect_dataset([{"input_ids": row} for row in ROWS])
     technique.on_train_begin(None, None, None, model=SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=False)))
     plan = StepPlan(0, torch.arange(4), None, 4)
     batch = StepBatch(plan, [MicroBatch(padded(), torch.arange(4), None)])
     for progress, length in ((0.0, 2), (0.1, 4), (0.4, 8), (0.5, 8)):
-        technique.host_.clock.progress = progress
+        technique.run_.clock.progress = progress
         out = technique.transform_batch(batch)
         assert tokens(out.micro_batches[0].inputs) == [row[:length] for row in ROWS]
     assert technique.report() == {"positions": (2 + 4 + 8 + 8) / 32, "pieces": 1.0} and technique.took_effect(
@@ -51,7 +51,7 @@ def test_the_technique_asks_the_clock_and_counts():
 @pytest.mark.parametrize("start", [0.25, 1.0])
 def test_what_lies_beyond_the_full_length_is_cut_to_the_end(start):
     technique = SequenceLengthWarmup(start=start, end=0.5, multiple=2, max_length=4)
-    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=1.0))
+    technique.run_ = SimpleNamespace(clock=SimpleNamespace(progress=1.0))
     technique.inspect_dataset([{"input_ids": row} for row in ROWS])
     technique.on_train_begin(None, None, None, model=SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=False)))
     batch = StepBatch(StepPlan(0, torch.arange(4), None, 4), [MicroBatch(padded(), torch.arange(4), None)])
@@ -70,7 +70,7 @@ def test_pieces_keep_the_tokens_of_a_step(tmp_path):
 
 def test_pieces_of_what_has_one_label_are_refused():
     technique = SequenceLengthWarmup(cut="rechunk")
-    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=0.0))
+    technique.run_ = SimpleNamespace(clock=SimpleNamespace(progress=0.0))
     technique.full_length_ = 8
     batch = StepBatch(
         StepPlan(0, torch.arange(4), None, 4),

@@ -23,7 +23,7 @@ def padded(side="right"):
 
 def started(progress=1.0, **fields):
     technique = TokenCutoff(**fields)
-    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=progress))
+    technique.run_ = SimpleNamespace(clock=SimpleNamespace(progress=progress))
     technique.on_train_begin(None, None, None, model=tiny_llama())
     return technique
 
@@ -93,7 +93,7 @@ def test_rows_without_a_mask_get_one():
 def test_the_share_rises_and_is_reported():
     technique = started(progress=0.0, share=0.4, ramp=0.5)
     assert kept(cut(technique, padded())) == ROWS
-    technique.host_.clock.progress = 0.25
+    technique.run_.clock.progress = 0.25
     assert [len(row) for row in kept(cut(technique, padded()))] == [11 - round(0.2 * 9), 2, 5 - round(0.2 * 3)]
     assert technique.report() == {"cut": (2 + 1) / 36} and technique.took_effect(technique.report())
 

@@ -61,7 +61,7 @@ def test_the_trainer_sees_each_round(tmp_path):
 
 def test_a_share_of_one_keeps_all_and_a_bad_one_names_itself():
     technique = RandomSubset(keep=1.0)
-    technique.host_ = SimpleNamespace(stream=SimpleNamespace(seed=0))
+    technique.run_ = SimpleNamespace(stream=SimpleNamespace(seed=0))
     ids, weights = technique.select(3, 10, torch.Generator())
     assert ids.tolist() == list(range(10)) and weights is None
     with pytest.raises(ValueError, match="RandomSubset\\(keep=0"):

@@ -56,7 +56,7 @@ def tiny(kind, auto, fields):
 
 
 def prepared(technique, model):
-    technique.host_ = SimpleNamespace(args=SimpleNamespace(seed=3, learning_rate=1e-3))
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(seed=3, learning_rate=1e-3))
     return technique.prepare_model(model)
 
 

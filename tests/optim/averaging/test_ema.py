@@ -28,7 +28,7 @@ class Run:
         self.model = nn.Linear(4, 3).to(dtype)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.state, self.technique = TrainerState(), technique
-        technique.host_ = Host()
+        technique.run_ = Host()
         if resume is not None:
             self.model.load_state_dict(resume["model"])
             self.optimizer.load_state_dict(resume["optimizer"])
@@ -122,7 +122,7 @@ def test_parameters_frozen_at_the_start_are_left_out_and_those_frozen_later_stay
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
     technique = ExponentialMovingAverage(HALF_LIFE)
-    technique.host_ = Host()
+    technique.run_ = Host()
     technique.on_train_begin(None, TrainerState(), None, model=model)
     model[1].requires_grad_(False)
     technique.on_step_end(None, TrainerState(), None)

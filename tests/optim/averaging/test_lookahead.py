@@ -30,7 +30,7 @@ def gradient(weight, step):
 @pytest.mark.parametrize(("k", "alpha"), [(5, 0.5), (3, 0.8), (1, 0.25), (7, 1.0)])
 def test_fast_and_slow_weights_are_those_of_a_loop_by_hand(k, alpha):
     technique, state = Lookahead(k, alpha), TrainerState()
-    technique.host_ = Host()
+    technique.run_ = Host()
     model = nn.Linear(4, 3, bias=False).double()
     with torch.no_grad():
         model.weight.copy_(torch.arange(12.0).view(3, 4) / 12)
@@ -57,7 +57,7 @@ def test_fast_and_slow_weights_are_those_of_a_loop_by_hand(k, alpha):
 
 def test_slow_weights_of_half_precision_move_by_less_than_its_resolution():
     technique, state, model = Lookahead(1, 0.01), TrainerState(), nn.Linear(1, 1, bias=False).bfloat16()
-    technique.host_ = Host()
+    technique.run_ = Host()
     nn.init.ones_(model.weight)
     technique.on_train_begin(None, state, None, model=model)
     for _ in range(100):  # each time by 0.01 of a hundredth; bfloat16 knows nothing between 1 and 1.0078

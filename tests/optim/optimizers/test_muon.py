@@ -27,7 +27,7 @@ def tiny(kind="llama", auto=AutoModelForCausalLM, **fields):
 
 def made(model, technique=None, factor=1.0, deepspeed=False):
     technique = technique or Muon()
-    technique.host_ = SimpleNamespace(args=ARGS, is_deepspeed_enabled=deepspeed)
+    technique.run_ = SimpleNamespace(args=ARGS, is_deepspeed_enabled=deepspeed)
     names = [n for n, p in model.named_parameters() if p.requires_grad]
     halves = [n for n in names if "norm" not in n], [n for n in names if "norm" in n]
     parameters = dict(model.named_parameters())
@@ -151,7 +151,7 @@ def test_what_it_cannot_do_is_refused():
     parameters = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     group = {"params": [p for _, p in parameters], "names": [n for n, _ in parameters], "lr": 1e-3, "weight_decay": 0}
     technique = Muon()
-    technique.host_ = SimpleNamespace(args=ARGS, is_deepspeed_enabled=False)
+    technique.run_ = SimpleNamespace(args=ARGS, is_deepspeed_enabled=False)
     with pytest.raises(ValueError, match="LlamaForCausalLM has no trainable matrix in a block"):
         technique.optimizer(model, [group])
 
@@ -294,7 +294,7 @@ def test_it_uses_the_fused_adamw_where_trainer_does():
     model = tiny().float()
     technique = Muon()
     args = SimpleNamespace(**vars(ARGS) | {"optim": "adamw_torch_fused"})
-    technique.host_ = SimpleNamespace(args=args, is_deepspeed_enabled=False)
+    technique.run_ = SimpleNamespace(args=args, is_deepspeed_enabled=False)
     names, parameters = zip(*model.named_parameters(), strict=True)
     group = {"params": list(parameters), "names": list(names), "lr": 1e-3, "weight_decay": 0.1, "group": ""}
     optimizer = technique.optimizer(model, [group])
