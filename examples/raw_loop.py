@@ -1,6 +1,8 @@
 """No Trainer at all: the functions behind the techniques, in a loop of one's own.
 
 python examples/raw_loop.py
+
+Needs: pip install -c constraints.txt -e .
 """
 
 import torch

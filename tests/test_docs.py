@@ -34,9 +34,8 @@ def test_there_is_no_card_of_what_is_gone():
 
 @pytest.mark.parametrize("kind", TECHNIQUES.values(), ids=TECHNIQUES)
 def test_a_technique_has_a_card_with_a_paper_and_a_test_of_its_own(kind):
-    text = DOCUMENTS[generate.card_path(kind)]
-    reference = re.search(r"^\*\*Reference\.\*\* (.*)", text, re.MULTILINE)[1]
-    assert "<https://" in reference
+    references = DOCUMENTS[generate.card_path(kind)].split("\n## References\n")[1]
+    assert "<https://" in references
     path = source(kind).relative_to(ROOT / "hf_accel")
     assert (ROOT / "tests" / path.parent / f"test_{path.name}").exists()
 
@@ -171,3 +170,10 @@ def test_budgets_may_be_compared_on_different_numbers_of_seeds(tmp_path):
         "| novels-lm | 120 s | 30 | 1.5000 in 119.9 s | 1.5100 in 117.0 s | 1.4990 "
         "| +0.0010 [-0.0010, +0.0030], margin 0.0040 | non-inferior | 1.6000 (6 seeds) | better |"
     )
+
+
+def test_the_glossary_has_each_term_once_in_at_most_two_sentences():
+    rows = re.findall(r"^\| \*(.+)\* \| (.+) \|$", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
+    terms = [term for term, _ in rows]
+    assert len(terms) > 50 and len(set(terms)) == len(terms)
+    assert not [term for term, meaning in rows if len(re.findall(r"[.!?](?= |$)", meaning)) > 2]

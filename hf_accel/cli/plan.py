@@ -68,6 +68,9 @@ def plan(
     console.print(totals(planner, settings, limit))
     shown = chosen or min(settings, key=lambda setting: planner.footprint(setting).device)
     console.print(parts(planner, settings, shown, console.width))
+    if not any(setting.lora for setting in settings):
+        left_out = "LoRA is left out: it needs peft. Install it with: pip install 'hf-accel[peft]'."
+        console.print(left_out, markup=False, highlight=False)
     if chosen is None:
         smallest = planner.footprint(shown).device
         console.print(

@@ -18,7 +18,7 @@ from torch.utils.data import IterableDataset
 
 from hf_accel import weights
 from hf_accel.batch import StepPlan
-from hf_accel.preserve import modes_kept
+from hf_accel.preserve import evaluation_mode
 from hf_accel.stream.indexed import StepStream
 from hf_accel.technique import Technique
 
@@ -55,8 +55,7 @@ def statistics(
     momenta = [layer.momentum for layer in found]
     weights.swap(model, averages)
     try:
-        with modes_kept(model):
-            model.eval()
+        with evaluation_mode(model):
             for layer in found:
                 layer.reset_running_stats()
                 layer.momentum = None  # the mean over batches

@@ -81,6 +81,7 @@ class Engine:
         self._micro_batch_size = 1
         self._explicit_args: dict[str, Any] = {}
         self._made_optimizer = False
+        self.searched_hyperparameters: dict[str, Any] = {}
         self.view = RunView(self)
         self._show_run_to_techniques()
         self.begin({})
@@ -227,6 +228,7 @@ class Engine:
         if self.roster.streamed:
             args.gradient_accumulation_steps = self.accumulation_steps
         plain(trial)
+        self.searched_hyperparameters = dict(trial if isinstance(trial, dict) else getattr(trial, "params", {}))
         self.accumulation_steps = args.gradient_accumulation_steps
         if self.roster.streamed:
             args.gradient_accumulation_steps = 1

@@ -118,6 +118,11 @@ class RunView:
         return self.engine.optimization.learning_rate_factor
 
     @property
+    def searched_hyperparameters(self) -> Any:
+        """What a hyperparameter search chose for this run."""
+        return self.engine.searched_hyperparameters
+
+    @property
     def resumed(self) -> bool:
         """Whether the run began in an earlier process."""
         return self.engine.resumed

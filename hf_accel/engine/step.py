@@ -125,7 +125,7 @@ class StepRunner:
         for technique, scope, state in self._states:
             if technique is not owner:
                 technique.load_state_dict(scope, copy.deepcopy(state))  # what is transformed again is counted once
-        return self.read_again(dataclasses.replace(plan, ids_N=plan.ids_N[kept], weights_N=kept_weights))
+        return self.read_again(plan.chosen(kept, kept_weights))
 
     def _losses_by_id(self, batch: StepBatch) -> dict[int, float]:
         """The loss of each example of a step, over all ranks."""

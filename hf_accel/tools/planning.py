@@ -29,6 +29,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig
+from transformers.utils.import_utils import is_peft_available
 
 from hf_accel.recipe import Recipe
 from hf_accel.recipe.technique_syntax import nearest
@@ -243,13 +244,16 @@ class Planner:
         self._traces: dict[tuple, Trace] = {}
 
     def settings(self) -> Iterator[Setting]:
-        """All that the model knows, the fastest first: whole before adapters, without recomputation before with it."""
+        """All that the model knows, the fastest first: whole before adapters, without recomputation before with it.
+
+        Adapters are left out where peft, which makes them, is not installed.
+        """
         single = ("single", "fsdp2-offload", "zero3-offload")
         engines = single if self.devices == 1 else tuple(engine for engine in ENGINES if engine != "single")
         with torch.device("meta"):
             model: Any = self.subject.build()
         checkpointing = (False, True) if model.supports_gradient_checkpointing else (False,)
-        for lora in (False, True):
+        for lora in (False, True) if is_peft_available() else (False,):
             for offload in (False, True):
                 for again in checkpointing:
                     for engine in engines:

@@ -36,6 +36,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
+from transformers.utils.import_utils import is_peft_available
 
 ADAPTER = "adapter_model.safetensors"
 FROM_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
@@ -78,8 +79,11 @@ def greedy(
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a peft adapter; otherwise, a whole model."""
-    return (folder / "adapter_config.json").is_file()
+    """Whether a folder holds a peft adapter; otherwise, a whole model.  ValueError for an adapter without peft."""
+    found = (folder / "adapter_config.json").is_file()
+    if found and not is_peft_available():
+        raise ValueError(f"{folder}: adapters need peft. Install it with: pip install 'hf-accel[peft]'.")
+    return found
 
 
 def load_model(folder: Path) -> PreTrainedModel:

@@ -179,7 +179,7 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(line, message, recipe, t
 
 def test_the_default_recipe_is_complete():
     recipe = Recipe.load(DEFAULT)
-    assert recipe.task == "causal-lm" and recipe.data["source"] == "stdlib" and recipe.budget == "2min"
+    assert recipe.task == "causal-lm" and recipe.data["source"] == "stdlib" and recipe.budget == "1min"
     assert recipe.training_arguments().save_strategy == "steps"
     assert run("--help").exit_code == 0 and run("train", "--help").exit_code == 0
 

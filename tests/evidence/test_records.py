@@ -146,16 +146,16 @@ def test_a_card_has_a_line_for_each_arm_and_the_grade():
     records = {"digits": record(own, arm("pretrain", "Muon", name, cpu_seconds=FASTER), tuned="")}
     text = cards.card(ExponentialMovingAverage, records)
     assert "- *Evidence*: no gain shown.\n" in text
-    assert text.endswith(
-        "## Measured here\n\n"
+    assert (
+        "## Evidence\n\n"
         "- [digits](../evidence/digits.json), `EMA(half_life=10)` with learning_rate 0.1: **0.80x [0.70, 0.9]** in CPU "
         "seconds at equal loss against a baseline that was not tuned; slower. 5 seeds, a processor, 2 cores, "
         "2026-01-31.\n"
         "- [digits](../evidence/digits.json), within `pretrain` (Muon, ExponentialMovingAverage): "
         "**1.50x [1.20, 1.8]** in CPU seconds at equal loss against a baseline that was not tuned; faster. 5 seeds, "
-        "a processor, 2 cores, 2026-01-31.\n"
-    )
-    assert cards.card(ExponentialMovingAverage, {}).endswith("## Measured here\n\nNo record yet.\n")
+        "a processor, 2 cores, 2026-01-31.\n\n## References\n"
+    ) in text
+    assert "## Evidence\n\nNo record yet.\n\n## References\n" in cards.card(ExponentialMovingAverage, {})
 
 
 @pytest.mark.parametrize(("gained", "grade"), [(True, "proven here"), (False, "no gain shown"), (None, "reported")])
@@ -164,10 +164,10 @@ def test_what_a_benchmark_found_is_on_the_card_and_in_the_grade(gained, grade):
     records = {"pairs": record() | {"findings": [finding, finding | {"technique": "Muon"}]}}
     del records["pairs"]["arms"]
     assert evidence.grade("ExponentialMovingAverage", records) == grade
-    assert cards.card(ExponentialMovingAverage, records).endswith(
-        "## Measured here\n\n- [pairs](../evidence/pairs.json), digits: one more. 5 seeds, a processor, 2 cores, "
-        "2026-01-31.\n"
-    )
+    assert (
+        "## Evidence\n\n- [pairs](../evidence/pairs.json), digits: one more. 5 seeds, a processor, 2 cores, "
+        "2026-01-31.\n\n## References\n"
+    ) in cards.card(ExponentialMovingAverage, records)
 
 
 def test_only_comparisons_are_records(tmp_path):

@@ -1,7 +1,7 @@
 """Every field of TrainingArguments while the stream is active: honored, re-interpreted or refused, and shown to be so.
 
 A field is honored where a streamed run with another value than the default is a plain Trainer's run with that value:
-weights, log, files, state and outfit.  ``pytest tests/test_arguments_table.py --write-docs`` writes
+weights, log, files, state and outfit.  ``pytest tests/host/test_arguments.py --write-docs`` writes
 docs/training_arguments.md from what passed.
 """
 
@@ -297,11 +297,11 @@ def table(rows):
         "",
         f"{datetime.date.today()}, transformers {transformers.__version__}, {torch_version} on CPUs.",
         "",
-        "How each argument is treated while batches come from the techniques' stream; without such a technique, every",
-        "argument is Trainer's own. Honored: the run with another value than the default is Trainer's, bit for bit in",
-        "weights, log, files, state and events.",
+        "This table applies while batches come from the techniques' stream. Without such a technique, Trainer handles",
+        "every argument itself. *Honored*: a run with a value other than the default equals Trainer's run bit for bit,",
+        "in weights, log, files, state and events.",
         "",
-        "Written by `pytest tests/test_arguments_table.py --write-docs`.",
+        "Written by `pytest tests/host/test_arguments.py --write-docs`.",
         "",
         "| argument | treatment | meaning | shown by |",
         "|---|---|---|---|",
@@ -329,7 +329,7 @@ def test_honored(name, shown):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in UNSEEN])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.ci) if n in SLOW else n for n in UNSEEN])
 def test_honored_without_a_trace(name, shown):
     value, beside = UNSEEN[name]
     plain = run(Trainer, **beside, **{name: value})

@@ -18,7 +18,7 @@ from hf_accel.testing import losses_of, tiny_trainer
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 KINDS = {name: kind for name, kind in known_techniques().items() if area(kind) == "model"}
 FIELDS = {
-    "LayerFreezing": {"policy": "schedule", "start": 0.0, "max_fraction": 1.0},
+    "LayerFreezing": {"start": 0.0, "max_fraction": 1.0},
     "LowRankTraining": {"tolerance": 10.0},
 }
 """For runs of four steps, by technique; defaults elsewhere."""
@@ -31,9 +31,8 @@ HEADING = """# Techniques of the model, by architecture
 
 <!-- Written by pytest tests/model/test_architectures.py --write-docs, from what ran. -->
 
-Each trained a tiny model for four steps and showed its effect (works), or was refused; a number is that of the refusal,
-which is given below and comes before the first step. Architectures with the same parts behave alike: Qwen is
-Qwen3, and ResNet has batch norm.
+*Works*: the technique trained a tiny model for four steps and showed its effect. A number refers to the error below,
+which comes before the first step. Architectures with the same parts behave alike. Qwen is Qwen3; ResNet has batch norm.
 """
 
 

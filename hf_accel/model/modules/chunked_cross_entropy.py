@@ -33,10 +33,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_accel.adapters import unwrapped
 from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead
-from hf_accel.preserve import modes_kept
+from hf_accel.preserve import evaluation_mode
 from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
@@ -198,7 +200,7 @@ class ChunkedCrossEntropy(Technique):
         """The model's own, from hidden states."""
         run: Any = self.run_
         model = unwrapped(run.model)
-        projection = model.get_output_embeddings()
+        projection = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         for backend, used in (("fsdp2", run.is_fsdp_enabled), ("zero", run.is_deepspeed_enabled)):
             if used:
                 raise ValueError(f"{self!r}: {self.refused_backends[backend]}. Leave it out.")
@@ -210,7 +212,20 @@ class ChunkedCrossEntropy(Technique):
             raise ValueError(
                 f"{self!r}: hidden states as wide as the vocabulary cannot be told from logits. Leave it out."
             )
-        if not _ends_in(model, projection):
+        if "labels" in head.without_labels(model, {"labels": torch.zeros(1, 2, dtype=torch.long)}):
+            raise ValueError(
+                f"{self!r} does not support {type(model).__name__} because it makes the decoder's inputs together with "
+                "its own loss. Remove ChunkedCrossEntropy."
+            )
+        try:
+            ends = _ends_in(model, projection)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(
+                f"{self!r} does not support {type(model).__name__} because a trial of its projection failed "
+                f"({problem}). Remove ChunkedCrossEntropy."
+            ) from error
+        if not ends:
             raise ValueError(
                 f"{self!r}: {type(model).__name__} does something to its logits after the projection. Leave it out."
             )
@@ -258,12 +273,17 @@ def _ends_in(model: Any, projection: nn.Module) -> bool:
         given.append(torch.linspace(-100, 100, output.numel(), device=output.device).to(output).view_as(output))
         return given[-1]
 
-    ids_BL = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
-    inputs = {"input_ids": ids_BL} | ({"decoder_input_ids": ids_BL} if model.config.is_encoder_decoder else {})
+    example: Any = next(model.parameters())
+    ids_BL = torch.zeros(1, 2, dtype=torch.long, device=example.device)
+    inputs: dict[str, Any] = {"input_ids": ids_BL}
+    if model.config.is_encoder_decoder:  # whose encoder may read speech or images
+        width = getattr(model.config, "encoder", model.config).hidden_size
+        encoded = BaseModelOutput(last_hidden_state=example.new_zeros(1, 2, width))
+        inputs = {"encoder_outputs": encoded, "decoder_input_ids": ids_BL}
     handle = projection.register_forward_hook(replace)
     try:
-        with modes_kept(model):
-            logits = model.eval()(**inputs).logits
+        with evaluation_mode(model):
+            logits = model(**inputs).logits
     finally:
         handle.remove()
     return len(given) == 1 and torch.equal(given[0], logits)

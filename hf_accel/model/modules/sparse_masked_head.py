@@ -30,7 +30,7 @@ from transformers.utils import ModelOutput
 
 from hf_accel.adapters import unwrapped
 from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead
-from hf_accel.preserve import modes_kept
+from hf_accel.preserve import evaluation_mode
 from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
@@ -142,8 +142,8 @@ def _is_by_position(model: Any) -> bool:
     device = next(model.parameters()).device
     ids_BL = torch.arange(8, device=device).view(2, 4) % model.config.vocab_size
     chosen_BL = torch.tensor([[False, True, True, False], [True, False, False, False]], device=device)
-    with modes_kept(model):
-        every_BLV = model.eval()(input_ids=ids_BL).logits
+    with evaluation_mode(model):
+        every_BLV = model(input_ids=ids_BL).logits
         hook = model.base_model.register_forward_hook(lambda module, args, output: rows_at(output, chosen_BL))
         try:
             some_1NV = model(input_ids=ids_BL).logits

@@ -111,15 +111,15 @@ class ReplacedTokenDetection(Technique):
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """The model, with a generator beside its own parts."""
-        config: Any = unwrapped(model).config
+        config: Any = getattr(unwrapped(model), "config", None)
         if (
             kind_of(unwrapped(model)) != "token classification"
             or config.num_labels != 2
             or config.model_type not in FAMILIES
         ):
             raise ValueError(
-                f"{self!r}: {type(model).__name__} with {config.num_labels} labels cannot be trained so. Give one for "
-                f"token classification with 2 labels, of the family {', '.join(FAMILIES)}."
+                f"{self!r} does not support {type(model).__name__} because it needs a model for token classification "
+                f"with 2 labels, of the family {', '.join(FAMILIES)}. Use such a model."
             )
         run: Any = self.run_
         with torch.random.fork_rng(devices=[]):
@@ -159,7 +159,7 @@ class ReplacedTokenDetection(Technique):
         maskable_RL = seen_RL & ~torch.isin(ids_RL, self.special_ids_)
         points_RL = torch.ones(ids_RL.shape, dtype=torch.float64)
         fills_RL = torch.zeros(ids_RL.shape, dtype=torch.float64)
-        for example, drawn in enumerate(generators(self, batch.plan, micro.ids_B)):
+        for example, drawn in enumerate(generators(self, batch.plan, micro)):
             places = (maskable_RL & (examples_RL == example)).flatten().nonzero().flatten()
             for numbers_RL in (points_RL, fills_RL):
                 numbers_RL.view(-1)[places] = torch.from_numpy(drawn.random(len(places)))
