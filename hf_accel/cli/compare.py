@@ -52,10 +52,9 @@ def compare(
     ] = 0,
 ) -> None:
     """Measure the speed-up of recipes at equal quality, against a fair baseline."""
-    from hf_accel.compare import Comparison
+    from hf_accel.compare import Comparison, write_record
     from hf_accel.compare.report import table
     from hf_accel.compare.workloads import DATA_ROOT
-    from hf_accel.evidence import write_record
 
     if data is not None:
         os.environ[DATA_ROOT] = str(data)
