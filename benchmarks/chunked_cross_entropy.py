@@ -1,7 +1,7 @@
 """How long `ChunkedCrossEntropy` takes for loss and gradient, over the loss from all logits at once.
 
 The same hidden states, weight and labels, of a vocabulary of 50,257 and 4,096 tokens, in float32 on one thread; the two
-take turns, and each pair of turns gives one ratio of CPU times.  ``labelled`` is the share of the tokens with a label.
+take turns, and each pair of turns gives one ratio of CPU times.  ``labeled`` is the share of the tokens with a label.
 
     python benchmarks/chunked_cross_entropy.py [--pairs 12] [--out docs/evidence/chunked-cross-entropy.json]
 """
@@ -27,7 +27,7 @@ from hf_accel.model.modules.chunked_cross_entropy import LOGITS_OF_A_CHUNK, chun
 
 TOKENS, VOCABULARY = 4096, 50257
 CASES = [(256, 1.0), (256, 0.15)]
-"""Width of the hidden states, and the share of labelled tokens."""
+"""Width of the hidden states, and the share of labeled tokens."""
 
 
 def dense(hidden_NH: Tensor, weight_VH: Tensor, targets_N: Tensor) -> Tensor:
@@ -48,12 +48,12 @@ def turn(loss: Callable[..., Tensor], hidden_NH: Tensor, weight_VH: Tensor, targ
     return seconds, [value.detach(), hidden_NH.grad, weight_VH.grad]
 
 
-def measure(width: int, labelled: float, pairs: int) -> dict:
+def measure(width: int, labeled: float, pairs: int) -> dict:
     generator = torch.Generator().manual_seed(0)
     hidden_NH = torch.randn(TOKENS, width, generator=generator).requires_grad_()
     weight_VH = (torch.randn(VOCABULARY, width, generator=generator) / math.sqrt(width)).requires_grad_()
     targets_N = torch.randint(VOCABULARY, (TOKENS,), generator=generator)
-    targets_N[torch.rand(TOKENS, generator=generator) >= labelled] = -100
+    targets_N[torch.rand(TOKENS, generator=generator) >= labeled] = -100
     arguments = hidden_NH, weight_VH, targets_N
     ratios, seconds, furthest = [], [], 0.0
     for number in range(pairs + 1):
@@ -67,7 +67,7 @@ def measure(width: int, labelled: float, pairs: int) -> dict:
             seconds.append(taken[dense][0])
     return {
         "width": width,
-        "labelled": labelled,
+        "labeled": labeled,
         "dense_cpu_seconds_median": statistics.median(seconds),
         "chunked_over_dense": interval(ratios),
         "largest_relative_difference": furthest,
@@ -88,7 +88,7 @@ def main() -> None:
         "logits_of_a_chunk": LOGITS_OF_A_CHUNK["cpu"],
         "pairs": options.pairs,
         "interval": "95 %, Student's t over the log ratios of the pairs",
-        "cases": [measure(width, labelled, options.pairs) for width, labelled in CASES],
+        "cases": [measure(width, labeled, options.pairs) for width, labeled in CASES],
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, one thread, load {load:.1f} at the start",
         "versions": {"torch": torch.__version__},
     }

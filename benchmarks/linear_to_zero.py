@@ -3,7 +3,7 @@
     python benchmarks/linear_to_zero.py novels-lm sst2 --data DATA [--out FOLDER] [--record FILE]
 
 Both arms have the workload's tuned arguments, of which the schedule is linear; the peak was tuned with it, which may
-favour it, so that the grade of neither is touched.  What is recorded is the difference of the losses of the same seeds
+favor it, so that the grade of neither is touched.  What is recorded is the difference of the losses of the same seeds
 (cosine minus linear), with its 95 % interval.
 """
 

@@ -68,9 +68,9 @@ class Baton(TrainerCallback):
 
 
 def texts(folder: Path) -> dict[str, tuple[Dataset, int]]:
-    """Tokenised texts and the examples of a batch, by the name of the data set."""
+    """Tokenized texts and the examples of a batch, by the name of the data set."""
 
-    def tokenised(name: str, tokenizer: str, columns: list[str], number: int) -> Dataset:
+    def tokenized(name: str, tokenizer: str, columns: list[str], number: int) -> Dataset:
         rows = Dataset.from_parquet(str(folder / f"{name}.parquet")).shuffle(seed=0).select(range(number))
         encode = transformers.PreTrainedTokenizerFast.from_pretrained(folder / tokenizer)
         joined = ["\n".join(parts) for parts in zip(*(rows[column] for column in columns), strict=True)]
@@ -78,8 +78,8 @@ def texts(folder: Path) -> dict[str, tuple[Dataset, int]]:
         return Dataset.from_dict({"input_ids": ids, "labels": ids})
 
     return {
-        "sst2": (tokenised("sst2", "bert-base-uncased", ["text"], 4000), 32),
-        "gsm8k": (tokenised("gsm8k", "gpt2", ["prompt", "completion"], 1000), 32),
+        "sst2": (tokenized("sst2", "bert-base-uncased", ["text"], 4000), 32),
+        "gsm8k": (tokenized("gsm8k", "gpt2", ["prompt", "completion"], 1000), 32),
     }
 
 

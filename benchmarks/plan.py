@@ -41,10 +41,10 @@ from transformers import (
 )
 from transformers.utils import logging
 
-from hf_accel.budget.calibration import calibrate
 from hf_accel.cli.find_lr import of_recipe
 from hf_accel.recipe import Recipe
-from hf_accel.system.planning import BUCKET, Planner, Setting, Subject
+from hf_accel.tools.calibration import calibrate
+from hf_accel.tools.planning import BUCKET, Planner, Setting, Subject
 
 ROOT = Path(__file__).parents[1]
 

@@ -99,7 +99,7 @@ def prepare(data: Path, work: Path) -> None:
 
 def compare(folder: Path, script: str, arguments: list[str], techniques: list[str], work: Path) -> dict:
     """Run a script three ways; whether two are the same bits, and what the receipt of the third names."""
-    hosted = ["-m", "hf_accel.run"]
+    hosted = ["-m", "hf_accel.cli", "run"]
     attached = [part for technique in techniques for part in ("--technique", technique)]
     ways = {"plain": [], "empty": hosted, "techniques": [*hosted, *attached]}
     weights = {}

@@ -1,9 +1,9 @@
-"""Writes the cards and the tables of techniques from the code and from ``docs/evidence/*.json``.
+"""Write the cards and the tables of techniques from the code and from ``docs/evidence/*.json``.
 
     python docs/generate.py
 
-``docs/techniques/<stem>.md`` is the card of ``hf_accel/**/<stem>.py``, and ``docs/techniques.md`` the index, whose
-column "what it saves" is written by hand.  What stands between markers in the README is renewed.
+``docs/techniques/<stem>.md`` is the card of ``hf_accel/**/<stem>.py``.  ``docs/techniques.md`` is the index; its column
+"what it saves" is written by hand.  In the README, the text between markers is replaced.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from itertools import groupby
 from pathlib import Path
 
 from hf_accel import evidence
-from hf_accel.cards import FIDELITY, NOTE, area, card, in_order, owned, source, table
 from hf_accel.clock import parse_budget
 from hf_accel.evidence import Arm, Record, Records
+from hf_accel.evidence.cards import FIDELITY, NOTE, area, card, in_order, owned, source, table
 from hf_accel.technique import Technique
 
 ROOT = Path(__file__).parents[1]
 NOT_ON_FSDP2 = {
-    "image": "accelerate asks the model for embeddings of tokens, which ConvNeXt lacks",
-    "masked text": "FSDP2 takes no tied bias, as that of BERT's head is",
+    "image": "accelerate asks the model for token embeddings, which ConvNeXt lacks",
+    "masked text": "FSDP2 does not support tied biases, and BERT's head has one",
 }
-"""Modalities whose probes FSDP2 cannot train, with the reason."""
+"""Modalities with probes that FSDP2 cannot train, and the reasons."""
 
 TASKS = {
     "banking77": "classification of short texts",
@@ -35,13 +35,13 @@ TASKS = {
     "novels-lm": "language model of novels, from scratch",
     "sst2": "classification of phrases",
 }
-"""What workloads train, in the README's first table."""
+"""Descriptions of workloads in the README's first table."""
 BEST = 4
-"""Rows of that table."""
+"""Number of rows in that table."""
 
 
 def main() -> None:
-    """Write every document that `documents` gives, and remove cards of techniques that are gone."""
+    """Write every generated document, and remove the cards of deleted techniques."""
     written = documents()
     for path in (ROOT / "docs" / "techniques").glob("*.md"):
         if path not in written:
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def documents() -> dict[Path, str]:
-    """The text of each generated document."""
+    """Return the text of each generated document."""
     records, found = evidence.load_records(), evidence.folder()
     docs = {card_path(kind): card(kind, records) for _, kind in in_order()}
     overview = ROOT / "docs" / "techniques.md"
@@ -75,18 +75,18 @@ def documents() -> dict[Path, str]:
 
 
 def card_path(kind: type[Technique]) -> Path:
-    """Where the card of a technique is."""
+    """Return the path of a technique's card."""
     return ROOT / "docs" / "techniques" / f"{source(kind).stem}.md"
 
 
 def index(text: str, records: Records) -> str:
-    """The table of all techniques; what each saves is taken from the old one."""
+    """Write the table of all techniques, with the column "what it saves" of the old text."""
     saves = dict(re.findall(r"^\| \[(\w+)\]\([^)]*\) \| \w+ \| ([^|]*) \|", text, re.MULTILINE))
     rows = []
     for name, kind in in_order():
         if name not in saves:
             raise ValueError(
-                f"docs/techniques.md: its table does not say what {name} saves. "
+                f"docs/techniques.md: the table does not say what {name} saves. "
                 f"Add a row: | [{name}](techniques/{source(kind).stem}.md) | {area(kind)} | what it saves |"
             )
         slots = ", ".join(f"`{slot}`" for slot in owned(kind)) or "-"
@@ -94,18 +94,18 @@ def index(text: str, records: Records) -> str:
         rows.append((link, area(kind), saves[name], slots, kind.fidelity, evidence.grade(name, records)))
     parts = [
         "# Techniques",
-        "<!-- Written by docs/generate.py from the code, but for the column 'what it saves'. -->",
-        "At most one technique owns a slot; what has none composes freely. *Fidelity*: "
-        + "; ".join(f"`{name}`, {words}" for name, words in FIDELITY.items())
-        + ". *Evidence*: `reported` by others, until a record in [evidence](evidence) says `proven here` or "
-        "`no gain shown`; each card has the figures.",
+        "<!-- Written by docs/generate.py from the code, except the column 'what it saves'. -->",
+        "At most one technique owns a slot; techniques without slots compose freely. *Fidelity*: "
+        + "; ".join(f"`{name}`: {words}" for name, words in FIDELITY.items())
+        + ". *Evidence*: `reported` means by others only; `proven here` and `no gain shown` rest on records in "
+        "[evidence](evidence). Each card has the figures.",
         table(("technique", "perspective", "what it saves", "slot", "fidelity", "evidence"), rows),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def sharding() -> str:
-    """The table of techniques on several ranks, from what their classes declare."""
+    """Write the table of techniques on several ranks from the declarations of their classes."""
     rows = []
     for name, kind in in_order():
         cells = [kind.refused_backends.get(backend) for backend in ("ddp", "fsdp2", "zero")]
@@ -116,23 +116,23 @@ def sharding() -> str:
     parts = [
         "# Techniques on several ranks",
         NOTE,
-        "*Works*: two ranks end with the weights of one process (but for rounding), stay in step with each other, and "
-        "a resumed run is the uninterrupted one bit for bit. *Refused*: in one sentence, before the first step. Each "
-        "cell is a test (`tests/distributed/test_contract.py`, on CPUs with gloo; ZeRO with stages 2 and 3).",
+        "*Works*: two ranks end with the weights of one process (up to rounding) and stay in step with each other. A "
+        "resumed run equals the uninterrupted one bit for bit. *Refused*: the trainer raises an error before the first "
+        "step. Each cell is a test (`tests/distributed/test_contract.py`, on CPUs with gloo; ZeRO stages 2 and 3).",
         table(("technique", "DDP", "FSDP2", "ZeRO"), rows),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def renewed(text: str, name: str, content: str) -> str:
-    """The text with what stands between the markers of a name replaced."""
+    """Replace the text between the markers of a name."""
     before, rest = text.split(f"<!-- {name} -->\n")
     _, after = rest.split(f"<!-- /{name} -->")
     return f"{before}<!-- {name} -->\n\n{content}\n\n<!-- /{name} -->{after}"
 
 
 def techniques_list(records: Records) -> str:
-    """The README's list of techniques by perspective and kind, in bold what is proven here."""
+    """Write the README's list of techniques by perspective and kind; techniques proven here are bold."""
     rows = []
     for (perspective, kind_of), found in groupby(sorted(in_order(), key=place), key=place):
         links = []
@@ -144,12 +144,12 @@ def techniques_list(records: Records) -> str:
 
 
 def place(item: tuple[str, type[Technique]]) -> tuple[str, str]:
-    """The perspective of a technique and the folder of its file."""
+    """Return the perspective of a technique and the folder of its file."""
     return area(item[1]), source(item[1]).parent.name.replace("_", " ")
 
 
 def headline(records: Records, overhead: Path, kept: Path) -> str:
-    """The README's first numbers: where techniques gained most, how often they did, and what budgets and hosting do."""
+    """Write the README's first numbers: the largest gains, how many there are, budgets kept, and overhead."""
     fair = [item for item in evidence.candidates(records) if item[1]["tuned"] and item[1]["placebos"]]
     gained = sorted((item for item in fair if evidence.gained(*item[1:])), key=lambda item: -value(*item[1:]))
     best: dict[tuple[str, ...], tuple[str, Record, Arm]] = {}
@@ -170,13 +170,13 @@ def headline(records: Records, overhead: Path, kept: Path) -> str:
     shares = [spent(run) for run in json.loads(kept.read_text())["runs"]]
     machines = "; ".join(dict.fromkeys(document["machine"] for _, document, _ in shown))
     facts = [
-        f"Of {len(fair)} comparisons with a tuned baseline and placebos, {len(gained)} showed a gain; each technique "
-        "is shown where it gained most, and [all results](#results) are below. Nothing has been measured on GPUs yet.",
+        f"Of {len(fair)} comparisons with a tuned baseline and placebos, {len(gained)} showed a gain. The table has "
+        "the largest gain of each technique; [all results](#results) are below. Nothing has been measured on GPUs yet.",
         f"Of {grades.total()} techniques, {grades['proven here']} gained here, {grades['no gain shown']} showed no "
-        f"gain, and {grades['reported']} rest on what others report.",
-        f"Budgets in time, tokens and FLOPs were spent to between {min(shares):.1%} and {max(shares):.1%}.",
+        f"gain, and {grades['reported']} rest on reports by others.",
+        f"Runs spent between {min(shares):.1%} and {max(shares):.1%} of their budgets in time, tokens and FLOPs.",
         f"Without techniques, a step takes {ratio['ratio']:.3f}x [{ratio['low']:.3f}, {ratio['high']:.3f}] the time of "
-        "a plain Trainer's.",
+        "a step of a plain Trainer.",
     ]
     parts = [
         f"Speed-ups measured on small models on CPUs ({machines}), against tuned baselines:",
@@ -187,7 +187,7 @@ def headline(records: Records, overhead: Path, kept: Path) -> str:
 
 
 def results_table(records: Records) -> str:
-    """A table of results in the README: every candidate of every record, the fastest first."""
+    """Write a table of results in the README: every candidate of every record, the fastest first."""
     found = list(evidence.candidates(records))
     if not found:
         return "No comparison is recorded yet."
@@ -209,7 +209,7 @@ def results_table(records: Records) -> str:
 
 
 def budgets_table(path: Path) -> str:
-    """The README's table of budgeted runs against others of the same time, recorded by ``benchmarks/budget.py``."""
+    """Write the README's table of budgeted runs against others of equal time, from ``benchmarks/budget.py``."""
     if not path.is_file():
         return "No comparison is recorded yet."
     rows = []
@@ -241,12 +241,12 @@ def budgets_table(path: Path) -> str:
 
 
 def kept_table(path: Path) -> str:
-    """The README's table of what was spent of budgets, as ``benchmarks/budget_kept.py`` recorded it."""
+    """Write the README's table of budgets and their use, as ``benchmarks/budget_kept.py`` recorded it."""
     events = {
         "": "-",
-        "load": "from half-way on, one competing process per core",
-        "kill": "killed half-way, resumed",
-        "wide": "a model of 26 million parameters",
+        "load": "one competing process per core in the second half",
+        "kill": "killed halfway, resumed",
+        "wide": "a model with 26 million parameters",
     }
     rows = []
     for run in json.loads(path.read_text())["runs"]:
@@ -254,27 +254,27 @@ def kept_table(path: Path) -> str:
         evaluation = f"{run['last_evaluation_seconds']:.1f} s"
         rate = f"{run['final_learning_rate']:g}"
         rows.append((limit, events[event], f"{spent(run):.1%}", str(run["steps"]), evaluation, rate))
-    return table(("budget", "what was special", "spent", "steps", "last evaluation", "final learning rate"), rows)
+    return table(("budget", "event", "spent", "steps", "last evaluation", "final learning rate"), rows)
 
 
 def spent(run: dict) -> float:
-    """The share of its budget that a run of ``benchmarks/budget_kept.py`` spent."""
+    """Return the share of its budget that a run of ``benchmarks/budget_kept.py`` spent."""
     unit, amount = parse_budget(run["case"].partition("+")[0])
     return run["seconds"] / amount if unit == "seconds" else run["shares"][f"{unit}_share"]
 
 
 def constant_rate(document: Record) -> bool:
-    """Whether the baseline of a comparison never decays its learning rate."""
+    """Return whether the baseline of a comparison never decays its learning rate."""
     return document.get("baseline_args", {}).get("lr_scheduler_type", "").startswith("constant")
 
 
 def value(document: Record, arm: Arm) -> float:
-    """The speed-up to sort by; 0 for a miss."""
+    """Return the speed-up to sort by; 0 for a miss."""
     return arm["speed_ups"].get(document["cost"], {"value": 0.0})["value"]
 
 
 def candidate_link(arm: Arm) -> str:
-    """An arm's name, which leads to the card where it is of one technique of ours, or to its recipe."""
+    """Link an arm's name to the card of its only technique, or to its recipe."""
     names, kinds = evidence.techniques_of(arm), dict(in_order())
     if len(names) == 1 and names[0] in kinds:
         return f"[{arm['name']}](docs/techniques/{source(kinds[names[0]]).stem}.md)"

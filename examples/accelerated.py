@@ -1,4 +1,7 @@
-"""The same as baseline.py, accelerated."""
+"""The same as baseline.py, accelerated.
+
+Needs: pip install -c constraints.txt -e .
+"""
 
 import random
 

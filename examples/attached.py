@@ -1,4 +1,7 @@
-"""The same as baseline.py, with techniques for a trainer that somebody else has built."""
+"""The same as baseline.py, with techniques for a trainer that somebody else has built.
+
+Needs: pip install -c constraints.txt -e .
+"""
 
 import random
 

@@ -1,4 +1,7 @@
-"""A plain Trainer: a small Llama learns to add."""
+"""A plain Trainer: a small Llama learns to add.
+
+Needs: pip install -c constraints.txt -e .
+"""
 
 import random
 

@@ -1,4 +1,7 @@
-"""The same as baseline.py, with a technique that a plain Trainer takes as a callback."""
+"""The same as baseline.py, with a technique that a plain Trainer takes as a callback.
+
+Needs: pip install -c constraints.txt -e .
+"""
 
 import random
 

@@ -2,6 +2,8 @@
 
 python examples/image_classification.py
 python examples/image_classification.py --dataset uoft-cs/cifar10 --image img --label label
+
+Needs: pip install -c constraints.txt -e '.[compare,vision]'
 """
 
 import argparse

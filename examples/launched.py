@@ -4,6 +4,8 @@ python examples/launched.py --learning_rate 3e-3 --budget 3epochs --techniques "
 accelerate launch --config_file configs/accelerate/fsdp2.yaml examples/launched.py --budget 30min
 accelerate launch --config_file configs/accelerate/zero2.yaml examples/launched.py --recipe recipe.yaml --bf16
 torchrun --nproc_per_node 8 examples/launched.py --deepspeed configs/deepspeed/zero3.json --bf16
+
+Needs: pip install -c constraints.txt -e .
 """
 
 import random

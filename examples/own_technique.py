@@ -1,6 +1,8 @@
 """A technique of one's own: a class, its hyperparameters, and the contract that says whether it is one.
 
 python examples/own_technique.py
+
+Needs: pip install -c constraints.txt -e .
 """
 
 import tempfile

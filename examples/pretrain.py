@@ -2,6 +2,8 @@
 
 python examples/pretrain.py --budget 10min
 python examples/pretrain.py --budget 8h --dataset roneneldan/TinyStories
+
+Needs: pip install -c constraints.txt -e .
 """
 
 import argparse

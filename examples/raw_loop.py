@@ -1,14 +1,16 @@
 """No Trainer at all: the functions behind the techniques, in a loop of one's own.
 
 python examples/raw_loop.py
+
+Needs: pip install -c constraints.txt -e .
 """
 
 import torch
 from torch import nn
 
-from hf_accel.data.sampling.info_batch import prune_learnt
+from hf_accel.data.sampling.info_batch import prune_learned
 from hf_accel.optim.learning_rate.warmup_stable_decay import warmup_stable_decay
-from hf_accel.optim.optimizers.newton_schulz import orthogonalised
+from hf_accel.optim.optimizers.newton_schulz import orthogonalized
 
 torch.manual_seed(0)
 inputs_NF = torch.randn(2048, 16)
@@ -21,7 +23,7 @@ epochs, batch_size, peak_lr = 12, 64, 0.05
 
 for epoch in range(epochs):
     keep = 0.5 if 0 < epoch < epochs - 2 else 1.0  # the first and the last epochs see everything
-    ids_N, weights_N = prune_learnt(scores_N, keep, generator)
+    ids_N, weights_N = prune_learned(scores_N, keep, generator)
     order = torch.randperm(len(ids_N), generator=generator)
     for start in range(0, len(order), batch_size):
         part = order[start : start + batch_size]
@@ -32,7 +34,7 @@ for epoch in range(epochs):
         with torch.no_grad():
             for p in model.parameters():
                 momentum[p].lerp_(p.grad, 0.1)
-                update = orthogonalised(momentum[p][None])[0] if p.dim() == 2 else momentum[p]
+                update = orthogonalized(momentum[p][None])[0] if p.dim() == 2 else momentum[p]
                 p -= rate * update
                 p.grad = None
 

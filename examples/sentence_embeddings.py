@@ -1,7 +1,9 @@
 """Sentence embeddings with sentence-transformers' trainer: batches of one length, which ends on time.
 
 python examples/sentence_embeddings.py
-    python examples/sentence_embeddings.py --model microsoft/mpnet-base --dataset sentence-transformers/gooaq
+python examples/sentence_embeddings.py --model microsoft/mpnet-base --dataset sentence-transformers/gooaq
+
+Needs: pip install -c constraints.txt -e . sentence-transformers
 """
 
 import argparse

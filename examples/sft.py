@@ -2,6 +2,8 @@
 
 python examples/sft.py
 python examples/sft.py --model Qwen/Qwen3-0.6B --dataset trl-lib/Capybara
+
+Needs: pip install -c constraints.txt -e '.[trl]'
 """
 
 import argparse

@@ -97,7 +97,7 @@ class Clock:
     """Seconds kept back for what follows the last update: evaluation and saving."""
     evaluation_seconds: float = 0.0
     """Of these, those of an evaluation at the present speed."""
-    set_aside: dict[str, float] = field(default_factory=dict)
+    excluded_cost: dict[str, float] = field(default_factory=dict)
     """Of the limits, what was for other things than training, before the first update.  ``spent`` holds it of the
     `CONTINUOUS` units, and of no other."""
     model_flops: float = 0.0
@@ -156,9 +156,9 @@ class Clock:
             self.step_seconds += (duration - self.step_seconds) * (0.1 if self._timed_steps > 2 else 1.0)
         self._update()
 
-    def has(self, unit: str, amount: float) -> bool:
+    def can_afford(self, unit: str, amount: float) -> bool:
         """Whether so much of one unit can be spent, with what was set aside and what follows the last update."""
-        aside = 0.0 if unit in CONTINUOUS else self.set_aside.get(unit, 0.0)
+        aside = 0.0 if unit in CONTINUOUS else self.excluded_cost.get(unit, 0.0)
         return amount + aside <= self.limits[unit] - self._reserved(unit)
 
     def has_time_for(self, seconds: float) -> bool:
@@ -166,7 +166,7 @@ class Clock:
         seconds += self.seconds + self.step_seconds
         joules = self.spent["joules"] / max(self.seconds, 1e-9) * seconds
         amounts = {"seconds": seconds, "joules": joules}
-        fits = all(self.has(unit, amount) for unit, amount in amounts.items() if unit in self.limits)
+        fits = all(self.can_afford(unit, amount) for unit, amount in amounts.items() if unit in self.limits)
         return bool(self.share([float(fits)])[0])
 
     def _update(self) -> None:
@@ -185,7 +185,7 @@ class Clock:
         step = self.step_costs.get(unit, 0.0)
         if unit == "seconds":
             step = self.step_seconds if self._timed_steps > 1 else 0.0
-        return self.has(unit, self.spent[unit] + step)
+        return self.can_afford(unit, self.spent[unit] + step)
 
     def _reserved(self, unit: str) -> float:
         """What the end of the run will take of one unit; of energy, as much a second as the run until now."""
@@ -195,7 +195,7 @@ class Clock:
 
     def _share(self, unit: str) -> float:
         """What was spent of one unit for training, over what may be."""
-        aside = self.set_aside.get(unit, 0.0)
+        aside = self.excluded_cost.get(unit, 0.0)
         spent = self.spent[unit] - (aside if unit in CONTINUOUS else 0.0)
         return spent / max(self.limits[unit] - self._reserved(unit) - aside, 1e-9)
 
@@ -205,14 +205,14 @@ class Clock:
             **self.spent,
             "progress": self.progress,
             "limits": dict(self.limits),
-            "set_aside": dict(self.set_aside),
+            "excluded_cost": dict(self.excluded_cost),
             "model_flops": self.model_flops,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from what was spent; under other limits, it is another share of these."""
         self.spent = {unit: float(state.get(unit, 0.0)) for unit in UNITS}
-        self.set_aside = dict(state.get("set_aside", {}))
+        self.excluded_cost = dict(state.get("excluded_cost", {}))
         self.model_flops = float(state.get("model_flops", 0.0))
         share = max(map(self._share, self.limits), default=0.0)
         self.progress = float(state["progress"]) if state["limits"] == dict(self.limits) else min(share, 1.0)

@@ -28,7 +28,7 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
         self._names: list[str] = []
         self._since = 0.0
-        self.synchronises = False  # waits for the accelerator, so that a phase is what it took and not its launch
+        self.synchronizes = False  # waits for the accelerator, so that a phase is what it took and not its launch
 
     def charge(self, name: str) -> Charge:
         """Charge what happens inside to a name."""
@@ -45,7 +45,7 @@ class Stopwatch:
         self._names.pop()
 
     def _settle(self) -> None:
-        if self.synchronises and torch.accelerator.is_available():
+        if self.synchronizes and torch.accelerator.is_available():
             torch.accelerator.synchronize()
         now = time.perf_counter()
         if self._names:

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
+    from hf_accel.batch import StepBatch
     from hf_accel.losses import ExampleLosses, Head
-    from hf_accel.stream import StepBatch
 
 Fraction = Annotated[float, at.Interval(ge=0, le=1)]
 """A share of a whole, in [0, 1]."""
@@ -40,7 +40,7 @@ SLOTS = (
     "optimizer",
     "schedule",
     "averaging",
-    "synchronise",
+    "synchronize",
 )
 """What at most one technique may decide; each is a method of `Technique`."""
 
@@ -64,7 +64,7 @@ HOOKS = (
 
 STREAM = frozenset(
     "prepare_dataset select order batch collate step_select objective loss_head transform_batch "
-    "example_weights token_weights extra_loss observe synchronise".split()
+    "example_weights token_weights extra_loss observe synchronize".split()
 )
 """Hooks and slots for which batches come from the `StepStream`."""
 
@@ -186,7 +186,7 @@ class Technique(TrainerCallback):
 
     # For the receipt; a plain Trainer has no use for these, and no need of them ------------------------------------
 
-    def computation(self) -> Hashable:
+    def flops_key(self) -> Hashable:
         """What it varies of the computation of this step, beyond shapes and ``requires_grad``: the number of blocks or
         tokens that are dropped.  Steps that are alike in it are counted once."""
         return None
@@ -205,13 +205,13 @@ class Technique(TrainerCallback):
         """What may be spent, per unit of `hf_accel.clock.UNITS`; the first one reached ends the run."""
         raise NotImplementedError
 
-    def goes_on(self) -> bool:
+    def extends_previous_run(self) -> bool:
         """Whether the owner of ``budget`` means what may be spent beyond what the run before it has spent."""
         return False
 
     def meters(self) -> Mapping[str, Any]:
         """What measures, for the owner of ``budget``, what the trainer cannot count: of ``flops`` something with
-        `hf_accel.budget.flops.FlopMeter.measure`, of ``joules`` a function that gives those of this rank until now, and
+        `hf_accel.meters.flops.FlopMeter.measure`, of ``joules`` a function that gives those of this rank until now, and
         of ``seconds``, where they count from another moment than the entry into ``train()``, those since then."""
         return {}
 
@@ -237,7 +237,7 @@ class Technique(TrainerCallback):
         losses of all of them, over all ranks, before the step."""
         raise NotImplementedError
 
-    def scores_step(self) -> bool:
+    def needs_step_losses(self) -> bool:
         """Whether the owner of ``step_select`` wants the losses of the next step; where not, all of it is trained on.
         The same on every rank."""
         return True
@@ -259,7 +259,7 @@ class Technique(TrainerCallback):
         there are none.  The trainer evaluates, saves and returns them."""
         raise NotImplementedError
 
-    def synchronise(self) -> bool:
+    def synchronize(self) -> bool:
         """Whether this step's gradients are averaged over ranks."""
         raise NotImplementedError
 
@@ -272,7 +272,7 @@ class Technique(TrainerCallback):
         return min(state.global_step / state.max_steps, 1.0)
 
     @classmethod
-    def answers(cls) -> frozenset[str]:
+    def implemented_hooks(cls) -> frozenset[str]:
         """Names of the hooks and slots that this class overrides."""
         return frozenset(name for name in (*HOOKS, *SLOTS) if getattr(cls, name) is not getattr(Technique, name))
 
@@ -286,9 +286,9 @@ class Technique(TrainerCallback):
         self._refuse_plain_trainer()
 
     def _refuse_plain_trainer(self) -> None:
-        if self.host_ is None and self.answers():
+        if self.host_ is None and (hooks := self.implemented_hooks()):
             raise ValueError(
-                f"{self!r} needs {', '.join(sorted(self.answers()))}, which a callback of a plain Trainer cannot do. "
+                f"{self!r} needs {', '.join(sorted(hooks))}, which a callback of a plain Trainer cannot do. "
                 f"Use AccelTrainer(..., techniques=[{type(self).__name__}(...)]) or hf_accel.attach(trainer, [...])."
             )
 

@@ -310,7 +310,7 @@ def tiny_trainer(
         hosting = {"techniques": list(techniques), "micro_batch_size": micro_batch_size}
     if probe.tokenizer is not None:
         hosting["processing_class"] = probe.tokenizer()
-    schedules = any("schedule" in t.answers() for t in techniques)
+    schedules = any("schedule" in t.implemented_hooks() for t in techniques)
     if schedules:
         del settings["lr_scheduler_type"]
     trainer = trainer_class(

@@ -27,16 +27,17 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import has_length
 
-from hf_accel import batch_norm, host, losses, memory, weights
+from hf_accel import host, losses, weights
 from hf_accel.clock import Clock
-from hf_accel.pace import Pacer, Restorer, Terminator
+from hf_accel.engine import batch_norm, memory
+from hf_accel.engine.callbacks import ClockCallback, RestoreCallback, SigtermCallback
+from hf_accel.engine.optimization import Updating
+from hf_accel.engine.resuming import Resuming
 from hf_accel.receipt import Receipt, peak_memory_bytes
 from hf_accel.recipe import Recipe
-from hf_accel.resuming import Resuming
-from hf_accel.stream import Slots, StepStream
-from hf_accel.streaming import IterableStepStream
+from hf_accel.stream.indexed import Slots, StepStream
+from hf_accel.stream.iterable import IterableStepStream
 from hf_accel.technique import Technique
-from hf_accel.updating import Updating
 
 
 class AccelTrainerMixin(Updating, Resuming):
@@ -49,7 +50,7 @@ class AccelTrainerMixin(Updating, Resuming):
             ``"auto"``: the largest that fits, found by halving.  The examples of an update stay
             ``per_device_train_batch_size x gradient_accumulation_steps x ranks``.
         allow_changes: Resume although the checkpoint was written with other techniques.
-        async_checkpoints: Write checkpoints while training goes on (`hf_accel.saving`), on one process, under DDP and
+        async_checkpoints: Write checkpoints during training (`hf_accel.engine.saving`), on one process, under DDP and
             FSDP2; weights and optimizer state are copied to the CPU for it.  A run of the same kind resumes from
             them, with it or without.
         example_loss_func: ``(outputs, inputs) -> losses_B`` for models or trainers whose loss is none of the common
@@ -83,24 +84,24 @@ class AccelTrainerMixin(Updating, Resuming):
         args = self._prepared_args(args or host.arguments_kind(self)("tmp_trainer"), kwargs.get("train_dataset"))
         others = [callback for callback in given if not isinstance(callback, Technique)]
         kwargs["callbacks"] = [*others, *self.techniques]
-        quantised = getattr(model, "is_quantized", False)
-        if quantised:  # Trainer refuses it unless it has adapters
+        quantized = getattr(model, "is_quantized", False)
+        if quantized:  # Trainer refuses it unless it has adapters
             self.args = args
             model = self._prepared_model(model)
-            host.refuse_quantised(model)
+            host.refuse_quantized(model)
         if positional:
             super().__init__(model, args, *positional, **kwargs)
         else:  # by name, for not every trainer has its arguments second
             super().__init__(model=model, args=args, **kwargs)
-        self._settle(prepared=quantised)
+        self._settle(prepared=quantized)
 
     # Construction ---------------------------------------------------------------------------------------------------
 
     def _prepared_args(self, args: TrainingArguments, dataset: Any) -> TrainingArguments:
         """The arguments that Trainer sees: those that were given, as techniques and the stream want them."""
-        self._said = host.changed_arguments(args)
+        self._explicit_args = host.recorded_arguments(args)
         args = copy.copy(args)
-        for technique in self._asked("prepare_args"):
+        for technique in self._with_hook("prepare_args"):
             args = technique.prepare_args(args)
         if self._owners["budget"] is not None:
             host.refuse_two_budgets(args, self._owners["budget"])
@@ -130,9 +131,9 @@ class AccelTrainerMixin(Updating, Resuming):
             batch_norm.refuse_iterables(self)
         if self.techniques and self.args.enable_jit_checkpoint:
             replaced: Any = self.pop_callback(JITCheckpointCallback)
-            self.callback_handler.callbacks.insert(0, Terminator(self, replaced))
-        self.callback_handler.callbacks.insert(0, Pacer(self))
-        self.callback_handler.callbacks.append(Restorer(self))
+            self.callback_handler.callbacks.insert(0, SigtermCallback(self, replaced))
+        self.callback_handler.callbacks.insert(0, ClockCallback(self))
+        self.callback_handler.callbacks.append(RestoreCallback(self))
         self.callback_handler.__class__ = _charging(type(self.callback_handler))
         self.meters = {} if self._owners["budget"] is None else self._owners["budget"].meters()
         self.head = self._find_head() if self.streamed else None
@@ -154,7 +155,7 @@ class AccelTrainerMixin(Updating, Resuming):
                 self._move_model_to_device(model, self.args.device)
 
     def _prepared_model(self, model: nn.Module) -> nn.Module:
-        for technique in self._asked("prepare_model"):
+        for technique in self._with_hook("prepare_model"):
             model = technique.prepare_model(model)
         return model
 
@@ -163,7 +164,7 @@ class AccelTrainerMixin(Updating, Resuming):
 
     def _find_head(self) -> losses.Head | None:
         """The kind of loss; needed where a technique asks for the loss of an example."""
-        needing = [t for t in self.techniques if t.answers() & host.NEEDS_EXAMPLE_LOSSES]
+        needing = [t for t in self.techniques if t.implemented_hooks() & host.NEEDS_EXAMPLE_LOSSES]
         try:
             if self.example_loss_func is not None:
                 head = losses.head_from(self.example_loss_func)
@@ -176,7 +177,7 @@ class AccelTrainerMixin(Updating, Resuming):
             if needing:
                 raise ValueError(f"{', '.join(map(repr, needing))} needs a loss for each example: {error}") from None
             return None
-        for technique in self._asked("loss_head"):
+        for technique in self._with_hook("loss_head"):
             head = technique.loss_head(head)
         return head
 
@@ -191,7 +192,7 @@ class AccelTrainerMixin(Updating, Resuming):
         self._tokens_before = self._tokens_of_step = 0
         self._observed.clear()
         self._flops_by_size.clear()
-        self.stream = self.entry = None
+        self.stream = self.continuation_point = None
         self.run_id = uuid.uuid4().hex
         self.clock = Clock(self._limits(), now=self.clock.now, share=self._share)
         checkpoint = self._checkpoint_to_resume(resume_from_checkpoint)
@@ -213,7 +214,7 @@ class AccelTrainerMixin(Updating, Resuming):
             self.clock.spent["seconds"] = 0.0
             self.clock.start(ago=passed())
             if self._resumed is None:
-                self.clock.set_aside = {"seconds": self.clock.seconds}
+                self.clock.excluded_cost = {"seconds": self.clock.seconds}
         if "joules" in self.meters:
             self._joules_read = self.meters["joules"]()
 
@@ -245,10 +246,10 @@ class AccelTrainerMixin(Updating, Resuming):
             vars(self).pop("_host_scales_rightly", None)
         given = self.train_dataset
         try:
-            for technique in self._asked("prepare_dataset"):
+            for technique in self._with_hook("prepare_dataset"):
                 with self.charge(technique):
                     self.train_dataset = technique.prepare_dataset(self.train_dataset)
-            for technique in self._asked("inspect_dataset"):
+            for technique in self._with_hook("inspect_dataset"):
                 with self.charge(technique):
                     technique.inspect_dataset(self.train_dataset)
             if not self.streamed or given is None:
@@ -332,7 +333,7 @@ class AccelTrainerMixin(Updating, Resuming):
             return None
         if self.stream is not None:
             self._flush_observations()
-            # The stream ends its epochs itself (see `Pacer`): how many steps they have is not known beforehand.
+            # The stream ends its epochs itself (see `ClockCallback`): how many steps they have is not known beforehand.
             kwargs.update(steps_in_epoch=sys.maxsize, num_update_steps_per_epoch=sys.maxsize)
         return super()._run_epoch(**kwargs)
 
@@ -351,7 +352,7 @@ class AccelTrainerMixin(Updating, Resuming):
             if averages is not None:
                 weights.swap(self.model, averages)
                 stack.callback(weights.swap, self.model, averages)
-            for technique in self._asked(hook):
+            for technique in self._with_hook(hook):
                 stack.enter_context(getattr(technique, hook)(self.model))
             yield
 
@@ -371,7 +372,7 @@ class AccelTrainerMixin(Updating, Resuming):
             return super().save_model(output_dir, _internal_call)
         with self._weights_for("saving"):
             super().save_model(output_dir, _internal_call)
-        self._write_papers(output_dir or self.args.output_dir)
+        self._write_run_metadata(output_dir or self.args.output_dir)
 
     def _finalize_training(self, trial, num_train_samples, start_time):
         self.finish_saving()
@@ -420,7 +421,7 @@ class AccelTrainerMixin(Updating, Resuming):
             ],
         )
         if self.args.should_save:
-            self._write_papers(self.args.output_dir)
+            self._write_run_metadata(self.args.output_dir)
 
     def create_model_card(self, *args, **kwargs):
         super().create_model_card(*args, **kwargs)

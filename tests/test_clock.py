@@ -152,7 +152,7 @@ def test_what_is_set_aside_is_before_progress():
     clock = Clock({"steps": 10, "seconds": 40}, now=now)
     clock.start()
     now.seconds += 8
-    clock.set_aside = {"steps": 2, "seconds": 8}
+    clock.excluded_cost = {"steps": 2, "seconds": 8}
     seen = []
     for _ in range(4):
         clock.step_begins()

@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from hf_accel import Recipe
 from hf_accel.cli import app
-from hf_accel.system.planning import subject_of
 from hf_accel.testing import tiny_llama
+from hf_accel.tools.planning import subject_of
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs" / "recipes").glob("*.yaml"))
 
@@ -37,7 +37,7 @@ def test_there_are_recipes():
 
 
 def images(folder):
-    """Tables of images of one colour, which is the class."""
+    """Tables of images of one color, which is the class."""
     for name, number in (("train", 40), ("validation", 16)):
         rows = []
         for i in range(number):
@@ -96,17 +96,17 @@ def test_qlora_trains_a_model_of_4_bits(tmp_path):
     assert result.exit_code == 0, result.output
     (lora, _) = json.loads((tmp_path / "out" / "receipt.json").read_text())["techniques"]
     assert lora["report"]["layers"] == 4 * 7
-    adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # on the base model, which is not quantised
+    adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # on the base model, which is not quantized
     assert adapted.model.layers[0].mlp.up_proj.lora_B["default"].weight.abs().max() > 0
     result = qlora(tmp_path, "--set", "techniques=[]", "--output", str(tmp_path / "other"))
-    assert result.exit_code != 0 and "quantised weights, which are not trained, and no adapters" in result.output
+    assert result.exit_code != 0 and "quantized weights, which are not trained, and no adapters" in result.output
 
 
-def test_qlora_needs_a_model_and_what_quantises_it(tmp_path):
+def test_qlora_needs_a_model_and_what_quantizes_it(tmp_path):
     method = "model.quantization_config={quant_method: quanto, weights: int4}"
     result = qlora(tmp_path, "--set", method)
     message = re.sub(r"\s+", " ", result.output)
     assert result.exit_code != 0 and "error: model.quantization_config: Loading an optimum-quanto" in message
     path = next(path for path in RECIPES if path.stem == "qlora")
-    with pytest.raises(ValueError, match="plan does not count quantised weights"):
+    with pytest.raises(ValueError, match="plan does not count quantized weights"):
         subject_of(str(path))

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from hf_accel import evidence
-from hf_accel.cards import markdown, meanings, source
 from hf_accel.compare.workloads import WORKLOADS
+from hf_accel.evidence.cards import markdown, meanings, source
 from hf_accel.recipe import known_techniques
 
 ROOT = Path(__file__).parents[1]
@@ -34,9 +34,8 @@ def test_there_is_no_card_of_what_is_gone():
 
 @pytest.mark.parametrize("kind", TECHNIQUES.values(), ids=TECHNIQUES)
 def test_a_technique_has_a_card_with_a_paper_and_a_test_of_its_own(kind):
-    text = DOCUMENTS[generate.card_path(kind)]
-    reference = re.search(r"^\*\*Reference\.\*\* (.*)", text, re.MULTILINE)[1]
-    assert "<https://" in reference
+    references = DOCUMENTS[generate.card_path(kind)].split("\n## References\n")[1]
+    assert "<https://" in references
     path = source(kind).relative_to(ROOT / "hf_accel")
     assert (ROOT / "tests" / path.parent / f"test_{path.name}").exists()
 
@@ -140,8 +139,8 @@ def test_the_first_numbers_are_those_of_the_fastest_of_fair_comparisons(tmp_path
     records = {
         "fair": document("8 trials", True, arm("Muon", 1.5), arm("InfoBatch", 1.1)),
         "faster": document("8 trials", True, arm("Muon", 1.8)),
-        "untuned": document("", True, arm("Lamb", 9.0)),
-        "unproven": document("8 trials", False, arm("Lars", 9.0)),
+        "untuned": document("", True, arm("LAMB", 9.0)),
+        "unproven": document("8 trials", False, arm("LARS", 9.0)),
     }
     overhead, kept = tmp_path / "overhead.json", tmp_path / "kept.json"
     overhead.write_text('{"wall": {"ratio": 1.01, "low": 1.0, "high": 1.02}}')
@@ -171,3 +170,10 @@ def test_budgets_may_be_compared_on_different_numbers_of_seeds(tmp_path):
         "| novels-lm | 120 s | 30 | 1.5000 in 119.9 s | 1.5100 in 117.0 s | 1.4990 "
         "| +0.0010 [-0.0010, +0.0030], margin 0.0040 | non-inferior | 1.6000 (6 seeds) | better |"
     )
+
+
+def test_the_glossary_has_each_term_once_in_at_most_two_sentences():
+    rows = re.findall(r"^\| \*(.+)\* \| (.+) \|$", (ROOT / "docs" / "glossary.md").read_text(), re.MULTILINE)
+    terms = [term for term, _ in rows]
+    assert len(terms) > 50 and len(set(terms)) == len(terms)
+    assert not [term for term, meaning in rows if len(re.findall(r"[.!?](?= |$)", meaning)) > 2]

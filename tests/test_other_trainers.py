@@ -222,12 +222,11 @@ HEADING = f"""# Techniques in other trainers
 
 <!-- Written by pytest tests/test_other_trainers.py --write-docs, from what ran. -->
 
-`accelerated(SFTTrainer)(..., techniques=[...])` hosts techniques in other trainers, and so does
-`attach(trainer, [...])`. Here each trained a tiny model; a number is that of a refusal, which is given below
-and comes before the first step.
+`accelerated(SFTTrainer)(..., techniques=[...])` and `attach(trainer, [...])` add techniques to other trainers.
+*Trains*: the technique trained a tiny model. A number refers to the error below, which comes before the first step.
 
-The models are of text, so techniques for images, speech and masked language models are left out, and were tried in
-`AccelTrainer` only: {", ".join(OTHERS)}.
+The table has text models only. Techniques for images, speech and masked language models were tested in `AccelTrainer`
+only: {", ".join(OTHERS)}.
 """
 
 

@@ -5,8 +5,8 @@ import pytest
 
 import hf_accel
 from hf_accel import Recipe
-from hf_accel.notation import load_yaml
 from hf_accel.recipe import known_techniques
+from hf_accel.recipe.yaml_io import load_yaml
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()

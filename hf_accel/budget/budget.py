@@ -26,10 +26,10 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from hf_accel.budget.energy import EnergyMeter
-from hf_accel.budget.flops import FlopMeter, peak_flops
-from hf_accel.budget.job import job_seconds, passed_seconds
 from hf_accel.clock import CONTINUOUS, UNITS, parse_budget
+from hf_accel.meters.energy import EnergyMeter
+from hf_accel.meters.flops import FlopMeter, peak_flops
+from hf_accel.meters.job import job_seconds, passed_seconds
 from hf_accel.technique import State, Technique
 
 
@@ -68,7 +68,7 @@ class Budget(Technique):
             raise ValueError(f"{self!r}: each unit may be limited once, and at least one must be. Give other limits.")
         return limits
 
-    def goes_on(self) -> bool:
+    def extends_previous_run(self) -> bool:
         return any(text.startswith("+") for text in self._texts())
 
     def meters(self) -> Mapping[str, Any]:
@@ -99,7 +99,7 @@ class Budget(Technique):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == 0:
             host: Any = self.host_
-            taken = host.taken_by_first_step()
+            taken = host.first_step_cost()
             if "tokens" in host.clock.limits and not taken["tokens"]:
                 raise ValueError(f"{self!r}: the batches hold no tokens. Give samples or epochs.")
             self._refuse_too_little(taken)
@@ -107,7 +107,7 @@ class Budget(Technique):
     def _refuse_too_little(self, taken: Mapping[str, float]) -> None:
         """Raise before the first update where it would be late, on every rank."""
         clock = self.host_.clock  # type: ignore[union-attr]
-        fits = all(clock.has(unit, amount) for unit, amount in taken.items() if unit in clock.limits)
+        fits = all(clock.can_afford(unit, amount) for unit, amount in taken.items() if unit in clock.limits)
         if not all(clock.share([float(fits)])):
             raise ValueError(
                 f"{self!r}: one step, and the evaluation and the checkpoint after it, do not fit into it. Give more."
@@ -126,11 +126,11 @@ class Budget(Technique):
         can do that the model needed."""
         host: Any = self.host_
         clock = host.clock
-        spent = clock.spent | {u: clock.spent[u] + a for u, a in clock.set_aside.items() if u not in CONTINUOUS}
+        spent = clock.spent | {u: clock.spent[u] + a for u, a in clock.excluded_cost.items() if u not in CONTINUOUS}
         spent["seconds"] = clock.seconds
         report = {f"{unit}_share": spent[unit] / limit for unit, limit in clock.limits.items()}
         if "flops" in clock.limits:
-            report["utilisation"] = clock.model_flops / (self.peak_ * host.args.world_size * clock.seconds)
+            report["utilization"] = clock.model_flops / (self.peak_ * host.args.world_size * clock.seconds)
         return report
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
-from hf_accel.notation import nearest
+from hf_accel.recipe.technique_syntax import nearest
 from hf_accel.technique import State, Technique
 
 EVERY = 0.05

@@ -2,4 +2,5 @@
 
 from hf_accel.cli.app import app
 
-app()
+if __name__ == "__main__":
+    app()

@@ -15,10 +15,10 @@ from hf_accel.cli.doctor import doctor
 from hf_accel.cli.export import export
 from hf_accel.cli.find_lr import find_lr
 from hf_accel.cli.plan import plan
+from hf_accel.cli.run import run
 from hf_accel.cli.soup import soup
 from hf_accel.cli.techniques import techniques
 from hf_accel.cli.train import train
-from hf_accel.run import run
 
 
 class Commands(TyperGroup):

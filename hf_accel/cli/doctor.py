@@ -13,10 +13,10 @@ from rich.table import Table
 from transformers import Trainer, set_seed
 
 from hf_accel.recipe import Recipe
-from hf_accel.run import run_script
-from hf_accel.system.doctor import Examination, Finding, examine, instead_of_training
-from hf_accel.system.lint import lint
 from hf_accel.tasks import build_task
+from hf_accel.tools.doctor import Examination, Finding, examine, instead_of_training
+from hf_accel.tools.lint import lint
+from hf_accel.tools.run_script import run_script
 
 
 def doctor(
@@ -47,7 +47,7 @@ def doctor(
 
 def examine_recipe(recipe: Recipe) -> Examination:
     """A short run of a recipe, without its budget."""
-    techniques = [t for t in recipe.build_techniques() if "budget" not in t.answers()]
+    techniques = [t for t in recipe.build_techniques() if "budget" not in t.implemented_hooks()]
     with tempfile.TemporaryDirectory() as folder:
         args: Any = recipe.with_changes(f"args.output_dir={folder}").training_arguments()
         set_seed(args.seed)

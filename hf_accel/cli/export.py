@@ -10,7 +10,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_accel import checkpoint as ckpt
+from hf_accel.checkpoints import format as ckpt
 from hf_accel.cli.soup import refuse_full
 
 
@@ -24,7 +24,7 @@ def export(
     out = out or checkpoint.with_name(checkpoint.name.replace("checkpoint", "averaged"))
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint}: there is no checkpoint. Name a checkpoint-N directory.")
-    if (fault := ckpt.whats_wrong(checkpoint)) is not None:
+    if (fault := ckpt.integrity_error(checkpoint)) is not None:
         raise ValueError(f"{checkpoint}: the checkpoint is not whole, {fault}. Name another one.")
     if (averages := ckpt.load_averaged(checkpoint)) is None:
         raise ValueError(f"{checkpoint}: holds no averages. Load it with from_pretrained as it is.")
@@ -38,7 +38,7 @@ def write(checkpoint: Path, averages: dict[str, Tensor], out: Path) -> None:
     """The model or the adapter of a checkpoint, with averages in the place of the weights."""
     from safetensors.torch import save_file
 
-    from hf_accel.optim.averaging.soup import ADAPTER, copy_companions, is_adapter, load_adapter, load_model
+    from hf_accel.tools.soup import ADAPTER, copy_companions, is_adapter, load_adapter, load_model
 
     if is_adapter(checkpoint):
         config, tensors = load_adapter(checkpoint)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import tempfile
@@ -120,7 +121,7 @@ def of_workload(name: str, recipe: Recipe, scratch: str) -> Any:
 
 
 def _need_matplotlib() -> None:
-    from hf_accel.compare.workloads.workload import missing_package
-
-    if (problem := missing_package("matplotlib", "compare")) is not None:
-        raise ValueError(f"{problem} Or leave the plot out with --no-plot.")
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError(
+            "find-lr: the plot needs matplotlib. Install it with: pip install 'hf-accel[compare]', or add --no-plot."
+        )

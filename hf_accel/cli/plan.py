@@ -13,12 +13,12 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils import logging
 
-from hf_accel.budget.calibration import Forecast, calibrate
 from hf_accel.cli.find_lr import of_recipe
 from hf_accel.optim.learning_rate.learning_rate_scaling import rate_factor
 from hf_accel.optim.learning_rate.learning_rate_search import LearningRateSearch
 from hf_accel.recipe import Recipe
-from hf_accel.system.planning import KEPT_BACK, Footprint, Planner, Setting, parse_bytes, subject_of, write_configs
+from hf_accel.tools.calibration import Forecast, calibrate
+from hf_accel.tools.planning import KEPT_BACK, Footprint, Planner, Setting, parse_bytes, subject_of, write_configs
 
 WAYS = {
     (False, False): "all weights",
@@ -68,6 +68,9 @@ def plan(
     console.print(totals(planner, settings, limit))
     shown = chosen or min(settings, key=lambda setting: planner.footprint(setting).device)
     console.print(parts(planner, settings, shown, console.width))
+    if not any(setting.lora for setting in settings):
+        left_out = "LoRA is left out: it needs peft. Install it with: pip install 'hf-accel[peft]'."
+        console.print(left_out, markup=False, highlight=False)
     if chosen is None:
         smallest = planner.footprint(shown).device
         console.print(

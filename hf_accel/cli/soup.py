@@ -24,7 +24,7 @@ def soup(
     metric: Annotated[str, typer.Option(help="Metric of the evaluation, as loss or accuracy.")] = "loss",
 ) -> None:
     """Average the weights of models, or of LoRA adapters, exactly."""
-    from hf_accel.optim.averaging import soup as soups
+    from hf_accel.tools import soup as soups
 
     if greedy != (recipe is not None):
         raise ValueError("soup: --greedy and --recipe belong together. Give both, or none.")
@@ -55,8 +55,8 @@ def refuse_full(out: Path) -> None:
 
 def evaluation(recipe: Recipe, metric: str) -> Callable[[Path], float]:
     """A metric of any folder's model, on the validation set of a recipe."""
-    from hf_accel.optim.averaging.soup import is_adapter, load_model
     from hf_accel.tasks import build_task
+    from hf_accel.tools.soup import is_adapter, load_model
 
     recipe.args |= {"report_to": "none", "disable_tqdm": True}
     args = recipe.training_arguments()

@@ -16,8 +16,9 @@ def techniques(
     as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
 ) -> None:
     """List the techniques with their evidence, or print the card of one."""
-    from hf_accel import cards, evidence
-    from hf_accel.notation import nearest
+    from hf_accel import evidence
+    from hf_accel.evidence import cards
+    from hf_accel.recipe.technique_syntax import nearest
 
     records, known = evidence.load_records(), dict(cards.in_order())
     if name is not None:

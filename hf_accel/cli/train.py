@@ -11,7 +11,7 @@ from rich.console import Console
 from transformers import set_seed
 from transformers.utils import logging
 
-from hf_accel.checkpoint import checkpoints
+from hf_accel.checkpoints.format import checkpoints
 from hf_accel.cli.progress import progress_bar
 from hf_accel.recipe import Recipe
 from hf_accel.tasks import build_task
@@ -44,7 +44,9 @@ def train(
         chosen.args["output_dir"] = str(output)
     args = chosen.training_arguments()
     techniques = chosen.build_techniques()  # a mistake shows before any data are read
-    if going_on is not None and not any("budget" in t.answers() and t.goes_on() for t in techniques):
+    if going_on is not None and not any(
+        "budget" in t.implemented_hooks() and t.extends_previous_run() for t in techniques
+    ):
         raise ValueError(f"continue({str(going_on)!r}): how much more may be spent? Say it, as --budget +30min.")
     if going_on is not None and resume:
         raise ValueError("resume: an interrupted run is resumed without --continue. Leave one of the two out.")

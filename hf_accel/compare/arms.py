@@ -46,7 +46,7 @@ class Arm:
     def inherit(self, args: Mapping[str, Any]) -> Arm:
         """Return the arm with ``args`` where its recipe names none; raise where the recipe is wrong."""
         techniques = self.recipe.build_techniques()
-        slots = {slot for slot in REPLACED for technique in techniques if slot in technique.answers()}
+        slots = {slot for slot in REPLACED for technique in techniques if slot in technique.implemented_hooks()}
         replaced = {name for slot in slots for name in REPLACED[slot]}
         inherited = {name: value for name, value in args.items() if name not in replaced}
         arm = self.changed(inherited | self.recipe.args)

@@ -37,7 +37,7 @@ def collect(
     known = {name for record in records.values() for name in record.get("metrics", {})}
     if known and metric not in known:
         shown = ", ".join(sorted(known - {"epoch"}))
-        raise ValueError(f"metric({metric!r}): the evaluation has none of this name. It has {shown}.")
+        raise ValueError(f"metric({metric!r}): the evaluation does not compute it. Use one of: {shown}.")
     count_tokens(records)
     lower, whole = lower_is_better(metric), whole_seeds(records, horizons, seeds)
     margin = workload.margin if metric == workload.metric else 0.003 if lower else 0.002

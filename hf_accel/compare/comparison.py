@@ -41,8 +41,8 @@ class Comparison:
 
     Args:
         candidates: Arms, recipes, their paths, or techniques as Python writes them.
-        workload: A workload or its name; None: task, model and data of the baseline's or the first recipe, whose
-            arguments without techniques are the baseline.
+        workload: A workload or its name; None: task, model and data of the baseline's or the first recipe.  Its
+            arguments are then the baseline's.
         baseline: Recipe that replaces the workload's tuned baseline.
         horizons: Shares of the nominal budget at which the baseline is trained.
         seeds: Number of seeds, or the seeds.

@@ -1,4 +1,4 @@
-"""Figures of the report, drawn by matplotlib as SVG whose colors are variables of the page's style sheet."""
+"""Figures of the report: matplotlib draws them as SVG, in colors that the page's style sheet defines."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def losses(results: Results) -> str:
 
 @matplotlib.rc_context(STYLE)
 def times(results: Results) -> tuple[str, list[str]]:
-    """Draw each arm's wall seconds by part; also name the arms whose time was not measured by part."""
+    """Draw each arm's wall seconds by part; also name the arms without such a measurement."""
     split, silent, titles = {}, [], []
     for row in arms(results):
         # A plain Trainer has no receipt; the same arm through AccelTrainer has.

@@ -21,7 +21,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from hf_accel.budget.flops import Counting, FlopMeter, Flops, Result
+from hf_accel.meters.flops import Counting, FlopMeter, Flops, Result
 from hf_accel.trainer import AccelTrainerMixin
 
 

@@ -14,8 +14,8 @@ from hf_accel.compare.statistics import mean_interval
 
 QUALITY = (
     "Each mark is a run; the line is the baseline's mean at its horizons. A dashed line leads from a candidate's mean "
-    "to the cost at which the baseline is as good: the further to the right it ends, the faster the candidate; to the "
-    "left, the slower."
+    "to the cost at which the baseline is as good. If it leads to the right, the candidate is faster; to the left, "
+    "slower."
 )
 LOSS = (
     "Means over seeds, each run against its own length. A technique that changes the training examples changes this "
@@ -60,7 +60,7 @@ def sections(results: Results) -> dict[str, dict[str, Any]]:
         "Where the time went": {"figure": times, "notes": [TIME + unsplit] if times else []},
         "Counted in other costs": {"table": report.other_costs(results)},
         "Apart from the comparison": {"table": apart, "notes": [report.DEFAULTS] if apart else []},
-        "What went wrong": {"list": report.errors(results)},
+        "Errors": {"list": report.errors(results)},
         "Baseline": {"facts": results.baseline_args},
         "Machine and versions": {"facts": about},
     }

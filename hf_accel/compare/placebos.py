@@ -1,7 +1,7 @@
 """Placebos: cheap alternatives that a candidate must beat.
 
-The baseline's shorter horizons are one placebo.  The others are arms: the baseline with the candidate's learning rate,
-on a random subset as large as what the candidate trained on, or with a batch that fills the candidate's memory.
+The baseline's shorter horizons are one placebo.  The others are arms of their own: the baseline with the candidate's
+learning rate, on a subset of the same size, or with a batch that fills its memory.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def measured_placebos(arms: Sequence[Arm], baseline: Recipe, records: Mapping[Ru
 
 def random_subset_placebo(candidate: Recipe, baseline: Recipe, sample_ratio: float) -> Recipe | None:
     """Train the baseline on a random subset, if the candidate selects examples and trains on fewer than 97 %."""
-    selects = any({"select", "step_select"} & technique.answers() for technique in candidate.build_techniques())
+    selects = any(
+        {"select", "step_select"} & technique.implemented_hooks() for technique in candidate.build_techniques()
+    )
     if not selects or not 0 < sample_ratio < 0.97:
         return None
     return Recipe(args=baseline.args, techniques=[RandomSubset(keep=round(sample_ratio, 2))])

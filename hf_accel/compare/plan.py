@@ -36,7 +36,7 @@ class Plan:
     """Builds runs on one workload.
 
     Args:
-        workload: What arms are trained on.
+        workload: Model, data and metric.
         horizons: Shares of the nominal budget at which the baseline is trained.
         seeds: Seeds of every arm.
         settings: Further entries of every run's configuration.

@@ -85,13 +85,13 @@ def errors(results: Results) -> list[str]:
 def notes(results: Results) -> list[str]:
     """Explain the table of speed-ups."""
     return [
-        "A speed-up is T(q) / t: the candidate reached quality q at cost t, and T(q) is what the baseline of the same "
-        "seed needs for q, interpolated over its horizons, each trained to the end of its own learning-rate decay. "
+        "A speed-up is T(q) / t: the candidate reached quality q at cost t, the baseline of the same seed at cost "
+        "T(q). T(q) is interpolated over the baseline's horizons, each with its own full learning-rate decay. "
         "Brackets are 95 % intervals (Student's t on logarithms over seeds, widened by the uncertainty of the "
         "interpolation). Outside the baseline's range there are bounds and misses, never numbers.",
-        f"At equal budget: non-inferior if the one-sided 95 % bound of the difference to the baseline of the same "
-        f"horizon is below {results.margin:g}, a margin fixed in advance. p tests for no speed-up, one-sided and "
-        "adjusted for the number of candidates (Holm).",
+        f"At equal budget, non-inferior means: the one-sided 95 % bound of the difference to the baseline is below "
+        f"{results.margin:g}, a margin fixed in advance. The p-value of no speed-up is one-sided and adjusted for the "
+        "number of candidates (Holm).",
     ]
 
 
@@ -114,7 +114,7 @@ def markdown(results: Results) -> str:
     sections = {
         "Apart from the comparison": [DEFAULTS, "", *apart.markdown()] if (apart := defaults(results)) else [],
         "Counted in other costs": costs.markdown() if (costs := other_costs(results)) else [],
-        "What went wrong": [*(f"- {line}" for line in wrong), ""] if (wrong := errors(results)) else [],
+        "Errors": [*(f"- {line}" for line in wrong), ""] if (wrong := errors(results)) else [],
         "Baseline": [
             *(f"- `{name}`: `{value}`" for name, value in results.baseline_args.items()),
             *("", f"{results.machine}. Code {results.code}, {results.date}, {versions}.", ""),

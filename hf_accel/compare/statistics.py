@@ -56,9 +56,9 @@ class Curve:
 def fit_curve(costs_H: ArrayLike, losses_H: ArrayLike) -> Curve:
     """Fit a monotone curve to one seed's runs, without those that have no finite loss.
 
-    Where noise makes a costlier run end worse, neighbors are averaged in loss and in log cost until the loss falls from
-    knot to knot: isotonic regression by pooling adjacent violators.  A pooled knot stays one point, so that the inverse
-    is continuous.
+    Noise can make a costlier run end worse.  Neighbors are then averaged in loss and in log cost, until the loss falls
+    from knot to knot (isotonic regression by pooling adjacent violators).  A pooled knot stays one point, so that the
+    inverse is continuous.
     """
     costs, losses = np.asarray(costs_H, float), np.asarray(losses_H, float)
     finite = np.isfinite(losses) & np.isfinite(costs)

@@ -154,7 +154,7 @@ def make_trainer(
     unit, amount = parse_budget(budget)
     horizon: dict[str, Any] | None = None
     accumulation = args.get("gradient_accumulation_steps", 1)
-    misscaled = accumulation > 1 and not losses.honours_num_items(task["model"])
+    misscaled = accumulation > 1 and not losses.honors_num_items(task["model"])
     plain = not recipe.techniques and not hosted and not misscaled
     if plain and unit == "epochs":
         horizon = {"num_train_epochs": amount}

@@ -1,8 +1,8 @@
 """System-centric techniques and tools."""
 
-from hf_accel.system import synchronise
-from hf_accel.system.synchronise import *
+from hf_accel.system import synchronize
+from hf_accel.system.synchronize import *
 
 __all__ = []
-__all__ += synchronise.__all__
+__all__ += synchronize.__all__
 """System-centric: what runs where, and what it takes."""

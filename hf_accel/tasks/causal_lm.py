@@ -1,4 +1,4 @@
-"""Language modelling: the next token of texts, in blocks of equal length or one text an example."""
+"""Language modeling: the next token of texts, in blocks of equal length or one text an example."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class TextData:
 
 
 def causal_lm(model: str | dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """Model, data and collator for language modelling."""
+    """Model, data and collator for language modeling."""
     check_fields("data", data, TextData)
     options = TextData(**data)
     tokenizer = load_tokenizer(options.tokenizer, model)

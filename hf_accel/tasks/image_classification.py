@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 from transformers import AutoModelForImageClassification, ViTImageProcessor
-from transformers.image_utils import PILImageResampling
 from transformers.models.auto.image_processing_auto import get_image_processor_config
 
 from hf_accel.recipe import RecipeError, check_fields
@@ -72,6 +70,11 @@ class Images(Dataset):
 
 def image_classification(model: str | dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """Model, data, collator and accuracy for the classification of images."""
+    try:
+        from PIL import Image
+    except ImportError:
+        message = "task('image-classification'): needs pillow. Install it with: pip install 'hf-accel[vision]'."
+        raise RecipeError(message) from None
     check_fields("data", data, ImageData)
     for key in ("train", "validation"):
         if key not in data:
@@ -90,7 +93,7 @@ def image_classification(model: str | dict[str, Any], data: dict[str, Any]) -> d
         "model": loaded,  # its head made anew, where it was for other classes
         "processing_class": ViTImageProcessor(
             size={"height": options.size, "width": options.size},
-            resample=PILImageResampling.BICUBIC,
+            resample=Image.Resampling.BICUBIC,
             image_mean=mean,  # as it was trained
             image_std=std,
         ),
@@ -103,8 +106,6 @@ def image_classification(model: str | dict[str, Any], data: dict[str, Any]) -> d
 
 def read_images(source: str, options: ImageData) -> tuple[list[bytes | Path], list[Any]]:
     """Files of images, and their labels."""
-    if importlib.util.find_spec("PIL") is None:
-        raise RecipeError("pillow: is not installed. Install it with: pip install 'hf-accel[vision]'.")
     if existing(source).is_dir():
         paths = sorted(path for path in existing(source).glob("*/*") if path.is_file())
         if not paths:

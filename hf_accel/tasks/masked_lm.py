@@ -1,4 +1,4 @@
-"""Masked language modelling: the tokens of texts that were hidden, from those on both sides of them."""
+"""Masked language modeling: the tokens of texts that were hidden, from those on both sides of them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class MaskedTextData(TextData):
 
 
 def masked_lm(model: str | dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """Model, data and collator for masked language modelling."""
+    """Model, data and collator for masked language modeling."""
     check_fields("data", data, MaskedTextData)
     options = MaskedTextData(**data)
     tokenizer = load_tokenizer(options.tokenizer, model)

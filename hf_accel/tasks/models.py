@@ -10,8 +10,8 @@ from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoTokenizer, ByT5Tokenizer, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from hf_accel.notation import nearest
 from hf_accel.recipe import RecipeError
+from hf_accel.recipe.technique_syntax import nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Of weights, by their names in a recipe."""
@@ -29,16 +29,16 @@ def load_tokenizer(name: str | None, model: str | dict[str, Any]) -> Any:
     except (OSError, ValueError) as error:
         raise RecipeError(_not_loaded(subject, name, error)) from None
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # labels are padded apart, so the end of a text is still learnt
+        tokenizer.pad_token = tokenizer.eos_token  # labels are padded apart, so the end of a text is still learned
     return tokenizer
 
 
 def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options: Any) -> PreTrainedModel:
-    """A model of an auto class: the weights of a path or name, quantised where it is ``{path: ..., quantization_config:
+    """A model of an auto class: the weights of a path or name, quantized where it is ``{path: ..., quantization_config:
     {...}}`` as transformers reads it, or new ones of ``{config: {model_type: ...}}``; ``options`` are what the data say
     of its configuration.
 
-    Saved weights that are not quantised are trained in float32, whatever they were saved in, for small updates vanish
+    Saved weights that are not quantized are trained in float32, whatever they were saved in, for small updates vanish
     in half precision; ``{path: ..., dtype: bfloat16}`` keeps them so, as for `LoRA`, which does not train them.
     """
     if isinstance(model, str):
@@ -46,7 +46,7 @@ def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options
     if set(model) == {"path", "dtype"}:
         return _load_saved(kind, **model, **options)
     if set(model) == {"path", "quantization_config"}:
-        return _load_quantised(kind, **model, **options)
+        return _load_quantized(kind, **model, **options)
     given = model.get("config")
     if set(model) != {"config"} or not isinstance(given, dict) or "model_type" not in given:
         raise RecipeError(
@@ -83,15 +83,15 @@ def _load_saved(kind: Any, path: str, dtype: Any = None, **options: Any) -> PreT
     wanted = None if dtype is None else dtype_of(dtype)
     try:
         config = AutoConfig.from_pretrained(path)
-        quantised = getattr(config, "quantization_config", None) is not None
-        return kind.from_pretrained(path, dtype=wanted or ("auto" if quantised else torch.float32), **options)
+        quantized = getattr(config, "quantization_config", None) is not None
+        return kind.from_pretrained(path, dtype=wanted or ("auto" if quantized else torch.float32), **options)
     except (OSError, ValueError) as error:
         raise RecipeError(_not_loaded("model", path, error)) from None
-    except ImportError as error:  # what reads its quantised weights
+    except ImportError as error:  # what reads its quantized weights
         raise RecipeError(f"model({path!r}): {_on_a_line(error)}") from None
 
 
-def _load_quantised(kind: Any, path: str, quantization_config: Any, **options: Any) -> PreTrainedModel:
+def _load_quantized(kind: Any, path: str, quantization_config: Any, **options: Any) -> PreTrainedModel:
     if not isinstance(quantization_config, dict):
         raise RecipeError(
             f"model.quantization_config({quantization_config!r}): must be a mapping. Write '{{load_in_4bit: true}}'."

@@ -16,7 +16,7 @@ from hf_accel.tasks.models import load_model, load_tokenizer
 
 
 @dataclass
-class LabelledData:
+class LabeledData:
     """Where the texts and labels are.
 
     Args:
@@ -38,11 +38,11 @@ class LabelledData:
 
 def sequence_classification(model: str | dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
     """Model, data, collator and accuracy for the classification of texts."""
-    check_fields("data", data, LabelledData)
+    check_fields("data", data, LabeledData)
     for key in ("train", "validation"):
         if key not in data:
             raise RecipeError(f"data: {key!r} is missing. Name the file of the {key} examples.")
-    options = LabelledData(**data)
+    options = LabeledData(**data)
     columns = [options.text_column, options.label_column]
     tables = {source: read_table(source, columns) for source in (options.train, options.validation)}
     found = {source: table[options.label_column].to_pylist() for source, table in tables.items()}

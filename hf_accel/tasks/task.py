@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from hf_accel.notation import nearest
 from hf_accel.recipe import Recipe, RecipeError
+from hf_accel.recipe.technique_syntax import nearest
 from hf_accel.tasks.causal_lm import causal_lm
 from hf_accel.tasks.image_classification import image_classification
 from hf_accel.tasks.masked_lm import masked_lm
@@ -24,7 +24,7 @@ TASKS = {
 
 
 def build_task(recipe: Recipe) -> Task:
-    """Model and data of a recipe.  The model is initialised from torch's global generator: seed it before."""
+    """Model and data of a recipe.  The model is initialized from torch's global generator: seed it before."""
     if recipe.task is None:
         raise RecipeError(f"recipe: it names no task. Write 'task:' with one of {', '.join(TASKS)}.")
     if recipe.task not in TASKS:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hf_accel import Budget, LayerFreezing, LearningRateSearch, SharpnessAware
 from hf_accel.clock import Clock
-from hf_accel.pace import _guess_saving
+from hf_accel.engine.reserve import _guess_saving
 from hf_accel.testing import CountingText, collate_padded, losses_of, tiny_llama, tiny_trainer
 
 
@@ -94,7 +94,7 @@ def test_operations_are_spent_and_shown(tmp_path):
     receipt = trainer.receipt
     assert trainer.state.global_step == 20 and receipt.final_learning_rate == 0.0
     assert receipt.executed_flops == receipt.model_flops == 20 * step
-    assert 0 < receipt.techniques[0]["report"]["utilisation"] < 1
+    assert 0 < receipt.techniques[0]["report"]["utilization"] < 1
     assert receipt.cost(price_per_hour=7200.0) == 2 * receipt.wall_seconds
     assert counted([Budget("1step")], tmp_path).meters == {}
 
@@ -144,7 +144,7 @@ def test_a_budget_that_is_spent_already(tmp_path):
 def test_a_search_of_the_rate_takes_its_share(limit, unit, amount, tmp_path):
     trainer = counted([Budget(limit), LearningRateSearch(share=0.8)], tmp_path)
     trainer.train()
-    assert trainer.clock.set_aside[unit] == 0.8 * amount
+    assert trainer.clock.excluded_cost[unit] == 0.8 * amount
     assert 0.9 * 0.2 * amount < trainer.clock.spent[unit] <= 0.2 * amount
     assert trainer.receipt.final_learning_rate == 0.0
 

@@ -31,7 +31,7 @@ def test_an_argument_exists(name):
 
 def test_every_argument_is_treated_in_one_way():
     treated = {name: host.treatment(name)[0] for name in FIELDS}
-    assert {"honoured", "refused", "re-interpreted"} == set(treated.values())
+    assert {"honored", "refused", "re-interpreted"} == set(treated.values())
     assert not host.REFUSED.keys() & host.REINTERPRETED.keys() - {"lr_scheduler_type"}
 
 

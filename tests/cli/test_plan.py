@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from hf_accel import Recipe
 from hf_accel.cli import app
-from hf_accel.notation import load_yaml
+from hf_accel.recipe.yaml_io import load_yaml
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from typer.testing import CliRunner
 
 from hf_accel import Recipe
 from hf_accel.cli import app
-from hf_accel.optim.averaging.soup import greedy, soup
 from hf_accel.testing import tiny_convnext, tiny_llama
+from hf_accel.tools.soup import greedy, soup
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it
 
@@ -70,7 +70,7 @@ CONFIGS = {
         LoraConfig(r=2, lora_alpha=8, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]),
         LoraConfig(r=3, lora_alpha=2, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"]),
     ],
-    "patterns and rank-stabilised": [
+    "patterns and rank-stabilized": [
         LoraConfig(r=2, target_modules=["q_proj", "v_proj"], rank_pattern={"v_proj": 4}, alpha_pattern={"v_proj": 3}),
         LoraConfig(r=4, target_modules=["q_proj", "v_proj"], use_rslora=True),
     ],

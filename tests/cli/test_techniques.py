@@ -5,8 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from hf_accel import cards, evidence
+from hf_accel import evidence
 from hf_accel.cli import app
+from hf_accel.evidence import cards
 from hf_accel.recipe import known_techniques
 
 WIDE = {"COLUMNS": "160"}
@@ -36,7 +37,7 @@ def test_the_table_has_every_technique():
 def test_a_name_prints_its_card():
     shown = run("InfoBatch")
     assert shown.exit_code == 0
-    for words in ("InfoBatch", "Perspective: data.", "When not to use.", "Fields", "Measured here"):
+    for words in ("Use InfoBatch if", "Perspective: data.", "When not to use", "Hyperparameters", "Evidence"):
         assert words in shown.output, words
     plain = json.loads(run("InfoBatch", "--json").stdout)
     assert plain["card"].startswith("# InfoBatch\n") and plain["slots"] == ["select"]

@@ -179,7 +179,7 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(line, message, recipe, t
 
 def test_the_default_recipe_is_complete():
     recipe = Recipe.load(DEFAULT)
-    assert recipe.task == "causal-lm" and recipe.data["source"] == "stdlib" and recipe.budget == "2min"
+    assert recipe.task == "causal-lm" and recipe.data["source"] == "stdlib" and recipe.budget == "1min"
     assert recipe.training_arguments().save_strategy == "steps"
     assert run("--help").exit_code == 0 and run("train", "--help").exit_code == 0
 
@@ -213,7 +213,7 @@ def test_a_finished_run_goes_on(recipe, tmp_path):
 )
 def test_budgets_that_cannot_be_kept_are_one_sentence_before_training(options, sentence, recipe, tmp_path, monkeypatch):
     monkeypatch.delenv("SLURM_JOB_START_TIME", raising=False)
-    monkeypatch.setattr("hf_accel.budget.energy.POWERCAP", tmp_path)
+    monkeypatch.setattr("hf_accel.meters.energy.POWERCAP", tmp_path)
     result = run("train", recipe, *options)
     said = " ".join(result.output.split())
     assert result.exit_code == 2 and sentence in said, result.output

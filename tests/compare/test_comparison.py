@@ -86,7 +86,7 @@ def test_the_reports_are_written(finished):
     assert plain["workload"] == "synthetic" and len(plain["runs"]) == 46 and plain["complete"]
     assert plain["rows"][4]["speed_ups"]["cpu_seconds"]["kind"] == "measured"
     report = (out / "report.md").read_text()
-    for word in ("Baseline tuned", "SkipsHalf", "miss (5 of 5)", "## What went wrong", "Counted in other costs"):
+    for word in ("Baseline tuned", "SkipsHalf", "miss (5 of 5)", "## Errors", "Counted in other costs"):
         assert word in report, word
     record = plain["runs"][0]
     assert record["peak_memory_bytes"] > 0 and record["log"] and record["uncharged"]["evaluation"]["cpu_seconds"] > 0

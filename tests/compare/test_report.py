@@ -36,7 +36,7 @@ def results():
     comparison = Comparison(
         [
             Arm("half", Recipe(techniques=["LayerFreezing"])),
-            Arm("same", Recipe(techniques=["StepGuard"])),
+            Arm("same", Recipe(techniques=["GradientSpikeGuard"])),
             Arm("bad", Recipe(techniques=["Muon"])),
             Arm("stack & more", Recipe(techniques=["Muon", "LayerFreezing"])),
         ],
@@ -98,7 +98,7 @@ def test_the_markdown_begins_with_the_sentences(results):
     assert headings == [
         "## Apart from the comparison",
         "## Counted in other costs",
-        "## What went wrong",
+        "## Errors",
         "## Baseline",
     ]
 
@@ -137,7 +137,7 @@ def test_a_cost_that_was_not_counted_is_left_out_and_no_miss(results):
     known = recollected(results, lambda run: run).row("half").speed_ups
     assert "flops" in known
     told = sentences(recollected(results, uncounted, cost="flops"))
-    assert told == ["half: nothing is known of its FLOPs."]
+    assert told == ["half: FLOPs were not measured."]
 
 
 # The page -------------------------------------------------------------------------------------------------------------
@@ -190,7 +190,7 @@ def test_the_page_needs_nothing_else_and_shows_every_arm(results):
         "Where the time went",
         "Counted in other costs",
         "Apart from the comparison",
-        "What went wrong",
+        "Errors",
         "Baseline",
         "Machine and versions",
     ]
@@ -284,4 +284,4 @@ def test_a_record_is_read_as_it_was_written(results, tmp_path):
     assert arms["bad"]["qualities"][1] is None and arms["bad"]["qualities"][0] == pytest.approx(3.0, rel=0.01)
     assert arms["baseline, LR of half"]["args"] == {"learning_rate": 1.0}
     assert evidence.grade("LayerFreezing", read) == "proven here"
-    assert evidence.grade("StepGuard", read) == "no gain shown" == evidence.grade("Muon", read)
+    assert evidence.grade("GradientSpikeGuard", read) == "no gain shown" == evidence.grade("Muon", read)

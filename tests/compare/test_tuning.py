@@ -28,7 +28,7 @@ def bowl(rate: float, batch: int) -> float:
 def test_the_search_ends_at_the_lowest_point_of_a_bowl():
     search = searched(bowl, trials=30)
     assert search.args(search.best) == {"learning_rate": 5.66e-3, "per_device_train_batch_size": 4}
-    assert len(search.losses) < 30, "it stops where no neighbour is better"
+    assert len(search.losses) < 30, "it stops where no neighbor is better"
 
 
 @pytest.mark.parametrize("trials", [1, 2, 3, 8])

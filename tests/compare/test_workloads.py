@@ -182,7 +182,7 @@ def test_the_larger_scale(name):
 
 @pytest.mark.parametrize("name", ["digits", "synthetic", "recipe"])
 def test_a_scale_that_a_workload_has_not_is_refused(name):
-    sentence = f"scale('gpu'): the workload '{name}' has none of this name. Give 'cpu'."
+    sentence = f"scale('gpu'): the workload '{name}' does not support it. Set scale='cpu'."
     with pytest.raises(ValueError) as error:
         build_workload(name, {"scale": "gpu"})
     assert str(error.value) == sentence
@@ -237,9 +237,9 @@ def test_only_completions_are_learnt(made):
     assert len(task["train_dataset"]) == len(table) - 1, "what does not fit is left out"
     tokenizer, pairs = task["processing_class"], {(row["prompt"], row["completion"]) for row in table}
     for row in task["train_dataset"]:
-        learnt = [label != -100 for label in row["labels"]]
-        start = learnt.index(True)
-        assert all(learnt[start:]) and row["labels"][start:] == row["input_ids"][start:]
+        learned = [label != -100 for label in row["labels"]]
+        start = learned.index(True)
+        assert all(learned[start:]) and row["labels"][start:] == row["input_ids"][start:]
         words = tokenizer.convert_ids_to_tokens(row["input_ids"])
         assert (words[0], words[start - 1], words[-1]) == ("<s>", "\n", "</s>")
         assert (" ".join(words[1 : start - 1]), " ".join(words[start:-1])) in pairs

@@ -25,7 +25,7 @@ OTHERS = {
     modality: [name for name, kind in known_techniques().items() if kind.modality == modality]
     for modality in ("masked text", "replaced text", "image", "speech")
 }
-OWNERS = {slot: [name for name, kind in KINDS.items() if slot in kind.answers()] for slot in SLOTS}
+OWNERS = {slot: [name for name, kind in KINDS.items() if slot in kind.implemented_hooks()] for slot in SLOTS}
 # No slots: one does away with what the other reads; each replaces the layers; each says what the weights are, or were.
 OWNERS["logits"] = ["ChunkedCrossEntropy", "Distillation"]
 OWNERS["layers"] = ["Float8Training", "Int8Training", "LowRankTraining"]
@@ -70,7 +70,9 @@ def build(names):
     if "Budget" in names and searched:
         values["LearningRateSearch"] = {"share": searched / (EPOCHS + searched)}
     if {"LoRA", "DiLoCo"} & set(names):
-        values["StepGuard"] = {"max_ratio": 1e6}  # gradients of adapters grow from zero, and momentum of 0.9 overshoots
+        values["GradientSpikeGuard"] = {
+            "max_ratio": 1e6
+        }  # gradients of adapters grow from zero, and momentum of 0.9 overshoots
     return [replace(t, **values.get(type(t).__name__, {})) for t in techniques]
 
 

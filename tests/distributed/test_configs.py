@@ -51,7 +51,7 @@ def test_accelerate_launches(name, tmp_path):
         "--config_file",
         CONFIGS / "accelerate" / f"{name}.yaml",
     ]
-    command = [*launch, "--mixed_precision", "no", "-m", "hf_accel.run", "--technique", "InfoBatch()"]
+    command = [*launch, "--mixed_precision", "no", "-m", "hf_accel.cli", "run", "--technique", "InfoBatch()"]
     env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(

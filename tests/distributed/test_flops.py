@@ -3,7 +3,7 @@
 import pytest
 from ranks import assert_backend, backend_args, run_on_ranks
 
-from hf_accel.budget.flops import FlopMeter
+from hf_accel.meters.flops import FlopMeter
 from hf_accel.testing import tiny_trainer
 
 

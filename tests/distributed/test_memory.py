@@ -7,7 +7,8 @@ import pytest
 import torch
 from ranks import assert_backend, backend_args, run_on_ranks
 
-from hf_accel import InfoBatch, memory
+from hf_accel import InfoBatch
+from hf_accel.engine import memory
 from hf_accel.testing import losses_of, tiny_trainer
 from hf_accel.weights import local_parameters
 

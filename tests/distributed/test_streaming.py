@@ -4,7 +4,7 @@ import datasets
 import torch
 from ranks import assert_backend, backend_args, run_on_ranks
 
-from hf_accel import AccelTrainer, Packing, SelectiveBackprop, SequenceLengthWarmup, TokenBudget
+from hf_accel import AccelTrainer, Packing, SelectiveBackprop, SequenceLengthWarmup, TokensPerBatch
 from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_llama, tiny_trainer
 from hf_accel.weights import gather, local_parameters
 
@@ -18,7 +18,7 @@ def train(directory, backend=None, resume=None, **args):
     args |= {"max_steps": 8} | ({"per_device_train_batch_size": 8} if backend is None else backend_args(backend))
     if backend is not None:
         args["per_device_train_batch_size"] = 4
-    techniques = [SequenceLengthWarmup(max_length=24), SelectiveBackprop(), Packing(max_length=24), TokenBudget(90)]
+    techniques = [SequenceLengthWarmup(max_length=24), SelectiveBackprop(), Packing(max_length=24), TokensPerBatch(90)]
     trainer = AccelTrainer(
         tiny_llama(0.0, torch.float64),
         tiny_trainer([], directory, **args).args,

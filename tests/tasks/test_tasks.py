@@ -48,7 +48,7 @@ def text(tmp_path):
 
 
 @pytest.fixture
-def labelled(tmp_path):
+def labeled(tmp_path):
     rows = pandas.DataFrame({"text": [f"text {i}" for i in range(6)], "label": ["b", "a"] * 3})
     rows.to_parquet(tmp_path / "train.parquet")
     rows.head(4).to_parquet(tmp_path / "validation.parquet")
@@ -84,8 +84,8 @@ def test_causal_lm_in_blocks(text):
     assert torch.isfinite(loss) and abs(loss.item() - np.log(259)) < 1
 
 
-def test_causal_lm_by_texts(labelled):
-    data = {"source": labelled["train"], "validation": labelled["validation"], "context": 6, "blocks": False}
+def test_causal_lm_by_texts(labeled):
+    data = {"source": labeled["train"], "validation": labeled["validation"], "context": 6, "blocks": False}
     task = build_task(Recipe("causal-lm", {"config": LLAMA}, data))
     assert len(task["train_dataset"]) == 6 and len(task["eval_dataset"]) == 4
     assert {len(row) for row in task["train_dataset"]["input_ids"]} == {6}
@@ -95,8 +95,8 @@ def test_causal_lm_by_texts(labelled):
     assert batch["labels"].tolist() == [[5, 6, -100], [5, 6, 7]]
 
 
-def test_sequence_classification(labelled):
-    task = build_task(Recipe("sequence-classification", {"config": BERT}, labelled))
+def test_sequence_classification(labeled):
+    task = build_task(Recipe("sequence-classification", {"config": BERT}, labeled))
     assert task["model"].config.id2label == {0: "a", 1: "b"}
     assert task["train_dataset"]["labels"][:] == [1, 0, 1, 0, 1, 0]
     prediction = type("Prediction", (), {"predictions": np.eye(2)[[0, 1, 1]], "label_ids": np.array([0, 1, 0])})
@@ -124,12 +124,12 @@ def test_saved_weights_are_trained_in_single_precision(text, tmp_path):
         build_task(Recipe("causal-lm", {"path": path, "dtype": "bf16"}, data))
 
 
-def test_a_head_for_other_classes_is_made_anew(labelled, tmp_path):
+def test_a_head_for_other_classes_is_made_anew(labeled, tmp_path):
     torch.manual_seed(0)
     config = AutoConfig.for_model(**BERT, vocab_size=259, num_labels=5)
     saved = AutoModelForSequenceClassification.from_config(config)
     saved.save_pretrained(tmp_path / "model")
-    data = labelled | {"tokenizer": "bytes"}
+    data = labeled | {"tokenizer": "bytes"}
     model = build_task(Recipe("sequence-classification", str(tmp_path / "model"), data))["model"]
     assert model.classifier.weight.shape == (2, 16) and model.config.id2label == {0: "a", 1: "b"}
     for name, value in saved.base_model.state_dict().items():
@@ -140,7 +140,7 @@ def bad(task="causal-lm", model=None, **data):
     return task, {"config": LLAMA} if model is None else model, data
 
 
-def quantised(path):
+def quantized(path):
     """By a package that nobody has here."""
     return {"path": path, "quantization_config": {"quant_method": "quanto", "weights": "int4"}}
 
@@ -164,9 +164,9 @@ def quantised(path):
         (bad(source="TEXT", model="./none"), "model('./none'): neither a folder nor found on the Hub."),
         (bad(source="TEXT", tokenizer="bytes", model="EMPTY"), "cannot be loaded ("),
         (bad(source="TEXT", model={"path": "./x"}, tokenizer="bytes"), "must be a path or a configuration."),
-        (bad(source="TEXT", model=quantised("./none")), "model('./none'): neither a folder nor found on the Hub."),
-        (bad(source="TEXT", model=quantised("./none"), tokenizer="bytes"), "model('./none'): neither a folder nor"),
-        (bad(source="TEXT", model=quantised("LLAMA"), tokenizer="bytes"), "quantization_config: Loading an optimum-"),
+        (bad(source="TEXT", model=quantized("./none")), "model('./none'): neither a folder nor found on the Hub."),
+        (bad(source="TEXT", model=quantized("./none"), tokenizer="bytes"), "model('./none'): neither a folder nor"),
+        (bad(source="TEXT", model=quantized("LLAMA"), tokenizer="bytes"), "quantization_config: Loading an optimum-"),
         (
             bad(source="TEXT", model={"path": "LLAMA", "quantization_config": 4}, tokenizer="bytes"),
             "model.quantization_config(4): must be a mapping. Write '{load_in_4bit: true}'.",
@@ -222,8 +222,8 @@ def test_image_classification(kind, tmp_path):
     assert task["model"].config.id2label == {0: "black", 1: "white"} and task["model"].config.image_size == 8
     batch = task["data_collator"]([task["train_dataset"][i] for i in range(4)])
     assert batch["pixel_values"].shape == (4, 3, 8, 8)
-    colours = batch["pixel_values"].mean((1, 2, 3))
-    assert torch.allclose(colours, 2.0 * batch["labels"] - 1) and sorted(batch["labels"].tolist()) == [0, 0, 1, 1]
+    colors = batch["pixel_values"].mean((1, 2, 3))
+    assert torch.allclose(colors, 2.0 * batch["labels"] - 1) and sorted(batch["labels"].tolist()) == [0, 0, 1, 1]
     assert torch.isfinite(task["model"](**batch).loss)
 
 
@@ -269,9 +269,9 @@ def black_and_white(tmp_path, kind):
     return data
 
 
-def test_a_model_that_was_saved_quantised_needs_its_package(text, tmp_path):
+def test_a_model_that_was_saved_quantized_needs_its_package(text, tmp_path):
     model = build_task(Recipe("causal-lm", {"config": LLAMA}, {"source": text}))["model"]
-    model.config.quantization_config = quantised("x")["quantization_config"]
+    model.config.quantization_config = quantized("x")["quantization_config"]
     model.save_pretrained(tmp_path / "saved")
     with pytest.raises(RecipeError, match=r"model\(.*saved'\): Loading an optimum-quanto quantized model requires"):
         build_task(Recipe("causal-lm", str(tmp_path / "saved"), {"source": text, "tokenizer": "bytes"}))

@@ -14,7 +14,7 @@ from hf_accel.compare.workloads.language_modeling import CodeLm, NovelsLm
 from hf_accel.compare.workloads.synthetic import Synthetic
 from hf_accel.compare.workloads.text_classification import Banking77, Sst2
 from hf_accel.compare.workloads.workload import DATA_ROOT, Workload
-from hf_accel.notation import nearest
+from hf_accel.recipe.technique_syntax import nearest
 
 WORKLOADS: dict[str, type[Workload]] = {
     kind.name: kind

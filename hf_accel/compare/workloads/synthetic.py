@@ -51,7 +51,7 @@ class Burning(nn.Module):
             self.work += len(x)
             self.paid += len(x) * self.price
             burn_until(self.began + self.seconds * self.paid)
-        # As in a real run, the noise depends on the seed and on what was computed.
+        # As in a real run, the noise depends on the seed and on the computation.
         generator = torch.Generator().manual_seed(1000 * self.seed + int(self.paid) + 1)
         noise = self.noise * torch.randn((), generator=generator)
         return {"loss": self.weight.sum() * 0 + 1 + (max(self.work, 1.0) / EXAMPLES) ** -0.5 + noise, "logits": x}

@@ -68,7 +68,9 @@ class Workload:
     def __post_init__(self) -> None:
         if self.scale not in self.scales:
             known = " or ".join(map(repr, self.scales))
-            raise ValueError(f"scale({self.scale!r}): the workload {self.name!r} has none of this name. Give {known}.")
+            raise ValueError(
+                f"scale({self.scale!r}): the workload {self.name!r} does not support it. Set scale={known}."
+            )
         self.args = self.args | self.size.get("args", {})  # type: ignore[misc]
         record = TUNED / f"{self.name}.json"
         if self.scale == "cpu" and record.is_file():

@@ -29,7 +29,7 @@ import annotated_types as at
 import torch
 from torch import Tensor
 
-from hf_accel.data.lengths import example_lengths, padding_share
+from hf_accel.features.lengths import example_lengths, padding_share
 from hf_accel.technique import State, Technique
 
 
@@ -72,7 +72,7 @@ class LengthGrouped(Technique):
         """Read the lengths, from ``args.length_column_name`` if the data set has that column, else of ``input_ids``."""
         host: Any = self.host_
         column = host.args.length_column_name
-        remedy = f"Tokenise it before training, or add a column {column!r} with the lengths."
+        remedy = f"Tokenize it before training, or add a column {column!r} with the lengths."
         self.lengths_N_ = example_lengths(dataset, column, "input_ids", asking=self, remedy=remedy)
         self.padding_ = {"padding": 0.0, "padding_shuffled": 0.0}
 

@@ -40,14 +40,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
-from hf_accel.data.flattening import check_kept_apart, end_to_end, unpadded
-from hf_accel.data.lengths import example_lengths
-from hf_accel.data.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
-from hf_accel.stream import ORDER
+from hf_accel.batch import ORDER
+from hf_accel.features.flattening import check_kept_apart, end_to_end, unpadded
+from hf_accel.features.lengths import example_lengths
+from hf_accel.features.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
 from hf_accel.technique import State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:

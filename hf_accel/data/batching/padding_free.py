@@ -33,12 +33,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from hf_accel.data.flattening import check_kept_apart, end_to_end, unpadded
-from hf_accel.data.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
+from hf_accel.features.flattening import check_kept_apart, end_to_end, unpadded
+from hf_accel.features.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
 from hf_accel.technique import State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
 
 def flatten(examples: Sequence[Mapping[str, Tensor]], asking: Technique) -> dict[str, Tensor]:

@@ -42,7 +42,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_accel.data.scores import head_for, mean_losses, score_examples
+from hf_accel.features.scores import head_for, mean_losses, score_examples
 from hf_accel.technique import Fraction, State, Technique
 
 

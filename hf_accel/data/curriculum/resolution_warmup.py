@@ -15,7 +15,7 @@ on more steps; augmentation follows by its own ``ramp``.
 When to use: image classification at 160 pixels and more, where the loader keeps up with smaller images; 1.2 to 1.4
 times faster is estimated from published recipes, all of which test at the full size or above.
 When not to use: images of 32 pixels; where reading the images is what takes the time; with static-shape compilation,
-unless ``multiple`` is large.  Statistics of batch normalisation shift with the size, and settle after ``end``.
+unless ``multiple`` is large.  Statistics of batch normalization shift with the size, and settle after ``end``.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import annotated_types as at
 import torch.nn.functional as F
 
-from hf_accel.data.augmentation import images_of, refuse_other_than_images
-from hf_accel.losses import unwrapped
+from hf_accel.adapters import unwrapped
+from hf_accel.features.augmentation import images_of, refuse_other_than_images
 from hf_accel.technique import Fraction, State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
 FIXED = ("position", "pos_embed", "attention_bias")
 """Parts of the names of parameters that belong to one size of image."""

@@ -29,12 +29,12 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import annotated_types as at
 
-from hf_accel.data.cutting import rechunk, truncate
-from hf_accel.data.lengths import example_lengths
+from hf_accel.features.lengths import example_lengths
+from hf_accel.features.truncation import rechunk, truncate
 from hf_accel.technique import State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import MicroBatch, StepBatch
+    from hf_accel.batch import MicroBatch, StepBatch
 
 
 def warmed_up_length(progress: float, full_length: int, *, start: float, end: float, multiple: int) -> int:

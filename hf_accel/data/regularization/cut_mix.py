@@ -4,13 +4,13 @@ Erasing a part of an image throws pixels away; here they teach another class, an
 
     x' = x_j inside a box, x_i outside,    y' = s * y_i + (1 - s) * y_j,    s = the share of the pixels outside
 
-The box has sqrt(1 - lam) of the height and of the width, lam ~ Beta(a, a), and a random centre; what lies beyond the
-image is cut off.  a = ``alpha`` * min(p / ``ramp``, 1) at progress p.  j is i's neighbour in the step, which is random
+The box has sqrt(1 - lam) of the height and of the width, lam ~ Beta(a, a), and a random center; what lies beyond the
+image is cut off.  a = ``alpha`` * min(p / ``ramp``, 1) at progress p.  j is i's neighbor in the step, which is random
 where the order is; the box is drawn for each example by seed, epoch and example, so neither ranks nor micro-batches
 change anything.
 
 Reference: Yun et al. (2019), CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features,
-https://arxiv.org/abs/1905.04899.  Departures: a box for each example, not for each batch; partners are neighbours; the
+https://arxiv.org/abs/1905.04899.  Departures: a box for each example, not for each batch; partners are neighbors; the
 strength may rise.
 
 When to use: image classification over many epochs, with a model that overfits; the authors report 2.3 points on
@@ -31,12 +31,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_accel.data.augmentation import generators, images_of, strength
-from hf_accel.data.mixing import partners, prepare_soft_labels, with_soft_labels
+from hf_accel.features.augmentation import generators, images_of, strength
+from hf_accel.features.mixing import partners, prepare_soft_labels, with_soft_labels
 from hf_accel.technique import Fraction, State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
 Box = tuple[int, int, int, int]
 """Top, bottom, left and right in pixels; bottom and right are outside."""
@@ -81,7 +81,7 @@ class CutMix(Technique):
         self.pasted_, self.seen_ = 0.0, 0
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Every image with a rectangle of its neighbour."""
+        """Every image with a rectangle of its neighbor."""
         alpha = self.alpha * strength(self)
         self.seen_ += sum(len(micro.ids_B) for micro in batch.micro_batches)
         if alpha == 0:

@@ -1,15 +1,15 @@
 """Mixup: train on weighted averages of two images, with the same average of their classes.
 
-A model that must be linear between examples memorises less, so that a longer run overfits later:
+A model that must be linear between examples memorizes less, so that a longer run overfits later:
 
     x' = lam * x_i + (1 - lam) * x_j,    y' = lam * y_i + (1 - lam) * y_j,    lam ~ Beta(a, a)
 
 with y as shares of classes, and a = ``alpha`` * min(p / ``ramp``, 1) at progress p.  The loss is the cross-entropy with
-these shares, lam * CE(y_i) + (1 - lam) * CE(y_j).  j is i's neighbour in the step, which is random where the order is,
+these shares, lam * CE(y_i) + (1 - lam) * CE(y_j).  j is i's neighbor in the step, which is random where the order is,
 and lam is drawn for each example by seed, epoch and example; so neither ranks nor micro-batches change anything.
 
 Reference: Zhang et al. (2018), mixup: Beyond Empirical Risk Minimization, https://arxiv.org/abs/1710.09412.
-Departures: lam for each example, not for each batch; partners are neighbours; the strength may rise.
+Departures: lam for each example, not for each batch; partners are neighbors; the strength may rise.
 
 When to use: image classification over many epochs, with a model that overfits; the authors report 0.2 to 1.5 points on
 ImageNet.
@@ -28,12 +28,12 @@ import annotated_types as at
 import torch
 from torch import Tensor
 
-from hf_accel.data.augmentation import generators, images_of, strength
-from hf_accel.data.mixing import partners, prepare_soft_labels, with_soft_labels
+from hf_accel.features.augmentation import generators, images_of, strength
+from hf_accel.features.mixing import partners, prepare_soft_labels, with_soft_labels
 from hf_accel.technique import Fraction, State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
 
 def mix(images_B: Tensor, partners_B: Tensor, shares_B: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Mixup(Technique):
         self.mixed_, self.seen_ = 0.0, 0
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Every image mixed with its neighbour."""
+        """Every image mixed with its neighbor."""
         alpha = self.alpha * strength(self)
         self.seen_ += sum(len(micro.ids_B) for micro in batch.micro_batches)
         if alpha == 0:

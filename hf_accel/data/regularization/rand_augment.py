@@ -1,23 +1,23 @@
 """RandAugment: a few random changes of each image, as strong as one number says.
 
-An image that is turned, shifted or recoloured shows the same thing; a model that sees it learns what does not matter:
+An image that is turned, shifted or recolored shows the same thing; a model that sees it learns what does not matter:
 
     ``num_ops`` times: one of 14 operations, drawn uniformly, at strength m / 30,
     m = ``magnitude`` * min(p / ``ramp``, 1) at progress p
 
-The operations: nothing, stretch to full contrast, equalise the histogram, rotate (30 degrees at full strength), shear
+The operations: nothing, stretch to full contrast, equalize the histogram, rotate (30 degrees at full strength), shear
 along x or y (0.3), shift along x or y (0.45 of the size), invert what is bright (all), fewer bits (4), and blends with
-less or more colour, contrast, brightness or sharpness (factors 0.1 and 1.9).  Operations and signs are drawn for each
+less or more color, contrast, brightness or sharpness (factors 0.1 and 1.9).  Operations and signs are drawn for each
 example by seed, epoch and example, so neither ranks nor micro-batches change anything.  They run on the device of the
 model, on all images of a micro-batch that drew the same one at once.
 
 Reference: Cubuk et al. (2020), RandAugment: Practical automated data augmentation with a reduced search space,
-https://arxiv.org/abs/1909.13719.  Departures: colours beyond the image are black, as kornia has them; the strength may
+https://arxiv.org/abs/1909.13719.  Departures: colors beyond the image are black, as kornia has them; the strength may
 rise, as EfficientNetV2 does with the resolution (https://arxiv.org/abs/2104.00298).
 
 When to use: image classification over many epochs, with a model that overfits; the authors report as much as from
 searched policies (AutoAugment).
-When not to use: few epochs; images whose colour, place or direction is the class; labels that belong to places in the
+When not to use: few epochs; images whose color, place or direction is the class; labels that belong to places in the
 image.  Loaders that augment already.
 """
 
@@ -32,11 +32,11 @@ import annotated_types as at
 import torch
 from torch import Tensor
 
-from hf_accel.data.augmentation import generators, images_of, refuse_other_than_images, strength
+from hf_accel.features.augmentation import generators, images_of, refuse_other_than_images, strength
 from hf_accel.technique import Fraction, State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
 NAMES = (
     "nothing autocontrast equalize rotate shear_x shear_y shift_x shift_y solarize posterize color contrast "
@@ -99,8 +99,8 @@ class RandAugment(Technique):
         refuse_other_than_images(self, model)
         self.operations_ = operations()
         processor = getattr(processing_class, "image_processor", processing_class)
-        normalised = getattr(processor, "do_normalize", False)
-        self.mean_, self.std_ = (processor.image_mean, processor.image_std) if normalised else ([0.0], [1.0])
+        normalized = getattr(processor, "do_normalize", False)
+        self.mean_, self.std_ = (processor.image_mean, processor.image_std) if normalized else ([0.0], [1.0])
         self.changed_, self.seen_ = 0, 0
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
@@ -111,13 +111,13 @@ class RandAugment(Technique):
         level = self.magnitude / 30 * strength(self)
         micros = []
         for micro in batch.micro_batches:
-            normalised_B = images_of(self, micro)
-            mean, std = (normalised_B.new_tensor(values)[:, None, None] for values in (self.mean_, self.std_))
-            images_B = normalised_B * std + mean
+            normalized_B = images_of(self, micro)
+            mean, std = (normalized_B.new_tensor(values)[:, None, None] for values in (self.mean_, self.std_))
+            images_B = normalized_B * std + mean
             if images_B.min() < -0.02 or images_B.max() > 1.02:
                 raise ValueError(
                     f"{self!r}: pixel_values are not in [0, 1]. Give the trainer processing_class=, the image "
-                    "processor whose image_mean and image_std they were normalised with."
+                    "processor whose image_mean and image_std they were normalized with."
                 )
             images_B = images_B.clamp(0, 1)
             drawn = generators(self, batch.plan, micro.ids_B)

@@ -5,11 +5,11 @@ A model that relies on one telling detail fails where that is hidden; without it
     with probability q = ``probability`` * min(p / ``ramp``, 1) at progress p: blank a rectangle of
     area ~ U(0.02, ``largest``) of the image and height / width ~ U(0.3, 1 / 0.3), at a random place
 
-Blank is the image's own mean colour.  Everything is drawn for each example by seed, epoch and example, so neither ranks
+Blank is the image's own mean color.  Everything is drawn for each example by seed, epoch and example, so neither ranks
 nor micro-batches change anything.
 
 Reference: Zhong et al. (2020), Random Erasing Data Augmentation, https://arxiv.org/abs/1708.04896.  Departures: the
-mean colour, not random ones, which needs no knowledge of how images were normalised; a rectangle that does not fit in
+mean color, not random ones, which needs no knowledge of how images were normalized; a rectangle that does not fit in
 ten draws is left out; the strength may rise.
 
 When to use: image classification and re-identification over many epochs, with a model that overfits; the authors report
@@ -28,11 +28,11 @@ import annotated_types as at
 import numpy as np
 from torch import Tensor
 
-from hf_accel.data.augmentation import generators, images_of, refuse_other_than_images, strength
+from hf_accel.features.augmentation import generators, images_of, refuse_other_than_images, strength
 from hf_accel.technique import Fraction, State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
 SMALLEST = 0.02
 """The least area, as a share of the image."""
@@ -61,7 +61,7 @@ def draw_rectangle(
 
 
 def blank(images_B: Tensor, boxes: list[Box | None]) -> Tensor:
-    """Images with the mean colour of each in its box."""
+    """Images with the mean color of each in its box."""
     erased_B = images_B.clone()
     for image, box in zip(erased_B, boxes, strict=True):
         if box is not None:

@@ -1,9 +1,9 @@
 """SpecAugment: some bands and some stretches of time of a spectrogram are blanked.
 
-What is said can be heard without a band or a moment; a model that must do so memorises recordings less:
+What is said can be heard without a band or a moment; a model that must do so memorizes recordings less:
 
-    ``frequency_masks`` times:  blank f ~ U{0 .. ``frequency_width`` * F} neighbouring bands of F
-    ``time_masks`` times:       blank t ~ U{0 .. ``time_width`` * T} neighbouring frames of the example's T
+    ``frequency_masks`` times:  blank f ~ U{0 .. ``frequency_width`` * F} neighboring bands of F
+    ``time_masks`` times:       blank t ~ U{0 .. ``time_width`` * T} neighboring frames of the example's T
 
 Widths grow in proportion to progress until ``ramp``.  Blank is the mean of the example's spectrogram.  Everything is
 drawn for each example by seed, epoch and example, so neither ranks nor micro-batches change anything.
@@ -31,11 +31,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_accel.data.augmentation import generators, strength
+from hf_accel.features.augmentation import generators, strength
 from hf_accel.technique import Fraction, State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
 BANDS = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
 """Where configurations say how many bands a spectrogram has."""

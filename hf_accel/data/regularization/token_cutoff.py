@@ -32,12 +32,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_accel.data.augmentation import generators, strength
+from hf_accel.features.augmentation import generators, strength
 from hf_accel.losses import examples_of
 from hf_accel.technique import Fraction, State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
 
 def draw_cuts(examples_RL: Tensor, seen_RL: Tensor, share: float, drawn: list[np.random.Generator]) -> Tensor:

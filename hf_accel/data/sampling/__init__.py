@@ -6,7 +6,7 @@ from hf_accel.data.sampling.early_score_pruning import EarlyScorePruning
 from hf_accel.data.sampling.importance_sampling import ImportanceSampling
 from hf_accel.data.sampling.info_batch import InfoBatch
 from hf_accel.data.sampling.random_subset import RandomSubset
-from hf_accel.data.sampling.reducible_loss import ReducibleLoss
+from hf_accel.data.sampling.rho_loss import RHOLoss
 from hf_accel.data.sampling.score_pruning import ScorePruning
 from hf_accel.data.sampling.selective_backprop import SelectiveBackprop
 from hf_accel.data.sampling.weighted_sampling import WeightedSampling
@@ -17,8 +17,8 @@ __all__ = [
     "EarlyScorePruning",
     "ImportanceSampling",
     "InfoBatch",
+    "RHOLoss",
     "RandomSubset",
-    "ReducibleLoss",
     "ScorePruning",
     "SelectiveBackprop",
     "WeightedSampling",

@@ -1,18 +1,18 @@
 """Coreset: train on examples that lie spread over the whole data set, and leave out those close to one of them.
 
 Fewer examples make a shorter epoch.  Each example is a point: the mean of the model's last hidden states over its
-positions, or a column of the training set.  The first centre is the point closest to the mean of all; then, one by one,
+positions, or a column of the training set.  The first center is the point closest to the mean of all; then, one by one,
 
-    the next centre  =  argmax_i  min_{c in centres} || x_i - x_c ||          until round(keep * N) are found
+    the next center  =  argmax_i  min_{c in centers} || x_i - x_c ||          until round(keep * N) are found
 
-Any two of the centres are then at least as far apart as any point is from the nearest centre.
+Any two of the centers are then at least as far apart as any point is from the nearest center.
 
 Reference: Sener and Savarese (2018), Active Learning for Convolutional Neural Networks: A Core-Set Approach,
 https://arxiv.org/abs/1708.00489; the greedy choice is that of Gonzalez (1985),
 https://doi.org/10.1016/0304-3975(85)90224-5, at most twice as far from its points as the best one.
 
 When to use: pretrained models, whose hidden states tell examples apart; redundant data; the same choice for many runs.
-When not to use: models that have learnt nothing; noisy data, whose outliers are the first to be chosen.  It costs a
+When not to use: models that have learned nothing; noisy data, whose outliers are the first to be chosen.  It costs a
 forward pass of the whole set and keep * N^2 distances, a minute or two for 100,000 examples on a GPU.
 """
 
@@ -28,10 +28,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import trange
 
-from hf_accel.data.columns import column
-from hf_accel.data.scores import WHOLE_WEIGHTS, head_for, score_examples
-from hf_accel.data.static_subset import StaticSubset
-from hf_accel.losses import Head, unwrapped
+from hf_accel.adapters import unwrapped
+from hf_accel.data.sampling.static_subset import StaticSubset
+from hf_accel.features.columns import column
+from hf_accel.features.scores import WHOLE_WEIGHTS, head_for, score_examples
+from hf_accel.losses import Head
 
 
 def k_center(points_ND: Tensor, num_centers: int, quiet: bool = True) -> Tensor:
@@ -49,7 +50,7 @@ def k_center(points_ND: Tensor, num_centers: int, quiet: bool = True) -> Tensor:
 
 @dataclass(eq=False)
 class Coreset(StaticSubset):
-    """Trains on the centres of a greedy k-centre clustering.
+    """Trains on the centers of a greedy k-center clustering.
 
     Args:
         keep: Share of the examples that is trained on, in (0, 1].
@@ -65,7 +66,7 @@ class Coreset(StaticSubset):
     variations: ClassVar = {"column": "score"}
 
     def choose(self, dataset: Any) -> Tensor:
-        """The centres."""
+        """The centers."""
         host: Any = self.host_
         if self.keep == 1:
             return torch.arange(len(dataset))

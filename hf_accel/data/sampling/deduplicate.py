@@ -1,4 +1,4 @@
-"""Deduplicate: leave out examples that repeat an earlier one, exactly or nearly.
+"""Leave out examples that repeat an earlier one, exactly or nearly.
 
 Repeated examples cost steps and teach little.  An example is the set S of its shingles, which are runs of ``ngram``
 tokens: token ids, or the lower-cased words of a text.  Scripts without spaces (Chinese, Japanese, Thai, Lao, Khmer,
@@ -6,19 +6,23 @@ Burmese, Tibetan) are split into characters.  The similarity of two examples is
 
     J = |S_1 and S_2| / |S_1 or S_2|          (Jaccard)
 
-An example is left out if J >= ``threshold`` with an earlier one that is kept.  ``threshold=1`` leaves out only examples
-whose tokens are all equal.  MinHash finds the pairs to compare: two examples have the same smallest hash of their
-shingles with probability J.  Of P = 128 such hashes, bands of r are compared, with the largest r that finds a pair at
-the threshold with probability 1 - (1 - J^r)^(P/r) >= 0.99.  Every pair found is then compared exactly, so no example
-below the threshold is left out, and few above it are missed.
+An example is left out if J >= ``threshold`` with an earlier one that is kept; ``threshold=1`` requires equality of all
+tokens.  MinHash finds the pairs to compare: two examples have the same smallest hash of their shingles with probability
+J.  There are P = 128 such hashes in bands of r.  The search uses the largest r that finds a pair at the threshold with
+probability 1 - (1 - J^r)^(P/r) >= 0.99.  Every pair found is then compared exactly, so no example below the threshold
+is left out, and few above it are missed.
 
-Reference: Broder (1997), On the resemblance and containment of documents,
+Recommendation: Use Deduplicate on text from the web or from several sources, before any other selection of examples.
+When to use: text from the web or from several sources.
+When not to use:
+- Intended repeats, such as oversampling, or templates in which one word decides the label.
+- Data without duplicates, where it only costs the search.
+Differences from the paper:
+- Lee et al. use 9,000 hashes, also require a high edit similarity, and keep one example of each cluster of duplicates.
+- They split all texts at spaces.
+References: Broder (1997), On the resemblance and containment of documents,
 https://doi.org/10.1109/SEQUEN.1997.666900; Lee et al. (2022), Deduplicating Training Data Makes Language Models Better,
-https://arxiv.org/abs/2107.06499 (5-grams, threshold 0.8).
-
-When to use: text from the web or from several sources; before any other choice of examples.
-When not to use: intended repeats (oversampling, templates in which one word decides the label).  Where no example is a
-duplicate, it only costs the search.
+https://arxiv.org/abs/2107.06499.
 """
 
 from __future__ import annotations
@@ -37,12 +41,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_accel.data.columns import column_chunks
-from hf_accel.data.static_subset import StaticSubset, rows_of
+from hf_accel.data.sampling.static_subset import StaticSubset, rows_of
+from hf_accel.features.columns import column_chunks
 from hf_accel.technique import State, Technique
 
-# MinHash is a dozen lines here (`band_keys`).  In their place, rensa 0.5 takes 1.8 and 1.3 times the CPU seconds of the
-# whole search on banking77 and sst2, 0.8 times on texts of 130 words; datasketch 2.0 takes 30 times and more.
+# MinHash is a dozen lines here (`band_keys`).  With rensa 0.5 instead, the whole search takes 1.8 times the CPU seconds
+# on banking77, 1.3 times on sst2, and 0.8 times on texts of 130 words.  With datasketch 2.0, it takes 30 times as many.
 HASHES = 128
 RECALL = 0.99
 ROWS = 2_000
@@ -152,13 +156,13 @@ class Deduplicate(StaticSubset):
 
     Args:
         column: Column of the training set to compare: token ids, or text.
-        threshold: Jaccard similarity, in (0, 1], from which two examples count as duplicates; 1: all tokens are equal.
+        threshold: Jaccard similarity, in (0, 1], from which two examples count as duplicates; 1: equality of tokens.
         ngram: Tokens per shingle, at least 1.
     """
 
     column: str = "input_ids"
-    threshold: Annotated[float, at.Interval(gt=0, le=1)] = 0.8
-    ngram: Annotated[int, at.Ge(1)] = 5
+    threshold: Annotated[float, at.Interval(gt=0, le=1)] = 0.8  # Lee et al. (2022)
+    ngram: Annotated[int, at.Ge(1)] = 5  # Lee et al. (2022)
     fidelity: ClassVar = "lossy"
     variations: ClassVar = {"column": "text"}
 

@@ -12,8 +12,8 @@ with ``balance``, that share of each class.  The scores are free: they are of st
 Reference: Paul et al. (2021), Deep Learning on a Data Diet, https://arxiv.org/abs/2107.07075 (EL2N after a few epochs);
 Toneva et al. (2019), An Empirical Study of Example Forgetting during Deep Neural Network Learning,
 https://arxiv.org/abs/1812.05159.  Departures: scores are computed from losses and so hold for any model; an example
-counts as learnt when the model gives its target a probability above 1/2, where the authors ask for the highest one; and
-the run goes on, where they start anew on what is kept.
+counts as learned when the model gives its target a probability above 1/2, where the authors ask for the highest one;
+and the run goes on, where they start anew on what is kept.
 
 When to use: runs of ten epochs or more on clean, redundant data.
 When not to use: few epochs; noisy labels, which are what it keeps; small classes without ``balance``.  A random subset
@@ -32,8 +32,8 @@ import annotated_types as at
 import torch
 from torch import Tensor
 
-from hf_accel.data.columns import check_indexable, column
-from hf_accel.data.scores import keep_by_score
+from hf_accel.features.columns import check_indexable, column
+from hf_accel.features.scores import keep_by_score
 from hf_accel.technique import Fraction, State, Technique
 
 
@@ -67,7 +67,7 @@ class EarlyScorePruning(Technique):
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         self.sums_N_, self.counts_N_ = torch.empty(0, dtype=torch.float64), torch.empty(0)
-        self.learnt_N_, self.forgotten_N_ = torch.empty(0, dtype=torch.bool), torch.empty(0)
+        self.learned_N_, self.forgotten_N_ = torch.empty(0, dtype=torch.bool), torch.empty(0)
         self.ids_N_ = torch.empty(0, dtype=torch.int64)
 
     def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
@@ -75,7 +75,7 @@ class EarlyScorePruning(Technique):
         assert self.host_ is not None
         if len(self.sums_N_) == 0:
             self.sums_N_, self.counts_N_ = torch.zeros(num_examples).double(), torch.zeros(num_examples)
-            self.learnt_N_, self.forgotten_N_ = torch.zeros(num_examples).bool(), torch.zeros(num_examples)
+            self.learned_N_, self.forgotten_N_ = torch.zeros(num_examples).bool(), torch.zeros(num_examples)
         scored = self.counts_N_.sum() > 0
         if self.keep < 1 and scored and not len(self.ids_N_) and self.host_.clock.progress >= self.after:
             self.ids_N_ = keep_by_score(self.scores(), self.keep, "hard", generator, self.classes_, self)
@@ -87,16 +87,16 @@ class EarlyScorePruning(Technique):
             return
         losses_B = losses_B.double()
         values_B = losses_B if self.score == "loss" else math.sqrt(2) * -torch.expm1(-losses_B)
-        learnt_B = losses_B < math.log(2)
+        learned_B = losses_B < math.log(2)
         self.sums_N_[ids_B] += values_B
         self.counts_N_[ids_B] += 1
-        self.forgotten_N_[ids_B] += (self.learnt_N_[ids_B] & ~learnt_B).float()
-        self.learnt_N_[ids_B] = learnt_B
+        self.forgotten_N_[ids_B] += (self.learned_N_[ids_B] & ~learned_B).float()
+        self.learned_N_[ids_B] = learned_B
 
     def scores(self) -> Tensor:
         """Scores of all examples, (N,)."""
         if self.score == "forgetting":
-            return self.forgotten_N_.double().masked_fill(~self.learnt_N_ & (self.forgotten_N_ == 0), math.inf)
+            return self.forgotten_N_.double().masked_fill(~self.learned_N_ & (self.forgotten_N_ == 0), math.inf)
         return (self.sums_N_ / self.counts_N_).nan_to_num(nan=math.inf)
 
     def state_dict(self, scope: Literal["global", "rank"]) -> State:
@@ -106,7 +106,7 @@ class EarlyScorePruning(Technique):
         return {
             "sums_N": self.sums_N_,
             "counts_N": self.counts_N_,
-            "learnt_N": self.learnt_N_,
+            "learned_N": self.learned_N_,
             "forgotten_N": self.forgotten_N_,
             "ids_N": self.ids_N_,
         }

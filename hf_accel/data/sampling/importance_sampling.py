@@ -9,7 +9,7 @@ are trained on, drawn with replacement:
 
 For the cross-entropy of one label the gradient of the loss with respect to the logits has a norm between s_i and
 sqrt(2) * s_i times a constant near 1, for two classes exactly sqrt(2) * s_i.  It pays where the variance falls more
-than the cost of the judgement is worth,
+than the cost of the judgment is worth,
 
     tau = sqrt(B * sum_i p_i^2)  >  (B + 3 b) / (3 b)          (a backward pass costs about two forward passes)
 
@@ -21,10 +21,10 @@ the last layer's inputs; while it does not pay, the whole drawn step is trained 
 is measured now and then, where they have it from every step; a step whose examples have several items (tokens) is
 divided by the items that were drawn, which is unbiased only for rows of equal length.
 
-When to use: vision models of many epochs, when most examples are learnt: the authors reach a lower test error in equal
+When to use: vision models of many epochs, when most examples are learned: the authors reach a lower test error in equal
 time late in training.
 When not to use: early training, fine-tuning of few epochs, and Adam-like optimizers, which gain less from a lower
-variance.  With batch normalisation the chosen examples shift the statistics.
+variance.  With batch normalization the chosen examples shift the statistics.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class ImportanceSampling(Technique):
     def _threshold(self) -> float:
         return (1 / self.keep + 3) / 3 if self.threshold is None else self.threshold
 
-    def scores_step(self) -> bool:
+    def needs_step_losses(self) -> bool:
         assert self.host_ is not None
         return self._samples or self.host_.state.global_step % self.check_every == 0
 

@@ -19,7 +19,7 @@ about ten.
 
 When to use: several runs on one data set, with scores computed once by a trained model and given as a column or a file;
 much data for the budget (keep the hard), or little (keep the easy).
-When not to use: scores of a model that has learnt nothing are noise; in one run, the scoring is dearer than what it
+When not to use: scores of a model that has learned nothing are noise; in one run, the scoring is dearer than what it
 saves, and a random subset an epoch is reported to be better at equal time (https://arxiv.org/abs/2305.18424).
 """
 
@@ -36,8 +36,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_accel.data.columns import column, numbers
-from hf_accel.data.scores import (
+from hf_accel.data.sampling.static_subset import StaticSubset
+from hf_accel.features.columns import column, numbers
+from hf_accel.features.scores import (
     WHOLE_WEIGHTS,
     check_scores,
     head_for,
@@ -47,7 +48,6 @@ from hf_accel.data.scores import (
     refuse_lost_classes,
     score_examples,
 )
-from hf_accel.data.static_subset import StaticSubset
 from hf_accel.losses import ClassHead, ExampleLosses, Head, TokenHead, weighted_mean
 from hf_accel.technique import State
 

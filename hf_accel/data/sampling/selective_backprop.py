@@ -63,7 +63,7 @@ class SelectiveBackprop(Technique):
         super().on_train_begin(args, state, control, **kwargs)
         self.judged_, self.kept_ = 0, 0
 
-    def scores_step(self) -> bool:
+    def needs_step_losses(self) -> bool:
         host: Any = self.host_
         plain = self.plain_every > 0 and (host.state.global_step + 1) % self.plain_every == 0
         return self.keep < 1 and self.start <= host.clock.progress < self.end and not plain

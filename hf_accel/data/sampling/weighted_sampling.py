@@ -30,7 +30,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_accel.data.columns import column
+from hf_accel.features.columns import column
 from hf_accel.technique import State, Technique
 
 

@@ -54,7 +54,7 @@ def multiply_in_int8(layer: nn.Linear, *, grad_weight: bool = True) -> None:
         from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig, int8_mixed_precision
     except ImportError:
         raise ValueError("torchao: is not installed. Install it with: pip install 'hf-accel[quant]'.") from None
-    # Its layer adds a bias in float32, whose gradient is none of 16 bits; its tensors quantise nothing in torchao 0.18.
+    # Its layer adds a bias in float32, whose gradient is none of 16 bits; its tensors quantize nothing in torchao 0.18.
     converted: Any = layer
     converted.__class__ = Int8Linear
     converted.multiply = int8_mixed_precision._Int8MixedPrecisionTrainingLinearFunction.apply

@@ -15,9 +15,9 @@ peft's own classes (transformers 5.23 leaves the lengths out); ``pissa`` starts 
 W instead of from zero, which takes a singular value decomposition of each matrix.  Once the learning rate is tuned,
 such variants differ by one or two per cent.
 
-QLoRA: the model may be one whose weights are quantised, as by ``BitsAndBytesConfig(load_in_4bit=True)``, a quarter of
+QLoRA: the model may be one whose weights are quantized, as by ``BitsAndBytesConfig(load_in_4bit=True)``, a quarter of
 the memory of bfloat16.  Its other parameters are cast to float32, as peft does it, and gradients go through the layers
-that are quantised.  Give it to ``AccelTrainer``: a plain Trainer, which `attach` would take, refuses it before it has
+that are quantized.  Give it to ``AccelTrainer``: a plain Trainer, which `attach` would take, refuses it before it has
 adapters.  To merge these, load the model as it was before, for weights of 4 bits round them away.  The published
 settings are in configs/recipes/qlora.yaml.
 
@@ -49,7 +49,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from hf_accel.model.blocks import has_experts
+from hf_accel.surgery.blocks import has_experts
 from hf_accel.technique import Positive, Technique
 
 if TYPE_CHECKING:
@@ -134,7 +134,7 @@ class LoRA(Technique):
     Args:
         rank: Of each adapter, at least 1 and at most the smaller side of the smallest matrix.
         alpha: Numerator of the scaling, at least 1.
-        variant: How adapters are scaled, made up or initialised.
+        variant: How adapters are scaled, made up or initialized.
         target: The layers: ``all-linear``, or a regular expression that matches their whole paths.
         lr_factor: Peak learning rate, as a multiple of ``args.learning_rate``; 1 where that is one for LoRA.
         lr_ratio: Learning rate of B as a multiple of that of A (LoRA+, which recommends 16).
@@ -157,7 +157,7 @@ class LoRA(Technique):
             place = " to AccelTrainer, for other trainers refuse it" if getattr(model, "is_quantized", False) else ""
             raise ValueError(f"{self!r}: {type(model).__name__} {problem}. Give the pretrained model itself{place}.")
         if self.variant == "pissa" and getattr(model, "is_quantized", False):
-            raise ValueError(f"{self!r}: quantised weights have no singular values. Choose another variant.")
+            raise ValueError(f"{self!r}: quantized weights have no singular values. Choose another variant.")
         shapes = linear_shapes(model)
         if not shapes:
             raise ValueError(f"{self!r}: {type(model).__name__} has no linear layer but its head. Train it whole.")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_accel.model.blocks import linear_layers
+from hf_accel.surgery.blocks import linear_layers
 
 SCALES = "the scales of a product depend on the examples in it"
 UNEQUAL = {"check_micro_batch_invariant": SCALES} | {

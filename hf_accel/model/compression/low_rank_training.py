@@ -37,8 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_accel.model.blocks import linear_layers
 from hf_accel.optim.averaging.lookahead import Lookahead
+from hf_accel.surgery.blocks import linear_layers
 from hf_accel.technique import Fraction, State, Technique
 
 Share = Annotated[float, at.Interval(gt=0, lt=1)]
@@ -58,7 +58,7 @@ def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return (left[:, :rank] * root).to(matrix.dtype), (root[:, None] * right[:rank]).to(matrix.dtype)
 
 
-class Factorised(nn.Module):
+class Factorized(nn.Module):
     """Mixed into a linear layer: two thin matrices beside its weight, by which it trains once they are in use.
 
     They are no part of its state: what is saved and loaded is the layer's weight.
@@ -82,15 +82,15 @@ class Factorised(nn.Module):
         missing_keys[:] = [key for key in missing_keys if key not in (f"{prefix}left", f"{prefix}right")]
 
 
-class FactorisedLinear(Factorised, nn.Linear):
+class FactorizedLinear(Factorized, nn.Linear):
     """A `torch.nn.Linear` that can train by factors."""
 
 
-class FactorisedConv1D(Factorised, Conv1D):
+class FactorizedConv1D(Factorized, Conv1D):
     """A ``Conv1D`` of GPT-2, whose weight is stored as (in, out), that can train by factors."""
 
 
-KINDS: Mapping[type, type] = {nn.Linear: FactorisedLinear, Conv1D: FactorisedConv1D}
+KINDS: Mapping[type, type] = {nn.Linear: FactorizedLinear, Conv1D: FactorizedConv1D}
 
 
 def whole(layer: Any) -> Tensor:
@@ -174,7 +174,7 @@ class LowRankTraining(Technique):
             rank = max(round(self.rank_ratio * min(num_out, num_in)), 1)
             if type(layer) in KINDS and layer.weight.requires_grad and rank * (num_out + num_in) < num_out * num_in:
                 give_factors(layer, rank)
-        if not any(isinstance(layer, Factorised) for layer in layers.values()):
+        if not any(isinstance(layer, Factorized) for layer in layers.values()):
             raise ValueError(
                 f"{self!r}: {type(model).__name__} has no trainable linear layer in a block that would have fewer "
                 "weights as a product. Lower rank_ratio, or drop it."
@@ -189,7 +189,7 @@ class LowRankTraining(Technique):
                     f"{self!r}: the slow weights of {other!r} know nothing of the products before they begin. Leave "
                     "one of the two out."
                 )
-        layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, Factorised)}
+        layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, Factorized)}
         self.layers_ = layers
         if not all(layer.weight.requires_grad for layer in self.layers_.values()):
             raise ValueError(f"{self!r}: its layers do not train, as others have frozen them. Leave one out.")
@@ -223,7 +223,7 @@ class LowRankTraining(Technique):
         for layer in self.layers_.values():
             layer.in_use = False
 
-    def computation(self) -> Hashable:
+    def flops_key(self) -> Hashable:
         return self.changed_at_ is not None
 
     def state_dict(self, scope: Literal["global", "rank"]) -> State:

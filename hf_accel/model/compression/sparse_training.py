@@ -39,7 +39,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from hf_accel.model.blocks import linear_layers
+from hf_accel.surgery.blocks import linear_layers
 from hf_accel.technique import Fraction, State, Technique
 
 Share = Annotated[float, at.Interval(gt=0, lt=1)]

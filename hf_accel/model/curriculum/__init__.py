@@ -1,8 +1,8 @@
 """What part of the model is trained or computed, and when."""
 
-from hf_accel.model.curriculum.layer_drop import LayerDrop
 from hf_accel.model.curriculum.layer_freezing import LayerFreezing
+from hf_accel.model.curriculum.progressive_layer_drop import ProgressiveLayerDrop
 from hf_accel.model.curriculum.progressive_stacking import ProgressiveStacking
 from hf_accel.model.curriculum.stochastic_depth import StochasticDepth
 
-__all__ = ["LayerDrop", "LayerFreezing", "ProgressiveStacking", "StochasticDepth"]
+__all__ = ["LayerFreezing", "ProgressiveLayerDrop", "ProgressiveStacking", "StochasticDepth"]

@@ -44,11 +44,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from hf_accel.batch import StepPlan
 from hf_accel.losses import widest
-from hf_accel.memory import random_state_kept
-from hf_accel.model.around import refuse_waiting_ddp
-from hf_accel.model.blocks import block_lists
-from hf_accel.stream import StepPlan, StepReader, StepStream
+from hf_accel.preserve import random_state_kept
+from hf_accel.stream.indexed import StepStream
+from hf_accel.stream.reader import StepReader
+from hf_accel.surgery.block_wrapper import refuse_waiting_ddp
+from hf_accel.surgery.blocks import block_lists
 from hf_accel.technique import Fraction, State, Technique
 
 EXAMPLES = 16

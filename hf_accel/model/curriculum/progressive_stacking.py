@@ -5,7 +5,8 @@ until * k / stages, for k = 1 ... stages, there are
 
     d_k = d_0 + round(k (L - d_0) / stages)
 
-of them, each a copy of one of those before (`hf_accel.model.growing`), in its weights and in its optimizer's state:
+of them, each a copy of one of those before (`hf_accel.surgery.depth_growth`), in its weights and in its optimizer
+state:
 
     stacked        the whole stack again and again: G_stack, StackingBERT; with several stages gradual stacking
     middle         the middle of the stack twice, at most twice the depth at a time: MIDAS
@@ -44,16 +45,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_accel.losses import unwrapped
-from hf_accel.model.around import refuse_waiting_ddp, refuse_zero
-from hf_accel.model.blocks import residual_projections
+from hf_accel.adapters import unwrapped
 from hf_accel.model.compression.low_rank_training import LowRankTraining
 from hf_accel.model.compression.sparse_training import SparseTraining
 from hf_accel.model.curriculum.layer_freezing import LayerFreezing
-from hf_accel.model.growing import block_path, interleaved, makeup, middle, on_top, repeats, silence, stacked
 from hf_accel.model.initialization.expand_from import ExpandFrom
 from hf_accel.model.initialization.shrink_from import ShrinkFrom
 from hf_accel.model.modules.random_token_drop import RandomTokenDrop
+from hf_accel.surgery.block_wrapper import refuse_waiting_ddp, refuse_zero
+from hf_accel.surgery.blocks import residual_projections
+from hf_accel.surgery.depth_growth import (
+    block_path,
+    interleaved,
+    makeup,
+    middle,
+    on_top,
+    repeats,
+    stacked,
+    zero_residual_branches,
+)
 from hf_accel.technique import State, Technique
 
 OPERATORS = {"stacked": stacked, "middle": middle, "interleaved": interleaved, "on_top": on_top}
@@ -168,11 +178,11 @@ class ProgressiveStacking(Technique):
             if isinstance(other, ExpandFrom | ShrinkFrom):
                 raise ValueError(f"{other!r} gives values to blocks that would be lost. Leave one out.")
         if self.host_ is not None:
-            average, synchronise = (self.host_._owners[slot] for slot in ("averaging", "synchronise"))
+            average, synchronize = (self.host_._owners[slot] for slot in ("averaging", "synchronize"))
             if average is not None and getattr(average, "start", 0.0) < self.until:
                 raise ValueError(f"{average!r} averages weights from before the last growth. Leave one of the two out.")
-            if synchronise is not None:
-                raise ValueError(f"{synchronise!r} keeps weights or gradients of before a growth. Leave one out.")
+            if synchronize is not None:
+                raise ValueError(f"{synchronize!r} keeps weights or gradients of before a growth. Leave one out.")
 
     def _checked_depths(self) -> list[int]:
         """The depths; ValueError where the operator does not make them of these blocks."""
@@ -223,7 +233,7 @@ class ProgressiveStacking(Technique):
         self._show(new_depth)
         copy_blocks(list(self.blocks_), sources, optimizer)
         if self.silent:
-            silence(self.model_, repeats(sources))
+            zero_residual_branches(self.model_, repeats(sources))
             for i in repeats(sources):
                 for parameter in self.blocks_[i].parameters():
                     optimizer.state.pop(parameter, None)
@@ -241,7 +251,7 @@ class ProgressiveStacking(Technique):
             self.blocks_.__class__ = nn.ModuleList
             del self.blocks_.shown, self.blocks_[self.depth_ :]
 
-    def computation(self) -> Hashable:
+    def flops_key(self) -> Hashable:
         """How many blocks there are."""
         return self.depth_
 

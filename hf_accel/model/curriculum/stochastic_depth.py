@@ -17,7 +17,7 @@ Reference: Huang et al. (2016), stochastic depth, https://arxiv.org/abs/1603.093
 itself, as is usual since; the first block is always kept, and the scale is that of training.  At least one example of a
 micro-batch is computed (two where there are batch norms); where none keeps a block, for nothing.
 
-When to use: long training of deep residual networks and vision transformers, where it is a regulariser first; the
+When to use: long training of deep residual networks and vision transformers, where it is a regularizer first; the
 authors report 25 % less time.
 When not to use: short training; fine-tuning; micro-batches of few examples, where nothing is saved; with rows that hold
 several examples, which are dropped as one.  Batch norms see the kept examples alone.  Where norms come after
@@ -38,9 +38,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_accel.losses import unwrapped
-from hf_accel.model.around import Keys, refuse_other_shape, surround
-from hf_accel.model.blocks import block_stacks
+from hf_accel.adapters import unwrapped
+from hf_accel.surgery.block_wrapper import ExampleSeeds, refuse_other_shape, wrap_block
+from hf_accel.surgery.blocks import block_stacks
 from hf_accel.technique import State, Technique
 
 
@@ -125,7 +125,7 @@ class StochasticDepth(Technique):
             )
         if (getattr(base.config, "_attn_implementation", None) or "").startswith(("flex", "paged")):
             raise ValueError(f"{self!r}: {base.config._attn_implementation} attention has one mask for all. Use sdpa.")
-        self.keys_: Keys | None = None
+        self.keys_: ExampleSeeds | None = None
         self.drawn_: Drawn | None = None
         self.beside_: dict[int, tuple] = {}
         self.counts_ = {"kept": 0, "all": 0}
@@ -138,12 +138,12 @@ class StochasticDepth(Technique):
                 is_branch = isinstance(block, nn.Sequential)
                 place = Place(block, parameters, stack, len(self.places_), keep, least, is_branch)
                 self.places_.append(place)
-                self.ends_.append(surround(block, functools.partial(self._call, place), innermost=True))
+                self.ends_.append(wrap_block(block, functools.partial(self._call, place), innermost=True))
         # A function of its own, for copies of the model are not to copy the technique as well.
         self.hook_ = model.register_forward_pre_hook(lambda _, args, inputs: self._see(model, inputs), with_kwargs=True)
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.keys_ = Keys(self, args, state.global_step)
+        self.keys_ = ExampleSeeds(self, args, state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.drawn_ = self.keys_ = None
@@ -215,7 +215,7 @@ class StochasticDepth(Technique):
             self.beside_[place.stack] = beside
         return (new, *self.beside_.get(place.stack, beside))  # as position biases, which T5's blocks pass on
 
-    def computation(self) -> Hashable:
+    def flops_key(self) -> Hashable:
         """How many rows are computed by all blocks of one size."""
         keys = self.keys_
         if keys is None or self.keep == 1:

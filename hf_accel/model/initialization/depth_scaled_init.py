@@ -1,4 +1,4 @@
-"""Depth-scaled initialisation: the more branches add to a residual stream, the less each adds at first.
+"""Depth-scaled initialization: the more branches add to a residual stream, the less each adds at first.
 
 The variance of a residual stream grows with every branch that is added to it.  In a stack of N branches (two for each
 block of a decoder), the last projection of each begins with
@@ -26,8 +26,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from hf_accel.model.blocks import block_lists, residual_projections
-from hf_accel.model.initialization.fresh import FirstValues
+from hf_accel.model.initialization.weight_init import WeightInit
+from hf_accel.surgery.blocks import block_lists, residual_projections
 from hf_accel.technique import Fraction
 
 
@@ -51,7 +51,7 @@ def scaled_already(model: Any) -> bool:
 
 
 @dataclass(eq=False)
-class DepthScaledInit(FirstValues):
+class DepthScaledInit(WeightInit):
     """Starts with residual branches that are smaller in deeper models.
 
     Args:

@@ -6,7 +6,7 @@ Whoever reads a unit of which there are c copies shares its weight out among the
 
     W'[i, j] = W[s(i), s(j)] / c + e[i, j]        sum of e[i, j] over the copies of a unit = 0,
 
-with e of ``noise`` * rms(W) / c before it is centred.  The sum stays what it was, and so does the function; but copies
+with e of ``noise`` * rms(W) / c before it is centered.  The sum stays what it was, and so does the function; but copies
 get gradients of their own and part, which equal shares would never let them do under Adam.  Norms over the width see
 the same mean and variance where each unit has as many copies.  Where the head is the matrix of the embeddings, the norm
 before it shares out in its place.  Heads are copied whole, with their size, positions and keys and values.  New blocks
@@ -17,7 +17,7 @@ and RoBERTa, the depth is the old one; anything else is said in a warning.  The 
 
 Reference: Chen et al. (2016), Net2Net, https://arxiv.org/abs/1511.05641; Chen et al. (2022), bert2BERT,
 https://arxiv.org/abs/2110.07143; unequal shares: Wang et al. (2023), LEMON, https://arxiv.org/abs/2310.07999; ``depth``
-as in `hf_accel.model.growing`.  Departure: relative noise on all shares, where Net2Net adds some to copies.
+as in `hf_accel.surgery.depth_growth`.  Departure: relative noise on all shares, where Net2Net adds some to copies.
 
 When to use: a smaller model of the same family and vocabulary is there already, of Llama, Mistral, Qwen, GPT-2, BERT or
 RoBERTa.
@@ -37,10 +37,10 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_accel.model.dimensions import NORMS_FIRST, Sizes, axes_of, elements, sizes_of
-from hf_accel.model.growing import interleaved, middle, on_top, repeats, silence, stacked
-from hf_accel.model.initialization.donor import check_alike, head_sources, load_donor, write_from
-from hf_accel.model.initialization.fresh import FirstValues, refuse_adapters
+from hf_accel.model.initialization.weight_init import WeightInit, refuse_adapters
+from hf_accel.surgery.depth_growth import interleaved, middle, on_top, repeats, stacked, zero_residual_branches
+from hf_accel.surgery.dimensions import NORMS_FIRST, Sizes, axes_of, elements, sizes_of
+from hf_accel.surgery.source_checkpoint import check_alike, head_sources, load_donor, write_from
 
 logger = logging.get_logger(__name__)
 
@@ -75,7 +75,7 @@ def shared_out(values: Tensor, dim: int, sources: Tensor, noise: float, generato
 
 
 @dataclass(eq=False)
-class ExpandFrom(FirstValues):
+class ExpandFrom(WeightInit):
     """Starts from a smaller trained model.
 
     Args:
@@ -111,7 +111,7 @@ class ExpandFrom(FirstValues):
         self.written_ = write_from(model, donor, lacking, copies(old, new), blocks, read)
         norms_first = model.config.model_type in NORMS_FIRST
         if norms_first:
-            silence(model, repeats(blocks))
+            zero_residual_branches(model, repeats(blocks))
         self.losses_ = self._losses(old, new, depths, norms_first, model.config)
         for loss in self.losses_:
             logger.warning(f"{self!r}: {loss}, and the model does not begin as the checkpoint's function.")

@@ -1,4 +1,4 @@
-"""Maximal update parametrisation (muP): a learning rate that was tuned on a narrow model fits a wide one.
+"""Maximal update parametrization (muP): a learning rate that was tuned on a narrow model fits a wide one.
 
 With one rate for all parameters, Adam's steps change what a layer gives the more, the wider it is, and the best rate
 falls with the width.  For a model that is m = width / ``base_width`` times as wide as the one that was tuned,
@@ -21,7 +21,7 @@ attention keeps the factor of the architecture, which is right where the size of
 When to use: pre-training of Llama, Mistral, Qwen, GPT-2, BERT or RoBERTa from random weights, with the learning rate
 that was best for a narrow model of the same depth, size of heads, batch and length of training, whose heads and MLP are
 in the same proportion to its width.
-When not to use: pretrained models; optimizers other than Adam and its kin, such as SGD, `Muon`, `Lamb` and `Lars`,
+When not to use: pretrained models; optimizers other than Adam and its kin, such as SGD, `Muon`, `LAMB` and `LARS`,
 whose steps follow the width by other rules; to carry anything but the learning rate over, or it to another depth.
 """
 
@@ -37,8 +37,8 @@ from torch import nn
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_accel.model.dimensions import Axis, axes_of
-from hf_accel.model.initialization.fresh import FirstValues, refuse_adapters
+from hf_accel.model.initialization.weight_init import WeightInit, refuse_adapters
+from hf_accel.surgery.dimensions import Axis, axes_of
 
 logger = logging.get_logger(__name__)
 
@@ -62,7 +62,7 @@ def factors_of(axes: tuple[Axis, ...], m: float) -> Factors:
 
 
 @dataclass(eq=False)
-class MuParametrization(FirstValues):
+class MuParametrization(WeightInit):
     """Starts and trains so that the learning rate of a narrower model fits.
 
     Args:

@@ -31,10 +31,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_accel.model.dimensions import Sizes, axes_of, elements, sizes_of
-from hf_accel.model.growing import interleaved
-from hf_accel.model.initialization.donor import check_alike, head_sources, load_donor, write_from
-from hf_accel.model.initialization.fresh import FirstValues, refuse_adapters
+from hf_accel.model.initialization.weight_init import WeightInit, refuse_adapters
+from hf_accel.surgery.depth_growth import interleaved
+from hf_accel.surgery.dimensions import Sizes, axes_of, elements, sizes_of
+from hf_accel.surgery.source_checkpoint import check_alike, head_sources, load_donor, write_from
 
 
 def first(size: int, new_size: int) -> list[int]:
@@ -56,7 +56,7 @@ def selected(old: Sizes, new: Sizes, uniform: bool) -> dict[str, Tensor]:
 
 
 @dataclass(eq=False)
-class ShrinkFrom(FirstValues):
+class ShrinkFrom(WeightInit):
     """Starts from a part of a larger trained model.
 
     Args:

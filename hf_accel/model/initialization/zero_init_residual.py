@@ -1,4 +1,4 @@
-"""Zero initialisation of residual branches: at first, every block hands on what it is given.
+"""Zero initialization of residual branches: at first, every block hands on what it is given.
 
 A residual block computes x + F(x).  With the last layer of F at zero, in each block l of L,
 
@@ -6,7 +6,7 @@ A residual block computes x + F(x).  With the last layer of F at zero, in each b
 
 the network begins as its embeddings and its head, with gradients that are those of a shallow network at any depth, and
 blocks come in as they learn something.  The last layer is the output projection of each attention and of each MLP, as
-`hf_accel.model.blocks.residual_projections` finds them; in networks with batch norm it is the last norm of a block,
+`hf_accel.surgery.blocks.residual_projections` finds them; in networks with batch norm it is the last norm of a block,
 whose scale becomes zero.  Where a norm follows the addition (BERT), a block begins as that norm.
 
 Reference: Goyal et al. (2017), https://arxiv.org/abs/1706.02677, section 5.1 (scales of batch norms); Zhang et al.
@@ -14,8 +14,8 @@ Reference: Goyal et al. (2017), https://arxiv.org/abs/1706.02677, section 5.1 (s
 https://github.com/KellerJordan/modded-nanogpt, of which it is one part.
 
 When to use: pre-training of deep networks whose norms come first, from random weights.
-When not to use: pretrained models, which it refuses; optimizers that scale steps by the norm of the weights (`Lamb`,
-`Lars`), which is zero here.  The encoder of an encoder-decoder model begins to learn a step later.
+When not to use: pretrained models, which it refuses; optimizers that scale steps by the norm of the weights (`LAMB`,
+`LARS`), which is zero here.  The encoder of an encoder-decoder model begins to learn a step later.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from typing import Any
 
 import torch
 
-from hf_accel.model.blocks import residual_projections
-from hf_accel.model.initialization.fresh import FirstValues
+from hf_accel.model.initialization.weight_init import WeightInit
+from hf_accel.surgery.blocks import residual_projections
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def zero_residuals(model: Any) -> int:
 
 
 @dataclass(eq=False)
-class ZeroInitResidual(FirstValues):
+class ZeroInitResidual(WeightInit):
     """Starts with residual branches that add nothing."""
 
     def write(self, model: Any) -> None:

@@ -9,7 +9,7 @@ given up.  With h the hidden state of a token, y its target and W, b the last pr
 
 The gradients are made with the losses, for weights of 1, and multiplied in the backward pass; that of W is made again,
 from new logits, where tokens have different weights.  Tokens without a label (prompts, padding, all that is not masked
-in masked language modelling) are not projected at all.
+in masked language modeling) are not projected at all.
 
 Reference: Wijmans et al. (2024), Cut Your Losses in Large-Vocabulary Language Models,
 https://arxiv.org/abs/2411.09009; Hsu et al. (2024), Liger Kernel, https://arxiv.org/abs/2410.10989 (gradients with the
@@ -17,7 +17,7 @@ losses).  Departure: plain PyTorch, no kernel of its own; and Liger's is not use
 for losses of tokens, which may be weighted.
 
 When to use: language models with a large vocabulary, where the logits are what limits the batch; masked language
-modelling and answers to long prompts, where most positions have no label.
+modeling and answers to long prompts, where most positions have no label.
 On one CPU thread, of 4096 tokens, a vocabulary of 50,257 and width 256, loss and gradient take 0.89 [0.87, 0.90] of the
 time of all logits at once where all tokens have labels, and 0.14 [0.13, 0.14] where 15 % have.
 When not to use: small vocabularies; beside techniques that read the logits (distillation), which it refuses, as models
@@ -34,11 +34,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead, unwrapped
+from hf_accel.adapters import unwrapped
+from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead
 from hf_accel.technique import State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
 LOGITS_OF_A_CHUNK = {"cpu": 2**23}
 """Logits of a chunk by the type of a device, 32 MiB in float32: on CPU faster than half or twice as many."""
@@ -210,7 +211,7 @@ class ChunkedCrossEntropy(Technique):
             raise ValueError(
                 f"{self!r}: {type(model).__name__} does something to its logits after the projection. Leave it out."
             )
-        if readers := [t for t in host.techniques if "extra_loss" in t.answers()]:
+        if readers := [t for t in host.techniques if "extra_loss" in t.implemented_hooks()]:
             raise ValueError(f"{self!r}: {readers[0]!r} reads the logits, which are not there. Leave one of them out.")
         return ChunkedTokenHead(head.kind, head.shift, projection, host)
 

@@ -37,9 +37,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_accel.losses import examples_of, unwrapped
-from hf_accel.model.around import Keys, surround
-from hf_accel.model.blocks import block_lists
+from hf_accel.adapters import unwrapped
+from hf_accel.losses import examples_of
+from hf_accel.surgery.block_wrapper import ExampleSeeds, wrap_block
+from hf_accel.surgery.blocks import block_lists
 from hf_accel.technique import State, Technique
 
 LEVELS = 16
@@ -134,12 +135,12 @@ class RandomTokenDrop(Technique):
         self.counts_ = {"kept": 0, "all": 0}
         self.batch_: tuple[Tensor | None, Tensor | None, list[int]] | None = None
         self.drawn_: dict[int, Tensor | None] = {}
-        self.keys_: Keys | None = None
+        self.keys_: ExampleSeeds | None = None
         self.parameters_ = list(inspect.signature(blocks[0].forward).parameters)
         # A function of its own, for copies of the model are not to copy the technique as well.
         self.hook_ = model.register_forward_pre_hook(lambda _, args, inputs: self._see(model, inputs), with_kwargs=True)
         self.middle_ = range(1, len(blocks) - 1)
-        self.ends_ = [surround(blocks[i], functools.partial(self._call, i)) for i in self.middle_]
+        self.ends_ = [wrap_block(blocks[i], functools.partial(self._call, i)) for i in self.middle_]
 
     def _blocks(self, model: Any) -> nn.ModuleList:
         try:
@@ -160,7 +161,7 @@ class RandomTokenDrop(Technique):
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.share_ = kept_share(self.progress(state), start=self.start, end=self.end)
-        self.keys_ = Keys(self, args, state.global_step)
+        self.keys_ = ExampleSeeds(self, args, state.global_step)
 
     def on_step_end(self, args, state, control, **kwargs):
         self.batch_ = None
@@ -236,7 +237,7 @@ class RandomTokenDrop(Technique):
         mixed_RLH = whole_RLH.scatter(1, kept_RK[..., None].expand(new_RKH.shape), new_RKH.to(whole_RLH.dtype))
         return (mixed_RLH, *rest) if isinstance(output, tuple) else mixed_RLH
 
-    def computation(self) -> Hashable:
+    def flops_key(self) -> Hashable:
         """The share of the tokens that are kept."""
         return self.share_
 

@@ -32,8 +32,8 @@ from torch._dynamo.callback import callback_handler
 from torch.distributed.fsdp import FSDPModule
 from transformers.utils import logging
 
-from hf_accel.losses import unwrapped
-from hf_accel.model.blocks import block_lists
+from hf_accel.adapters import unwrapped
+from hf_accel.surgery.blocks import block_lists
 from hf_accel.technique import Technique
 
 logger = logging.get_logger(__name__)

@@ -28,11 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.utils import ModelOutput
 
-from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead, unwrapped
+from hf_accel.adapters import unwrapped
+from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead
 from hf_accel.technique import State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
 
 def rows_at(output: ModelOutput, chosen_BL: Tensor) -> ModelOutput:
@@ -43,7 +44,7 @@ def rows_at(output: ModelOutput, chosen_BL: Tensor) -> ModelOutput:
 
 @dataclass(frozen=True)
 class SparseTokenHead(TokenHead):
-    """A masked language model's loss from logits at labelled positions, (1, N, V), which it gives while it trains."""
+    """A masked language model's loss from logits at labeled positions, (1, N, V), which it gives while it trains."""
 
     def without_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """With labels, which say where to project, and which the technique takes out at the model's door."""
@@ -71,7 +72,7 @@ class SparseMaskedHead(Technique):
     modality: ClassVar = "masked text"
 
     def loss_head(self, head: Head) -> Head:
-        """The model's own, from logits at labelled positions."""
+        """The model's own, from logits at labeled positions."""
         host: Any = self.host_
         model = unwrapped(host.model)
         if not isinstance(head, TokenHead) or head.kind != "masked LM":
@@ -79,7 +80,7 @@ class SparseMaskedHead(Technique):
                 f"{self!r}: {type(model).__name__} is no masked language model ({head.kind}). Leave it out."
             )
         for hook in ("loss_head", "extra_loss"):
-            if others := [t for t in host.techniques if t is not self and hook in t.answers()]:
+            if others := [t for t in host.techniques if t is not self and hook in t.implemented_hooks()]:
                 raise ValueError(f"{self!r}: {others[0]!r} reads the outputs as well. Leave one of them out.")
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ValueError(

@@ -16,7 +16,7 @@ for them, except for the mean while it is evaluated or saved.  Checkpoints hold 
 Reference: (1) Ajroldi, Orvieto, Geiping (2025), When, Where and Why to Average Weights?,
 https://arxiv.org/abs/2502.06761; (2) Kaddour (2022), Stop Wasting My Time! Saving Days of ImageNet and BERT Training
 with Latest Weight Averaging, https://arxiv.org/abs/2209.14981.  Departures: snapshots are taken at shares of the
-budget, where (2) takes one an epoch.  Statistics of batch normalisation are computed anew for the mean, from up to
+budget, where (2) takes one an epoch.  Statistics of batch normalization are computed anew for the mean, from up to
 1,024 training examples before each evaluation and checkpoint (``batch norm`` in the receipt).
 
 When to use: a learning rate that stays high, or a run that may be stopped at any time; evaluations that choose a

@@ -14,7 +14,7 @@ It costs one more copy of the trainable weights, sharded as these are, and a pas
 
 Reference: Zhang, Lucas, Hinton, Ba (2019), Lookahead Optimizer: k steps forward, 1 step back,
 https://arxiv.org/abs/1907.08610.  Departures: slow weights of fp16 or bf16 weights are kept in fp32; statistics of
-batch normalisation are computed anew for them, from up to 1,024 training examples before each evaluation and
+batch normalization are computed anew for them, from up to 1,024 training examples before each evaluation and
 checkpoint (``batch norm`` in the receipt).
 
 When to use: a noisy run whose learning rate cannot be tuned; the authors report that it matters less then.

@@ -8,7 +8,7 @@ Training itself never sees e.  Until ``start`` there is no average, and the weig
 Where ``every`` is less than a step, each step is averaged.
 
 While the learning rate stays high, the weights go around a wide flat region, and their mean lies nearer to its middle
-than any of them, where the model generalises better.
+than any of them, where the model generalizes better.
 
 It costs one more copy of the trainable weights, in fp32 of fp16 and bf16 ones, sharded as these are, and a pass over
 them at each share.
@@ -16,7 +16,7 @@ them at each share.
 Reference: Izmailov et al. (2018), Averaging Weights Leads to Wider Optima and Better Generalization,
 https://arxiv.org/abs/1803.05407.  Departures: the learning rate stays that of the run's own schedule, where the authors
 hold it or let it cycle from ``start`` on (`WarmupStableDecay` without much decay holds it); the average is kept in at
-least fp32.  Statistics of batch normalisation are computed anew for the averaged weights, as the authors do, but from
+least fp32.  Statistics of batch normalization are computed anew for the averaged weights, as the authors do, but from
 up to 1,024 training examples before each evaluation and checkpoint (``batch norm`` in the receipt).
 
 When to use: long runs of convolutional networks whose learning rate stays high to the end; the authors report 0.6 to

@@ -33,7 +33,7 @@ from torch import Tensor
 from hf_accel.technique import State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
 
 def ramped_batch_size(

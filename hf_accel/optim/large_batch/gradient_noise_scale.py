@@ -40,7 +40,7 @@ import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
-from hf_accel.stream import MicroBatch
+from hf_accel.batch import MicroBatch
 from hf_accel.technique import Positive, State, Technique
 
 logger = logging.get_logger(__name__)
@@ -87,9 +87,9 @@ class GradientNoiseScale(Technique):
             raise ValueError(
                 f"{self!r}: FSDP and DeepSpeed exchange gradients before they can be seen. Use DDP, or leave it out."
             )
-        if host._owners["synchronise"] is not None and args.world_size > 1:
+        if host._owners["synchronize"] is not None and args.world_size > 1:
             raise ValueError(
-                f"{self!r}: {host._owners['synchronise']!r} lets ranks differ, and there is no gradient of a step. "
+                f"{self!r}: {host._owners['synchronize']!r} lets ranks differ, and there is no gradient of a step. "
                 "Leave one out."
             )
         self.means_ = torch.zeros(3, device=args.device)  # of the signal, of the noise; number of measurements

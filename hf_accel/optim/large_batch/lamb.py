@@ -65,7 +65,7 @@ class LambAdam(torch.optim.Optimizer):
 
 
 @dataclass(eq=False)
-class Lamb(Technique):
+class LAMB(Technique):
     """Trains with LAMB, with the trainer's learning rate, weight decay, betas and eps."""
 
     refused_backends: ClassVar = {"zero": "it flattens parameters, and LAMB needs the norm of each"}

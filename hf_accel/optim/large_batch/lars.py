@@ -64,7 +64,7 @@ class LarsSGD(torch.optim.Optimizer):
 
 
 @dataclass(eq=False)
-class Lars(Technique):
+class LARS(Technique):
     """Trains with LARS.
 
     Args:

@@ -33,9 +33,9 @@ from hf_accel.optim.large_batch.gradient_noise_scale import GradientNoiseScale
 from hf_accel.technique import Positive, State
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
-SETTLED = 10
+READ_AT_INIT = 10
 """Measurements before the first of which the batch does not grow."""
 
 
@@ -71,7 +71,7 @@ class NoiseScaleRamp(GradientNoiseScale):
     def batch(self, upcoming_ids_N: Tensor, batch_size: int) -> int:
         """The nominal size, doubled as often as was ever right."""
         value = self.noise_scale() if self.doublings_ < math.log2(self.factor) else None
-        if value is not None and math.isfinite(value) and self.means_[2] >= SETTLED:
+        if value is not None and math.isfinite(value) and self.means_[2] >= READ_AT_INIT:
             self.doublings_ = max(self.doublings_, doublings(value, batch_size, self.factor))
         return batch_size * 2**self.doublings_
 

@@ -8,7 +8,7 @@ warm-up, k = floor(log2(1 / s)) and at most log2(factor),
     lr(p) = peak * 2^(-k / 2)                   while k < log2(factor)
             peak * 2^(-k / 2) * 2^k * s(p)      when the batch grows no more: the schedule goes on
 
-For normalised SGD, and so about for Adam, this is the schedule's own path of the loss as long as the noise dominates
+For normalized SGD, and so about for Adam, this is the schedule's own path of the loss as long as the noise dominates
 the gradient.  FLOPs stay the same; of N / batch_size serial steps, a linear decay with ``factor`` 8 leaves 67 %.  Give
 the budget in epochs, samples or tokens: a budget of steps would be spent on more examples.
 
@@ -34,7 +34,7 @@ from torch import Tensor
 from hf_accel.technique import State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import StepBatch
+    from hf_accel.batch import StepBatch
 
 
 def decay(progress: float, *, warmup: float, shape: Literal["cosine", "linear"]) -> float:

@@ -6,17 +6,17 @@ from hf_accel.optim.learning_rate.learning_rate_scaling import LearningRateScali
 from hf_accel.optim.learning_rate.learning_rate_search import LearningRateSearch, find_lr
 from hf_accel.optim.learning_rate.linear_to_zero import LinearToZero
 from hf_accel.optim.learning_rate.one_cycle import OneCycle
-from hf_accel.optim.learning_rate.rex import Rex
+from hf_accel.optim.learning_rate.rex import REX
 from hf_accel.optim.learning_rate.warmup_stable_decay import WarmupStableDecay
 
 __all__ = [
+    "REX",
     "Cosine",
     "LayerwiseDecay",
     "LearningRateScaling",
     "LearningRateSearch",
     "LinearToZero",
     "OneCycle",
-    "Rex",
     "WarmupStableDecay",
     "find_lr",
 ]

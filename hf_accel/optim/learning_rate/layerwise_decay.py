@@ -30,7 +30,7 @@ from typing import Annotated, Any, ClassVar
 import annotated_types as at
 from torch import nn
 
-from hf_accel.model.blocks import block_lists
+from hf_accel.surgery.blocks import block_lists
 from hf_accel.technique import Technique
 
 

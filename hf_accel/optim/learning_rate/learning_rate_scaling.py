@@ -109,7 +109,7 @@ class LearningRateScaling(Technique):
 
     def _refuse_where_the_rule_ends(self, args: TrainingArguments, kappa: float) -> None:
         assert self.host_ is not None
-        makers = [repr(t) for t in self.host_.techniques if "optimizer" in t.answers()]
+        makers = [repr(t) for t in self.host_.techniques if "optimizer" in t.implemented_hooks()]
         optim = OptimizerNames(args.optim).value
         if not optim.startswith(("adamw", "paged_adamw")):
             makers.append(f"{optim=}")

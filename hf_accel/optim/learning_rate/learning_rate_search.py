@@ -3,11 +3,11 @@
 No other hyperparameter matters as much, and none is as often left at its default.  A range test, in which the rate
 grows exponentially, says where to look; alone it proposes too much.  So runs of a small part of the horizon T follow,
 with warm-up and decay inside it, first 4 to 7 rates a factor of 2 apart for a time t, then the best of them and its
-neighbours, a factor of sqrt(2) away, for 2 t.  The best rate falls with the horizon, and training gets
+neighbors, a factor of sqrt(2) away, for 2 t.  The best rate falls with the horizon, and training gets
 
     learning_rate = best * min(2 t / T, 1)^0.32
 
-on the lattice 1e-3 x 2^(i/2), rounded towards the best.  All runs begin with the weights of the model and one seed, and
+on the lattice 1e-3 x 2^(i/2), rounded toward the best.  All runs begin with the weights of the model and one seed, and
 are judged by the loss of the same examples of the evaluation set (of the training set, where there is no other).
 
 Reference: Smith (2017), Cyclical learning rates for training neural networks, arXiv:1506.01186, for the range test;
@@ -56,7 +56,7 @@ class LearningRateSearch(Technique):
             self.report_ = dict(state)
         else:
             budgeted = host._owners["budget"] is not None
-            limits = {u: limit - host.clock.set_aside.get(u, 0.0) for u, limit in host.clock.limits.items()}
+            limits = {u: limit - host.clock.excluded_cost.get(u, 0.0) for u, limit in host.clock.limits.items()}
             if budgeted and self.share >= 1:
                 raise ValueError(f"{self!r}: nothing of {host._owners['budget']!r} is left to train. Give less than 1.")
             found = search(host, self.share, limits, kept=budgeted, asking=repr(self), without=[self])
@@ -71,7 +71,7 @@ class LearningRateSearch(Technique):
             if budgeted:
                 rest = {u: self.share * limit for u, limit in limits.items() if u not in CONTINUOUS}
                 host.count_energy()
-                host.clock.set_aside = rest | {"seconds": host.clock.seconds, "joules": host.clock.spent["joules"]}
+                host.clock.excluded_cost = rest | {"seconds": host.clock.seconds, "joules": host.clock.spent["joules"]}
         host.args.learning_rate = self.report_["learning_rate"]
 
     def state_dict(self, scope: Literal["global", "rank"]) -> State:

@@ -1,6 +1,6 @@
 """One cycle: the learning rate rises for a third of the budget to a high peak and falls to zero.
 
-A rate too high to begin with is bearable in the middle, where it regularises; the momentum is low while the rate is
+A rate too high to begin with is bearable in the middle, where it regularizes; the momentum is low while the rate is
 high.  With nearness(p), which goes on half cosine waves from 0 at p = 0 to 1 at p = warmup and back to 0 at p = 1,
 
     factor(p)   = initial + (1 - initial) * nearness(p)           for p < warmup

@@ -1,4 +1,4 @@
-"""Rex: the learning rate stays high for most of the budget, and falls ever faster towards zero.
+"""REX: the learning rate stays high for most of the budget, and falls ever faster toward zero.
 
 With z, the share of the decay that is left,
 
@@ -13,7 +13,7 @@ Departure: a warm-up comes first, as in the other shapes; ``warmup=0`` is the pa
 
 When to use: instead of a linear decay, where the budget is far below what the model could use.
 When not to use: where the peak learning rate is near the highest that is stable; where a linear decay was tuned: the
-mean rate of Rex is higher by 23 % (2 - 2 ln 2 = 0.61 of the peak to 0.5), so that the peak wants tuning anew.
+mean rate of REX is higher by 23 % (2 - 2 ln 2 = 0.61 of the peak to 0.5), so that the peak wants tuning anew.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def rex(progress: float, *, warmup: float = 0.05) -> float:
 
 
 @dataclass(eq=False)
-class Rex(Technique):
+class REX(Technique):
     """The learning rate rises to its peak, then falls slowly at first and fast at the end, to zero.
 
     Args:

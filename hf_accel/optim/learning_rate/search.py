@@ -2,7 +2,7 @@
 
 The range test is one short run in which the rate grows exponentially; it tells where to look.  The sweep trains for
 short horizons, with the schedule of the run inside each: some rates a factor of 2 apart, then the best of them and its
-neighbours, a factor of sqrt(2) away, for twice as long.  The best of these is good for its own horizon; for the whole
+neighbors, a factor of sqrt(2) away, for twice as long.  The best of these is good for its own horizon; for the whole
 one it is scaled by (short / whole)^0.32.  Rates are those of the lattice 1e-3 x 2^(i/2), with whole i; the scaled one
 is that of the lattice which is nearest on the side of the best.
 """
@@ -21,9 +21,9 @@ from transformers import SchedulerType
 from transformers.trainer_utils import has_length
 
 from hf_accel.clock import CONTINUOUS
-from hf_accel.host import nominal_steps
+from hf_accel.engine.short_run import ShortRun, many_runs, probe_of, short_run
+from hf_accel.host.arguments import nominal_steps
 from hf_accel.technique import Technique
-from hf_accel.trial import ShortRun, many_runs, probe_of, short_run
 
 LOWEST, HIGHEST = 1e-6, 10.0
 """The rates of the range test."""
@@ -165,7 +165,7 @@ class FoundRate:
         rates, losses = self.range_test["rates"], self.range_test["losses"]
         end = divergence(losses)
         left.plot(rates, losses, color="0.75", label="loss of a step")
-        left.plot(rates[:end], smoothed(losses[:end]), color="C0", label="mean of its neighbours")
+        left.plot(rates[:end], smoothed(losses[:end]), color="C0", label="mean of its neighbors")
         if self.diverged_at is not None:
             left.axvline(self.diverged_at, color="C3", linestyle=":", label="diverged")
         left.axvspan(min(self.rounds[0]["losses"]), max(self.rounds[0]["losses"]), color="0.93", label="sweep")

@@ -40,17 +40,18 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from hf_accel.data.columns import check_indexable
-from hf_accel.data.scores import reader_for
-from hf_accel.losses import ClassHead, TokenHead, unwrapped, widest
+from hf_accel.adapters import unwrapped
+from hf_accel.batch import StepPlan
+from hf_accel.features.columns import check_indexable
+from hf_accel.features.scores import reader_for
+from hf_accel.losses import ClassHead, TokenHead, widest
 from hf_accel.optim.objective.answers import Answer, Answers, has_answers, read_answers, write_answers
-from hf_accel.optim.objective.frozen import freeze, judge, load_frozen
-from hf_accel.stream import StepPlan
+from hf_accel.surgery.frozen_model import freeze, judge, load_frozen
 from hf_accel.technique import Fraction, Positive, State, Technique
 
 if TYPE_CHECKING:
+    from hf_accel.batch import StepBatch
     from hf_accel.losses import ExampleLosses
-    from hf_accel.stream import StepBatch
 
 
 def most_likely(logits_NV: Tensor, top_k: int | None, temperature: float) -> tuple[Tensor | None, Tensor]:

@@ -31,12 +31,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_accel.data.augmentation import generators
-from hf_accel.losses import IGNORED, examples_of, kind_of, unwrapped
+from hf_accel.adapters import unwrapped
+from hf_accel.features.augmentation import generators
+from hf_accel.losses import IGNORED, examples_of, kind_of
 from hf_accel.technique import State, Technique
 
 if TYPE_CHECKING:
-    from hf_accel.stream import MicroBatch, StepBatch
+    from hf_accel.batch import MicroBatch, StepBatch
 
 Rate = Annotated[float, at.Interval(gt=0, lt=1)]
 

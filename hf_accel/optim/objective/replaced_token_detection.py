@@ -37,13 +37,14 @@ from torch import Tensor, nn
 from transformers import ElectraConfig, ElectraModel
 from transformers.models.electra.modeling_electra import ElectraGeneratorPredictions
 
-from hf_accel.data.augmentation import generators
-from hf_accel.losses import IGNORED, examples_of, kind_of, unwrapped, widest
+from hf_accel.adapters import unwrapped
+from hf_accel.features.augmentation import generators
+from hf_accel.losses import IGNORED, examples_of, kind_of, widest
 from hf_accel.technique import Positive, State, Technique
 
 if TYPE_CHECKING:
+    from hf_accel.batch import MicroBatch, StepBatch
     from hf_accel.losses import ExampleLosses
-    from hf_accel.stream import MicroBatch, StepBatch
 
 FAMILIES = ("bert", "electra", "roberta")
 OTHER_BACKENDS = "the generator reads the model's embeddings outside of the model's own pass, when they are shards"

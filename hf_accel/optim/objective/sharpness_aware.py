@@ -9,12 +9,12 @@ The steps between reuse what was new in g_s, its part orthogonal to g, which cha
     h = g_s - (g_s . g / |g|^2) g        update with g + reuse * |g| * h / |h|
 
 |g| is the norm over all parameters, micro-batches and ranks.  The second pass draws the same dropout masks as the
-first, so that both are of one function; losses, and buffers such as the statistics of batch normalisation, are those of
+first, so that both are of one function; losses, and buffers such as the statistics of batch normalization, are those of
 the first pass.  The weights come back bit for bit, from a copy.  A step whose gradient is not finite, in either pass,
 is left out; ten such steps in a row end the run.
 
 Reference: Foret et al. (2021), Sharpness-Aware Minimization for Efficiently Improving Generalization,
-https://arxiv.org/abs/2010.01412; Liu et al. (2022), Towards Efficient and Scalable Sharpness-Aware Minimization,
+https://arxiv.org/abs/2010.01412; Liu et al. (2022), Toward Efficient and Scalable Sharpness-Aware Minimization,
 https://arxiv.org/abs/2203.02714.  ``every=1`` is the first, ``reuse=0`` without what the second adds.
 
 When to use: image classification, from scratch or with small data, where it may be worth some epochs: Composer's card
@@ -38,7 +38,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from hf_accel.memory import buffers_kept, random_state_kept
+from hf_accel.preserve import buffers_kept, random_state_kept
 from hf_accel.technique import Diverged, Positive, State, Technique
 from hf_accel.weights import gather, local_parameters, scatter
 

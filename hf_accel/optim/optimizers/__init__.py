@@ -1,7 +1,7 @@
 """How gradients become updates."""
 
+from hf_accel.optim.optimizers.gradient_spike_guard import GradientSpikeGuard
 from hf_accel.optim.optimizers.muon import Muon
-from hf_accel.optim.optimizers.optimizer import Optimizer
-from hf_accel.optim.optimizers.step_guard import StepGuard
+from hf_accel.optim.optimizers.named_optimizer import NamedOptimizer
 
-__all__ = ["Muon", "Optimizer", "StepGuard"]
+__all__ = ["GradientSpikeGuard", "Muon", "NamedOptimizer"]

@@ -46,7 +46,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_accel.optim.optimizers.newton_schulz import orthogonalised
+from hf_accel.optim.optimizers.newton_schulz import orthogonalized
 from hf_accel.technique import Fraction, Positive, Technique
 
 logger = logging.get_logger(__name__)
@@ -163,7 +163,7 @@ class MuonAdamW(torch.optim.Optimizer):
             state["momentum_buffer"].lerp_(p.grad, 1 - momentum)
             direction = p.grad.lerp(state["momentum_buffer"], momentum)
             directions.append(matrices.of(direction.full_tensor() if isinstance(p, DTensor) else direction))
-        updates = orthogonalised(torch.cat(directions)).split(matrices.shape[0])
+        updates = orthogonalized(torch.cat(directions)).split(matrices.shape[0])
         for p, update_KOI in zip(parameters, updates, strict=True):
             weight, update = p, matrices.back(update_KOI, p.shape)
             if isinstance(p, DTensor):

@@ -34,7 +34,7 @@ def iteration_dtype(tensor: Tensor) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def orthogonalised(matrices_KOI: Tensor) -> Tensor:
+def orthogonalized(matrices_KOI: Tensor) -> Tensor:
     """All matrices of a stack, each near the orthogonal one that is nearest to it; in the dtype of the iteration."""
     x = matrices_KOI.to(iteration_dtype(matrices_KOI))
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)

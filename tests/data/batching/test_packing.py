@@ -9,10 +9,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
 from hf_accel import AccelTrainer, Technique
+from hf_accel.batch import ORDER, MicroBatch
 from hf_accel.data.batching.packing import Packing, best_fit_decreasing
-from hf_accel.data.cutting import truncate
+from hf_accel.features.truncation import truncate
 from hf_accel.losses import head_of
-from hf_accel.stream import ORDER, MicroBatch
 from hf_accel.testing import (
     CountingText,
     collate_padded,

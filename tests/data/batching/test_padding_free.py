@@ -16,9 +16,9 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_accel.batch import MicroBatch
 from hf_accel.data.batching.padding_free import PaddingFree, flatten
-from hf_accel.data.flattening import flattening_fault
-from hf_accel.stream import MicroBatch
+from hf_accel.features.flattening import flattening_fault
 from hf_accel.testing import largest_difference, losses_of, tiny_llama, tiny_trainer, weights_of
 
 SMALL = {

@@ -14,8 +14,8 @@ from transformers import (
 )
 
 from hf_accel import ResolutionWarmup
+from hf_accel.batch import MicroBatch, StepBatch, StepPlan
 from hf_accel.data.curriculum.resolution_warmup import scale_at
-from hf_accel.stream import MicroBatch, StepBatch, StepPlan
 from hf_accel.testing import tiny_trainer
 
 SMALL = dict(hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)

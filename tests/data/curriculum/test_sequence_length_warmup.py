@@ -4,8 +4,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from hf_accel.batch import MicroBatch, StepBatch, StepPlan
 from hf_accel.data.curriculum.sequence_length_warmup import SequenceLengthWarmup, warmed_up_length
-from hf_accel.stream import MicroBatch, StepBatch, StepPlan
 from hf_accel.testing import collate_padded, tiny_trainer
 
 ROWS = [[11, 12, 13, 14, 15], [21, 22], [31, 32, 33, 34, 35, 36, 37, 38], [41, 42, 43, 44]]

@@ -30,7 +30,7 @@ def test_boxes_lie_in_the_image_and_have_the_papers_area():
         areas.append((bottom - top) * (right - left) / 60000)
         if top > 0 and left > 0 and bottom < 200 and right < 300:
             whole.append(((bottom - top) / 200) / max((right - left) / 300, 1e-9))
-    # With lam uniform and the centre too, a side of share s keeps s - s^2 / 4 of itself on average: the area's mean is
+    # With lam uniform and the center too, a side of share s keeps s - s^2 / 4 of itself on average: the area's mean is
     # the integral of (sqrt(u) - u / 4)^2 over u in [0, 1].
     expected = 1 / 2 - 2 / 4 * 2 / 5 + 1 / 16 / 3
     assert np.mean(areas) == pytest.approx(expected, abs=4 * np.std(areas) / 4000**0.5 + 0.005)

@@ -7,9 +7,10 @@ import torch
 from transformers import ViTConfig, ViTForImageClassification
 
 from hf_accel import CutMix, Mixup
+from hf_accel.batch import StepPlan
 from hf_accel.data.regularization.mixup import mix
 from hf_accel.losses import head_of
-from hf_accel.stream import StepPlan, StepReader
+from hf_accel.stream.reader import StepReader
 from hf_accel.testing import Patterns, collate_stacked, largest_difference, tiny_convnext, tiny_llama, tiny_trainer
 from hf_accel.testing import weights_of as weights
 
@@ -60,7 +61,7 @@ def test_the_mix_is_a_loop():
 
 
 def test_one_step_is_that_of_a_hand_written_loss(tmp_path):
-    """SGD on lam * CE(a) + (1 - lam) * CE(b) of the images of neighbours, in micro-batches of three."""
+    """SGD on lam * CE(a) + (1 - lam) * CE(b) of the images of neighbors, in micro-batches of three."""
     trainer = tiny_trainer(
         [Mixup(alpha=1.0)],
         tmp_path,

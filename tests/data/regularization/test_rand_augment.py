@@ -9,8 +9,8 @@ Image = pytest.importorskip("PIL.Image", reason="the oracle is Pillow")
 from PIL import ImageEnhance, ImageOps  # noqa: E402
 
 from hf_accel import RandAugment  # noqa: E402
+from hf_accel.batch import MicroBatch, StepBatch, StepPlan  # noqa: E402
 from hf_accel.data.regularization.rand_augment import NAMES, operations  # noqa: E402
-from hf_accel.stream import MicroBatch, StepBatch, StepPlan  # noqa: E402
 from hf_accel.testing import tiny_convnext, tiny_trainer  # noqa: E402
 
 BILINEAR = Image.Resampling.BILINEAR
@@ -82,17 +82,17 @@ def test_an_image_depends_on_its_own_key_alone():
     assert technique.report()["changes"] == pytest.approx(2 * 13 / 14, abs=0.6)
 
 
-def test_normalised_images_are_changed_as_they_were_before():
+def test_normalized_images_are_changed_as_they_were_before():
     images, mean, std = smooth_images(), [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
     shape = (3, 1, 1)
-    normalised = (images - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
+    normalized = (images - torch.tensor(mean).view(shape)) / torch.tensor(std).view(shape)
     processor = SimpleNamespace(do_normalize=True, image_mean=mean, image_std=std)
-    found = changed(started(processing_class=processor), normalised, [1, 2, 3])
+    found = changed(started(processing_class=processor), normalized, [1, 2, 3])
     expected = changed(started(), images, [1, 2, 3])
     found = found * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
     assert (found - expected).abs().mean() < 0.01  # a pixel may fall on the other side of a threshold
     with pytest.raises(ValueError, match=r"pixel_values are not in \[0, 1\]. Give the trainer processing_class="):
-        changed(started(), normalised, [1, 2, 3])
+        changed(started(), normalized, [1, 2, 3])
 
 
 def test_strength_zero_leaves_what_has_a_strength():

@@ -6,8 +6,8 @@ import torch
 from transformers import Wav2Vec2Config, Wav2Vec2ForSequenceClassification, WhisperForAudioClassification
 
 from hf_accel import SpecAugment
+from hf_accel.batch import MicroBatch, StepBatch, StepPlan
 from hf_accel.data.regularization.spec_augment import draw_stretches
-from hf_accel.stream import MicroBatch, StepBatch, StepPlan
 from hf_accel.testing import tiny_llama, tiny_trainer, tiny_whisper
 
 

@@ -6,8 +6,8 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification
 
 from hf_accel import TokenCutoff
+from hf_accel.batch import MicroBatch, StepBatch, StepPlan
 from hf_accel.data.regularization.token_cutoff import draw_cuts
-from hf_accel.stream import MicroBatch, StepBatch, StepPlan
 from hf_accel.testing import CountingText, collate_padded, tiny_llama, tiny_trainer
 
 ROWS = [[11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21], [31, 32], [41, 42, 43, 44, 45]]

@@ -29,8 +29,8 @@ def watched(technique, epochs):
 EPOCHS = [[2.0, 0.1, 3.0, 0.3, 0.6], [0.2, 0.1, 3.0, 0.9, 0.6], [1.5, 0.1, 3.0, 0.2, 0.6], [0.1, 0.1, 3.0, 0.9, 0.6]]
 
 
-def test_forgetting_counts_what_was_learnt_and_lost():
-    # 0 is forgotten once, 3 twice, 2 is never learnt, 1 and 4 are never forgotten.
+def test_forgetting_counts_what_was_learned_and_lost():
+    # 0 is forgotten once, 3 twice, 2 is never learned, 1 and 4 are never forgotten.
     assert watched(started(score="forgetting", keep=0.4), EPOCHS) == [2, 3]
     assert watched(started(score="forgetting", keep=0.6), EPOCHS) == [0, 2, 3]
 

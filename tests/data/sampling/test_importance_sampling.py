@@ -30,7 +30,7 @@ def test_the_gradient_is_unbiased():
         "input_ids": torch.randint(20, (24, 5), generator=generator),
         "labels": torch.randint(3, (24,), generator=generator),
     }
-    # Some are learnt and some are not, so that the probabilities differ.
+    # Some are learned and some are not, so that the probabilities differ.
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.02)
     for _ in range(25):
         model(**{k: v[:16] for k, v in inputs.items()}).loss.backward()
@@ -91,7 +91,7 @@ def test_the_score_bounds_the_gradient_with_respect_to_the_logits():
 
 
 def test_tau_is_that_of_the_paper():
-    """1 / tau = sqrt(1 - || g - u ||^2 / || g ||^2), g the normalised scores and u uniform."""
+    """1 / tau = sqrt(1 - || g - u ||^2 / || g ||^2), g the normalized scores and u uniform."""
     technique = started(threshold=0.0)
     losses = torch.tensor([0.1, 2.0, 0.0, 5.0])
     technique.step_select(torch.arange(4), losses)
@@ -114,15 +114,15 @@ def test_it_samples_only_where_that_pays():
     positions, weights = technique.step_select(torch.arange(8), even)
     assert positions.tolist() == list(range(8)) and weights is None and technique.tau_ == pytest.approx(1)
     technique.host_.state.global_step = 7
-    assert not technique.scores_step()
+    assert not technique.needs_step_losses()
     technique.host_.state.global_step = 10
-    assert technique.scores_step()
+    assert technique.needs_step_losses()
     for _ in range(30):
         positions, weights = technique.step_select(torch.arange(8), uneven)
     assert technique.tau_ > (1 / 0.25 + 3) / 3
     assert len(positions) == len(weights) == 2 and (positions.diff() >= 0).all()
     technique.host_.state.global_step = 7
-    assert technique.scores_step()
+    assert technique.needs_step_losses()
     report = technique.report()
     assert report["judged"] == 31 and 0 < report["sampled"] < 31
 

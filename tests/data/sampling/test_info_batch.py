@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from hf_accel.data.sampling.info_batch import InfoBatch, prune_learnt
+from hf_accel.data.sampling.info_batch import InfoBatch, prune_learned
 from hf_accel.losses import head_of, weighted_mean
 
 
@@ -22,7 +22,7 @@ def test_the_choice_is_that_of_brute_force():
     for trial in range(50):
         scores = [draw.choice([draw.random(), math.nan]) for _ in range(draw.randint(2, 30))]
         keep = draw.uniform(0.05, 1)
-        ids, weights = prune_learnt(torch.tensor(scores), keep, torch.Generator().manual_seed(trial))
+        ids, weights = prune_learned(torch.tensor(scores), keep, torch.Generator().manual_seed(trial))
         seen = torch.tensor([s for s in scores if s == s])
         low = [i for i, s in enumerate(scores) if s < float(seen.mean())] if len(seen) else []
         kept = [i for i in ids.tolist() if i in low]
@@ -38,7 +38,7 @@ def test_the_weighted_sum_is_unbiased():
     generator = torch.Generator().manual_seed(2)
     sums = []
     for _ in range(4000):
-        ids, weights = prune_learnt(losses.float(), 0.3, generator)
+        ids, weights = prune_learned(losses.float(), 0.3, generator)
         sums.append(float((losses[ids] * weights.double()).sum()))
     mean = sum(sums) / len(sums)
     spread = math.sqrt(sum((s - mean) ** 2 for s in sums) / (len(sums) - 1))
@@ -75,7 +75,7 @@ def test_the_expected_weighted_gradient_is_the_full_one():
     per_example = torch.stack([gradient(torch.tensor([i]), torch.ones(1).double()) for i in range(24)])
     scores = head.losses(model(**inputs), inputs, 24).per_example(24)
 
-    ids, weights = prune_learnt(scores, 0.3, generator)
+    ids, weights = prune_learned(scores, 0.3, generator)
     assert torch.allclose(gradient(ids, weights.double()), weights.double() @ per_example[ids])
     directions = torch.randn(len(full), 20, generator=generator, dtype=torch.float64)
     projected = per_example @ directions
@@ -83,7 +83,7 @@ def test_the_expected_weighted_gradient_is_the_full_one():
     def z_scores(weighted):
         draws = []
         for _ in range(3000):
-            ids, weights = prune_learnt(scores, 0.3, generator)
+            ids, weights = prune_learned(scores, 0.3, generator)
             draws.append((weights.double() if weighted else torch.ones(len(ids)).double()) @ projected[ids])
         draws = torch.stack(draws)
         return (draws.mean(0) - full @ directions) / (draws.std(0) / math.sqrt(len(draws)))

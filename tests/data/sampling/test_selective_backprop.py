@@ -50,7 +50,7 @@ def test_it_acts_between_start_and_end_but_on_plain_steps():
 
     def acts(step, progress):
         technique.host_.state.global_step, technique.host_.clock.progress = step, progress
-        return technique.scores_step()
+        return technique.needs_step_losses()
 
     assert [acts(step, 0.6) for step in range(6)] == [True, True, False, True, True, False]
     assert not acts(0, 0.49) and acts(0, 0.5) and not acts(0, 0.9)

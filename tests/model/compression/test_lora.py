@@ -141,7 +141,7 @@ def test_adapters_are_made_from_the_seed_alone():
     assert largest_difference(a, b) == 0.0 < largest_difference(a, c)
 
 
-def quantised_llama(kind, folder):
+def quantized_llama(kind, folder):
     """`tiny_llama` without dropout in 8 bits (torchao) or 4 (bitsandbytes)."""
     tiny_llama(dropout=0.0).save_pretrained(folder)
     if kind == "int8":
@@ -152,8 +152,8 @@ def quantised_llama(kind, folder):
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
 
 
-def dequantised(weight):
-    """The values that a quantised matrix stands for."""
+def dequantized(weight):
+    """The values that a quantized matrix stands for."""
     if hasattr(weight, "quant_state"):
         from bitsandbytes.functional import dequantize_4bit
 
@@ -166,16 +166,16 @@ def adapters_of(trainer):
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_a_quantised_model_trains_as_one_of_the_values_that_its_weights_stand_for(kind, tmp_path):
-    quantised = quantised_llama(kind, tmp_path / "base")
-    before = {name: dequantised(p).float().clone() for name, p in quantised.named_parameters()}
+def test_a_quantized_model_trains_as_one_of_the_values_that_its_weights_stand_for(kind, tmp_path):
+    quantized = quantized_llama(kind, tmp_path / "base")
+    before = {name: dequantized(p).float().clone() for name, p in quantized.named_parameters()}
     whole = tiny_llama(dropout=0.0)
     changed = {name for name, p in whole.named_parameters() if (p - before[name]).abs().max() > 1e-4}
     assert len(changed) == 4 * LAYERS_OF_LLAMA, "all linear layers but the head"
     whole.load_state_dict(before)
     trainers = [
         tiny_trainer([LoRA(rank=4)], tmp_path, model=model, learning_rate=1e-3, max_steps=8)
-        for model in (quantised, whole)
+        for model in (quantized, whole)
     ]
     for trainer in trainers:
         trainer.train()
@@ -189,18 +189,18 @@ def test_a_quantised_model_trains_as_one_of_the_values_that_its_weights_stand_fo
     assert trained and all(".lora_" in name for name in trained)
     base = trainers[0].model.get_base_model()
     after = {
-        name.replace(".base_layer", ""): dequantised(p) for name, p in base.named_parameters() if ".lora_" not in name
+        name.replace(".base_layer", ""): dequantized(p) for name, p in base.named_parameters() if ".lora_" not in name
     }
     assert after.keys() == before.keys() and all(torch.equal(after[name].float(), before[name]) for name in before)
 
 
 @pytest.mark.parametrize("kind", ["int8", "nf4"])
-def test_quantised_models_resume_bit_exactly_under_activation_checkpointing(kind, tmp_path):
+def test_quantized_models_resume_bit_exactly_under_activation_checkpointing(kind, tmp_path):
     options = {"learning_rate": 1e-3, "max_steps": 6, "activation_checkpointing": True}
     options["activation_checkpointing_kwargs"] = {"use_reentrant": True}  # needs gradients of what goes into a layer
 
     def trainer(folder, **more):
-        model = quantised_llama(kind, tmp_path / "base")
+        model = quantized_llama(kind, tmp_path / "base")
         return tiny_trainer([LoRA(rank=4)], tmp_path / folder, model=model, **options, **more)
 
     straight = trainer("straight", save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=1)
@@ -236,7 +236,7 @@ def test_gradients_after_an_evaluation_are_those_before_it(tmp_path):
         assert (gradients[1][name] - expected).norm() < 0.02 * expected.norm(), name
 
 
-def test_what_is_not_quantised_is_float32(tmp_path):
+def test_what_is_not_quantized_is_float32(tmp_path):
     pytest.importorskip("bitsandbytes", reason="weights of 4 bits need it (pip install bitsandbytes)")
     tiny_llama(dtype=torch.bfloat16).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
@@ -249,8 +249,8 @@ def test_what_is_not_quantised_is_float32(tmp_path):
     assert set(kinds.values()) == {torch.float32, torch.uint8}
 
 
-def test_a_quantised_model_trains_with_adapters_that_are_there_first(tmp_path):
-    model = add_adapters(quantised_llama("int8", tmp_path / "base"), rank=4, alpha=8)
+def test_a_quantized_model_trains_with_adapters_that_are_there_first(tmp_path):
+    model = add_adapters(quantized_llama("int8", tmp_path / "base"), rank=4, alpha=8)
     trainer = tiny_trainer([], tmp_path, model=model, learning_rate=1e-2)
     adapters = {name: p for name, p in trainer.model.named_parameters() if p.requires_grad}
     before = {name: p.detach().clone() for name, p in adapters.items()}
@@ -259,18 +259,18 @@ def test_a_quantised_model_trains_with_adapters_that_are_there_first(tmp_path):
     assert not any(torch.equal(before[name], p) for name, p in adapters.items())
 
 
-def test_quantised_models_that_cannot_be_trained_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has quantised weights.*no adapters.*Add them"):
-        tiny_trainer([], tmp_path, model=quantised_llama("int8", tmp_path / "base"))
+def test_quantized_models_that_cannot_be_trained_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has quantized weights.*no adapters.*Add them"):
+        tiny_trainer([], tmp_path, model=quantized_llama("int8", tmp_path / "base"))
     plain = tiny_trainer([], tmp_path, trainer_class=Trainer, model=add_adapters(tiny_llama(), rank=4, alpha=8))
     with pytest.raises(ValueError, match=r"has adapters already\. Give the pretrained model itself\.$"):
         attach(plain, [LoRA(rank=4)])
-    adapted = add_adapters(quantised_llama("int8", tmp_path / "base"), rank=4, alpha=8)
+    adapted = add_adapters(quantized_llama("int8", tmp_path / "base"), rank=4, alpha=8)
     plain = tiny_trainer([], tmp_path, trainer_class=Trainer, model=adapted)
     with pytest.raises(ValueError, match=r"has adapters already\. Give the pretrained model itself to AccelTrainer"):
         attach(plain, [LoRA(rank=4)])
     with pytest.raises(ValueError, match=r"LoRA\(.*variant='pissa'.*no singular values\. Choose another"):
-        tiny_trainer([LoRA(rank=4, variant="pissa")], tmp_path, model=quantised_llama("int8", tmp_path / "base"))
+        tiny_trainer([LoRA(rank=4, variant="pissa")], tmp_path, model=quantized_llama("int8", tmp_path / "base"))
     packed = TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=packed)
     with pytest.raises(

@@ -6,10 +6,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hf_accel.model.blocks import linear_layers
 from hf_accel.model.compression.lora import LoRA, add_adapters
 from hf_accel.model.compression.low_rank_training import (
-    Factorised,
+    Factorized,
     LowRankTraining,
     factors,
     give_factors,
@@ -17,6 +16,7 @@ from hf_accel.model.compression.low_rank_training import (
     use_factors,
     whole,
 )
+from hf_accel.surgery.blocks import linear_layers
 from hf_accel.testing import EXAMPLES, collate_padded, tiny_llama, tiny_trainer
 
 GPT2 = AutoConfig.for_model("gpt2", vocab_size=48, n_embd=16, n_layer=2, n_head=2)
@@ -118,7 +118,7 @@ def test_it_changes_when_stable_ranks_settle_or_at_the_latest(tmp_path):
     assert at == pytest.approx(10 / 24)
     trainer.save_model(str(tmp_path / "saved"))
     loaded, said = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", output_loading_info=True)
-    assert not any(said.values()) and not any(isinstance(module, Factorised) for module in loaded.modules())
+    assert not any(said.values()) and not any(isinstance(module, Factorized) for module in loaded.modules())
     for layer in linear_layers(loaded).values():
         assert torch.linalg.matrix_rank(layer.weight, rtol=1e-4) == 4
     ids = torch.arange(3, 23)[None]

@@ -6,7 +6,6 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForImageClassification, ResNetConfig, TrainerCallback
 
-from hf_accel.model.blocks import linear_layers
 from hf_accel.model.compression.lora import add_adapters
 from hf_accel.model.compression.sparse_training import (
     SparseTraining,
@@ -15,6 +14,7 @@ from hf_accel.model.compression.sparse_training import (
     moved,
     risen_sparsity,
 )
+from hf_accel.surgery.blocks import linear_layers
 from hf_accel.testing import EXAMPLES, collate_padded, tiny_bert, tiny_llama, tiny_trainer
 
 

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers import default_data_collator as collate
 
-from hf_accel.budget.flops import FlopMeter
+from hf_accel.meters.flops import FlopMeter
 from hf_accel.model.curriculum.layer_freezing import (
     LayerFreezing,
     find_blocks,

@@ -5,9 +5,9 @@ from architectures import inputs_for, tiny, used
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import TrainingArguments
 
-from hf_accel import LayerDrop, RandomTokenDrop, StochasticDepth
-from hf_accel.model.blocks import block_lists
+from hf_accel import ProgressiveLayerDrop, RandomTokenDrop, StochasticDepth
 from hf_accel.model.curriculum.stochastic_depth import keep_probabilities
+from hf_accel.surgery.blocks import block_lists
 from hf_accel.testing import tiny_llama, tiny_trainer
 
 
@@ -121,7 +121,7 @@ def test_what_is_dropped_is_not_computed(tmp_path):
     technique.on_train_end(None, None, None)
 
 
-@pytest.mark.parametrize("others", [[], [LayerDrop(decay=10.0)], [RandomTokenDrop()]])
+@pytest.mark.parametrize("others", [[], [ProgressiveLayerDrop(decay=10.0)], [RandomTokenDrop()]])
 @pytest.mark.parametrize("last", [False, True])
 def test_it_trains_beside_others_that_skip(others, last, tmp_path):
     technique = StochasticDepth()

@@ -146,7 +146,7 @@ def test_what_is_saved_is_an_ordinary_checkpoint(tied, tmp_path):
     assert loaded.config.to_dict().keys() == tiny("GPT-2").config.to_dict().keys()
 
 
-def test_what_cannot_be_parametrised_is_refused(tmp_path):
+def test_what_cannot_be_parametrized_is_refused(tmp_path):
     technique = MuParametrization(base_width=4)
     with pytest.raises(ValueError, match=r"MuParametrization\(.*T5ForConditionalGeneration: the axes of its"):
         tiny_trainer([technique], tmp_path, model=tiny("T5"))

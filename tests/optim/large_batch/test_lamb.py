@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from hf_accel import Lamb
+from hf_accel import LAMB
 from hf_accel.optim.large_batch.lamb import LambAdam
 from hf_accel.testing import largest_difference, tiny_llama, tiny_trainer, weights_of
 
@@ -41,7 +41,7 @@ def by_hand(trainer):
 
 
 def test_it_is_its_formula(tmp_path):
-    trainer = tiny_trainer([Lamb()], tmp_path, num_train_epochs=1, **ARGS, **EXACT)
+    trainer = tiny_trainer([LAMB()], tmp_path, num_train_epochs=1, **ARGS, **EXACT)
     expected = by_hand(trainer)
     trainer.train()
     assert largest_difference(weights_of(trainer), expected) < 1e-10
@@ -66,5 +66,5 @@ def test_a_model_of_norms_only_is_refused(tmp_path):
     model = tiny_llama()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("norm" in name)
-    with pytest.raises(ValueError, match=re.escape(f"{Lamb()!r}: all that is trained are biases and norms.")):
-        tiny_trainer([Lamb()], tmp_path, model=model).train()
+    with pytest.raises(ValueError, match=re.escape(f"{LAMB()!r}: all that is trained are biases and norms.")):
+        tiny_trainer([LAMB()], tmp_path, model=model).train()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import Trainer
 
-from hf_accel import Lars
+from hf_accel import LARS
 from hf_accel.optim.large_batch.lars import LarsSGD
 from hf_accel.testing import largest_difference, tiny_llama, tiny_trainer, weights_of
 
@@ -41,7 +41,7 @@ def by_hand(trainer, peak, momentum, trust):
 
 
 def test_it_is_its_formula(tmp_path):
-    technique = Lars(momentum=0.8, trust_coefficient=0.02)
+    technique = LARS(momentum=0.8, trust_coefficient=0.02)
     args = {"num_train_epochs": 1, "learning_rate": 0.5, "weight_decay": DECAY}
     trainer = tiny_trainer([technique], tmp_path, **args, **EXACT)
     expected = by_hand(trainer, 0.5, 0.8, 0.02)
@@ -68,5 +68,5 @@ def test_a_model_of_norms_only_is_refused(tmp_path):
     model = tiny_llama()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("norm" in name)
-    with pytest.raises(ValueError, match=re.escape(f"{Lars()!r}: all that is trained are biases and norms.")):
-        tiny_trainer([Lars()], tmp_path, model=model).train()
+    with pytest.raises(ValueError, match=re.escape(f"{LARS()!r}: all that is trained are biases and norms.")):
+        tiny_trainer([LARS()], tmp_path, model=model).train()

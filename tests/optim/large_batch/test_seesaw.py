@@ -1,4 +1,4 @@
-"""Seesaw against closed forms: halvings, the invariant of normalised SGD, and the number of steps."""
+"""Seesaw against closed forms: halvings, the invariant of normalized SGD, and the number of steps."""
 
 import math
 from fractions import Fraction

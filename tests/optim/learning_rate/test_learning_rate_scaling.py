@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import ParallelismConfig
 from ranks import run_on_ranks
 
-from hf_accel import AccelTrainer, Muon, Optimizer, Technique
+from hf_accel import AccelTrainer, Muon, NamedOptimizer, Technique
 from hf_accel.optim.learning_rate.learning_rate_scaling import LearningRateScaling, rate_factor, sde_settings
 from hf_accel.testing import largest_difference, tiny_trainer, weights_of
 
@@ -129,7 +129,7 @@ def test_the_arguments_that_were_given_stay(tmp_path):
     [
         ({"rule": "sde"}, [], {"optim": "sgd"}, "the rule is Adam's, and optim='sgd' is another optimizer"),
         ({"rule": "sde"}, [], {"optim": "adafactor"}, "optim='adafactor' is another optimizer. Use rule='sqrt'"),
-        ({"rule": "sde"}, [Optimizer("SGD")], {}, r"and Optimizer\(name='SGD'.* is another optimizer"),
+        ({"rule": "sde"}, [NamedOptimizer("SGD")], {}, r"and NamedOptimizer\(name='SGD'.* is another optimizer"),
         (
             {"rule": "sde", "reference_batch": 1},
             [],

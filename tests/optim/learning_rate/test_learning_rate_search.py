@@ -58,7 +58,7 @@ def test_seconds_are_shared_with_the_search(tmp_path):
     trainer.clock.now = Ticking()
     trainer.train()
     clock = trainer.clock
-    assert 0.5 < clock.set_aside["seconds"] <= 1.5
+    assert 0.5 < clock.excluded_cost["seconds"] <= 1.5
     assert clock.seconds <= 3.05 and clock.progress == 1.0
     rates = rates_of(trainer)
     peak = technique.report()["learning_rate"]

@@ -2,12 +2,12 @@ from fractions import Fraction
 
 import pytest
 
-from hf_accel.optim.learning_rate.rex import Rex
+from hf_accel.optim.learning_rate.rex import REX
 
 
 @pytest.mark.parametrize("warmup", [0, Fraction(1, 20), Fraction(3, 10)])
 def test_it_is_the_published_shape_after_a_straight_warm_up(warmup):
-    schedule = Rex(warmup=float(warmup)).schedule
+    schedule = REX(warmup=float(warmup)).schedule
     for step in range(401):
         progress = Fraction(step, 400)
         decayed = (progress - warmup) / (1 - warmup)
@@ -18,7 +18,7 @@ def test_it_is_the_published_shape_after_a_straight_warm_up(warmup):
 
 
 def test_the_docstring_is_right_about_it():
-    schedule = Rex(warmup=0.0).schedule
+    schedule = REX(warmup=0.0).schedule
     assert schedule(0.5) == pytest.approx(2 / 3)
     assert sum(schedule((i + 0.5) / 10_000) for i in range(10_000)) / 10_000 == pytest.approx(0.6137, abs=1e-4)
     assert schedule(1 - 1e-6) / 1e-6 == pytest.approx(2, rel=1e-5)

@@ -7,10 +7,10 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 
 from hf_accel import Budget
-from hf_accel.optim.learning_rate import Cosine, LayerwiseDecay, LinearToZero, OneCycle, Rex, WarmupStableDecay
+from hf_accel.optim.learning_rate import REX, Cosine, LayerwiseDecay, LinearToZero, OneCycle, WarmupStableDecay
 from hf_accel.testing import tiny_trainer
 
-SHAPES = [Cosine, LinearToZero, OneCycle, Rex, WarmupStableDecay]
+SHAPES = [Cosine, LinearToZero, OneCycle, REX, WarmupStableDecay]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -25,7 +25,7 @@ def test_shapes_rise_to_the_peak_at_the_end_of_the_warm_up_and_fall(shape, warmu
     assert all(a >= b for a, b in pairwise(grid[peak:])) and grid[-1] == pytest.approx(0.0, abs=1e-5)
 
 
-@pytest.mark.parametrize(("first", "second"), [(Cosine, Rex), (OneCycle, Cosine)])
+@pytest.mark.parametrize(("first", "second"), [(Cosine, REX), (OneCycle, Cosine)])
 def test_two_shapes_are_refused(first, second, tmp_path):
     with pytest.raises(ValueError, match=rf"{first.__name__}\(.* and {second.__name__}\(.* both own the slot 'sche"):
         tiny_trainer([first(), second()], tmp_path)
@@ -53,7 +53,7 @@ def test_a_schedule_in_the_arguments_is_refused(shape, args, tmp_path):
 @pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])
 def test_a_schedule_that_follows_the_metric_is_refused(kind, tmp_path):
     with pytest.raises(ValueError, match=f"lr_scheduler_type='{kind}': it follows the metric"):
-        tiny_trainer([Rex()], tmp_path, lr_scheduler_type=kind, eval_strategy="steps")
+        tiny_trainer([REX()], tmp_path, lr_scheduler_type=kind, eval_strategy="steps")
 
 
 def given(technique, directory, with_schedule):
@@ -65,18 +65,18 @@ def given(technique, directory, with_schedule):
 
 
 def test_a_schedule_that_was_given_to_the_trainer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"lr_scheduler \(LambdaLR\): it was given, and Rex\(.*\) is the schedule"):
-        given(Rex(), tmp_path, with_schedule=True).train()
+    with pytest.raises(ValueError, match=r"lr_scheduler \(LambdaLR\): it was given, and REX\(.*\) is the schedule"):
+        given(REX(), tmp_path, with_schedule=True).train()
 
 
 def test_an_optimizer_that_was_given_to_the_trainer_keeps_its_own_groups(tmp_path):
-    given(Rex(), tmp_path, with_schedule=False).train()
+    given(REX(), tmp_path, with_schedule=False).train()
     with pytest.raises(ValueError, match=r"optimizer \(SGD\): it was given, so LayerwiseDecay\(.*\) has no say in it"):
         given(LayerwiseDecay(), tmp_path, with_schedule=False).train()
 
 
 def test_one_trainer_trains_twice_with_an_optimizer_of_its_own(tmp_path):
-    trainer = tiny_trainer([LayerwiseDecay(), Rex()], tmp_path, num_train_epochs=1)
+    trainer = tiny_trainer([LayerwiseDecay(), REX()], tmp_path, num_train_epochs=1)
     trainer.train()
     trainer.train()
     assert trainer.receipt.final_learning_rate == 0.0

@@ -10,11 +10,11 @@ import pytest
 import torch
 from transformers import Trainer
 
-from hf_accel import AccelTrainer, Budget, InfoBatch, LinearToZero, Muon, StepGuard, Technique, find_lr
+from hf_accel import AccelTrainer, Budget, GradientSpikeGuard, InfoBatch, LinearToZero, Muon, Technique, find_lr
+from hf_accel.engine.short_run import probe_of, short_run
 from hf_accel.optim.learning_rate import search as module
 from hf_accel.optim.learning_rate.search import bracket, divergence, halve, index_of, rate_at, smoothed
 from hf_accel.testing import tiny_llama, tiny_trainer, weights_of
-from hf_accel.trial import probe_of, short_run
 
 
 def test_the_lattice_is_of_factors_of_sqrt_2():
@@ -24,7 +24,7 @@ def test_the_lattice_is_of_factors_of_sqrt_2():
     assert [rate_at(index) for index in (-2, 0, 1, 4)] == [5e-4, 1e-3, 1.41e-3, 4e-3]
 
 
-def test_smoothing_is_the_mean_of_neighbours():
+def test_smoothing_is_the_mean_of_neighbors():
     losses = np.random.default_rng(0).normal(size=40).tolist()
     means = smoothed(losses)
     for i in range(40):
@@ -198,7 +198,7 @@ def test_other_trainers_and_given_optimizers_are_refused(tmp_path):
 
 
 def test_a_run_that_a_technique_gives_up_has_diverged(tmp_path):
-    host = tiny_trainer([StepGuard(max_ratio=1.0001, patience=1)], tmp_path)
+    host = tiny_trainer([GradientSpikeGuard(max_ratio=1.0001, patience=1)], tmp_path)
     run = short_run(host, 1e-3, {"steps": 30.0}, each_step=True, probe=probe_of(host, 4))
     assert run.loss == math.inf == run.losses[-1] and divergence(run.losses) == len(run.losses) - 1 == run.steps
 

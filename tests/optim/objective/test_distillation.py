@@ -14,7 +14,7 @@ from transformers import (
 
 from hf_accel import AccelTrainer, Distillation, SequenceLengthWarmup, Technique
 from hf_accel.optim.objective.distillation import divergence, hidden_difference, most_likely
-from hf_accel.optim.objective.frozen import check_same_classes
+from hf_accel.surgery.frozen_model import check_same_classes
 from hf_accel.testing import (
     CountingText,
     collate_padded,
@@ -287,7 +287,7 @@ def test_a_teacher_comes_from_a_folder(tmp_path):
         ({"hidden": 1.0}, {"modality": "image"}, "hidden states have a width of None"),
     ],
 )
-def test_what_cannot_be_learnt_from_is_refused_before_the_first_step(fields, settings, sentence, tmp_path):
+def test_what_cannot_be_learned_from_is_refused_before_the_first_step(fields, settings, sentence, tmp_path):
     trainer = tiny_trainer([Distillation(**fields)], tmp_path, **settings)
     with pytest.raises(ValueError, match=f"Distillation\\(.*{sentence}"):
         trainer.train()

@@ -6,8 +6,8 @@ import torch
 from transformers import DataCollatorForLanguageModeling
 
 from hf_accel import MaskRateSchedule
+from hf_accel.batch import MicroBatch, StepBatch, StepPlan
 from hf_accel.optim.objective.mask_rate_schedule import draw_masks
-from hf_accel.stream import MicroBatch, StepBatch, StepPlan
 from hf_accel.testing import VOCABULARY, collate_masked, tiny_bert, tiny_llama, tiny_tokenizer, tiny_trainer
 
 ROWS = [list(range(3, 40)), list(range(20, 32)), [41, 1, 2, 42, 43, 44]]  # 1 and 2 are special

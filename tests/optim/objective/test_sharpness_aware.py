@@ -87,7 +87,7 @@ def test_both_passes_draw_the_same_masks_and_leave_the_generator_as_one_pass_doe
     assert torch.equal(*states)
 
 
-def test_statistics_of_batch_normalisation_are_those_of_the_first_pass(tmp_path):
+def test_statistics_of_batch_normalization_are_those_of_the_first_pass(tmp_path):
     class Normed(nn.Module):
         def __init__(self, inner):
             super().__init__()

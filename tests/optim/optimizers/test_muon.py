@@ -45,7 +45,7 @@ def gradients(model, seed):
         parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=torch.float64).to(parameter)
 
 
-def orthogonalised(matrix):
+def orthogonalized(matrix):
     """Keller Jordan's quintic iteration, in float64."""
     x = matrix / matrix.norm()
     x = x.T if len(x) > len(x.T) else x
@@ -78,7 +78,7 @@ def test_matrices_follow_newton_schulz_and_the_rest_adamw():
         for name, weight in reference.named_parameters():
             if name in muon:
                 momenta[name] = 0.95 * momenta.get(name, 0) + 0.05 * weight.grad
-                update = orthogonalised(0.05 * weight.grad + 0.95 * momenta[name])
+                update = orthogonalized(0.05 * weight.grad + 0.95 * momenta[name])
                 scale = lr * math.sqrt(max(1, weight.shape[0] / weight.shape[1]))
                 weight.data.mul_(1 - lr * 0.1).sub_(scale * update)
     expected, apart = dict(reference.named_parameters()), dict(twin.named_parameters())
@@ -178,7 +178,7 @@ def by_hand(matrix, gradients, momentum=0.95, decay=0.1, cautious=False):
     average = torch.zeros_like(matrix)
     for gradient in gradients:
         average = momentum * average + (1 - momentum) * gradient
-        update = orthogonalised((1 - momentum) * gradient + momentum * average)
+        update = orthogonalized((1 - momentum) * gradient + momentum * average)
         kept = 1 - 0.02 * decay * ((update * matrix >= 0).to(matrix) if cautious else 1)
         matrix = matrix * kept - 0.02 * math.sqrt(max(1, matrix.shape[0] / matrix.shape[1])) * update
     return matrix

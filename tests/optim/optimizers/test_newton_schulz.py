@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from hf_accel.optim.optimizers import newton_schulz
-from hf_accel.optim.optimizers.newton_schulz import orthogonalised
+from hf_accel.optim.optimizers.newton_schulz import orthogonalized
 
 SHAPES = [(5, 16, 16), (3, 12, 40), (2, 40, 12), (4, 20, 30), (2, 30, 20), (1, 1, 7), (1, 64, 256)]
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2}
@@ -28,7 +28,7 @@ def by_singular_values(matrix):
 def test_the_quintic_acts_on_singular_values_alone(shape, dtype, monkeypatch):
     monkeypatch.setattr(newton_schulz, "iteration_dtype", lambda tensor: dtype)
     matrices = drawn(shape)
-    result = orthogonalised(matrices)
+    result = orthogonalized(matrices)
     assert (result.shape, result.dtype) == (matrices.shape, dtype)
     torch.testing.assert_close(result.double(), by_singular_values(matrices), rtol=0, atol=TOLERANCES[dtype])
 
@@ -37,7 +37,7 @@ def test_the_quintic_acts_on_singular_values_alone(shape, dtype, monkeypatch):
 def test_it_is_near_the_nearest_orthogonal_matrix(shape):
     matrices = drawn(shape, seed=1).float()
     left, _, right = torch.linalg.svd(matrices.double(), full_matrices=False)
-    core = left.mT @ orthogonalised(matrices).double() @ right.mT
+    core = left.mT @ orthogonalized(matrices).double() @ right.mT
     values = core.diagonal(dim1=-2, dim2=-1)
     assert values.min() > 0.6 and values.max() < 1.3
     assert (core - torch.diag_embed(values)).abs().max() < 1e-4
@@ -49,7 +49,7 @@ def test_it_agrees_with_torch(shape):
     weight = torch.nn.Parameter(torch.zeros(shape))
     weight.grad = matrix.clone()
     torch.optim.Muon([weight], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()
-    ours = orthogonalised(matrix[None])[0] * max(1, shape[0] / shape[1]) ** 0.5
+    ours = orthogonalized(matrix[None])[0] * max(1, shape[0] / shape[1]) ** 0.5
     torch.testing.assert_close(-weight.detach(), ours, rtol=0, atol=0.03)  # torch iterates in bfloat16
 
 
@@ -57,13 +57,13 @@ def test_directions_that_float32_hardly_holds_do_no_harm():
     left, right = (torch.linalg.qr(drawn((n, n), seed=n))[0] for n in (32, 96))
     spectrum = torch.logspace(0, -12, 32, dtype=torch.float64)
     matrix = (left * spectrum) @ right[:32]
-    result = orthogonalised(matrix[None].float())[0]
+    result = orthogonalized(matrix[None].float())[0]
     values = torch.linalg.svdvals(result.double())
     assert values.max() < 1.3
     torch.testing.assert_close(result.double(), by_singular_values(matrix), rtol=0, atol=1e-2)
-    assert torch.equal(orthogonalised(torch.zeros(2, 4, 9)), torch.zeros(2, 4, 9))
+    assert torch.equal(orthogonalized(torch.zeros(2, 4, 9)), torch.zeros(2, 4, 9))
 
 
 def test_float64_is_kept_and_cpus_iterate_in_float32():
     kept = {torch.float64: torch.float64, torch.float32: torch.float32, torch.bfloat16: torch.float32}
-    assert {dtype: orthogonalised(drawn((1, 3, 4)).to(dtype)).dtype for dtype in kept} == kept
+    assert {dtype: orthogonalized(drawn((1, 3, 4)).to(dtype)).dtype for dtype in kept} == kept

@@ -1,0 +1,18 @@
+"""Models with adapters of peft: whether a model is one, and what it wraps."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers.utils.import_utils import is_peft_available
+
+
+def unwrapped(model: nn.Module) -> Any:
+    """The model inside a ``peft`` model, or the model itself."""
+    if is_peft_available():
+        from peft import PeftModel
+
+        if isinstance(model, PeftModel):
+            return model.get_base_model()
+    return model

@@ -1,0 +1,101 @@
+"""What one training step sees: the plan of its examples, and their micro-batches.
+
+Shape suffixes: ``N`` examples of a step, ``B`` examples of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+ORDER = "order_B"
+"""Key under which the owner of ``collate`` says in which order it laid the examples, where not in the given one."""
+
+
+class MicroBatch(NamedTuple):
+    """What one forward and backward pass sees."""
+
+    inputs: dict[str, Tensor]
+    ids_B: Tensor
+    """Index in the training set of each example; -1 for a filler, which counts nothing."""
+    weights_B: Tensor | None
+    """How much each example counts; None where all count 1."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The examples of one step, over all ranks, and how one rank divides its share."""
+
+    epoch: int
+    ids_N: Tensor
+    weights_N: Tensor | None
+    micro_batch_size: int
+    rank: int = 0
+    world: int = 1
+    seed: int = 0
+
+    @property
+    def has_dummy_micro_batches(self) -> bool:
+        """Whether the last micro-batches are fewer examples than ranks, so that some rank has none."""
+        return 0 < len(self.ids_N) % (self.micro_batch_size * self.world) < self.world
+
+    def micro_batches(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Ids and weights of each of this rank's micro-batches; id -1 marks a filler, which has weight 0."""
+        ids, weights = self.ids_N, self.weights_N
+        rows = []
+        for positions in split_step(len(ids), self.micro_batch_size, self.rank, self.world):
+            if positions:
+                rows.append((ids[positions], None if weights is None else weights[positions]))
+            else:
+                rows.append((torch.tensor([-1]), torch.zeros(1)))
+        return rows
+
+
+def split_step(num_examples: int, micro_batch_size: int, rank: int, world: int) -> list[list[int]]:
+    """Positions of one rank's examples, micro-batch by micro-batch.
+
+    Consecutive chunks of ``micro_batch_size`` go to the ranks in turn, as accelerate shards batches; what does not fill
+    a last round is shared out evenly.  Every rank gets the same number of micro-batches, the last one empty where there
+    are fewer examples than ranks.
+    """
+    full, rest = divmod(num_examples, micro_batch_size * world)
+    rows = []
+    for i in range(full):
+        start = (i * world + rank) * micro_batch_size
+        rows.append(list(range(start, start + micro_batch_size)))
+    if rest:
+        start = full * micro_batch_size * world
+        sizes = [rest // world + (r < rest % world) for r in range(world)]
+        begin = start + sum(sizes[:rank])
+        rows.append(list(range(begin, begin + sizes[rank])))
+    return rows
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One optimizer update's worth of data on one rank."""
+
+    plan: StepPlan
+    micro_batches: list[MicroBatch]
+
+    @property
+    def num_examples(self) -> int:
+        """Examples of the step over all ranks."""
+        return len(self.plan.ids_N)
+
+    @property
+    def real_micro_batches(self) -> list[MicroBatch]:
+        """The micro-batches of examples that count."""
+        return [micro for micro in self.micro_batches if micro.ids_B[0] >= 0]
+
+    def pin_memory(self) -> StepBatch:
+        """A copy in page-locked memory; called by the loader."""
+        pinned = [
+            micro._replace(inputs={k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in micro.inputs.items()})
+            for micro in self.micro_batches
+        ]
+        return dataclasses.replace(self, micro_batches=pinned)

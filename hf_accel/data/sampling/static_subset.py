@@ -1,0 +1,73 @@
+"""What techniques have in common that leave out examples for a whole run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import datasets
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from hf_accel.features.columns import check_indexable
+from hf_accel.technique import State, Technique
+
+
+class Rows(Dataset):
+    """Some rows of another data set; each is read by itself, so that random transforms are keyed by example."""
+
+    def __init__(self, dataset: Any, ids_N: Tensor):
+        self.dataset, self.ids = dataset, ids_N.tolist()
+        if hasattr(dataset, "set_epoch"):
+            self.set_epoch = dataset.set_epoch
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Any:
+        return self.dataset[self.ids[index]]
+
+
+def rows_of(dataset: Any, ids_N: Tensor) -> Any:
+    """The rows with these ids, as a data set of the same kind where that is a table."""
+    return dataset.select(ids_N.tolist()) if isinstance(dataset, datasets.Dataset) else Rows(dataset, ids_N)
+
+
+class StaticSubset(Technique):
+    """Trains on the examples that `choose` names, once, before training."""
+
+    def choose(self, dataset: Any) -> Tensor:
+        """The ids of what is kept, ascending."""
+        raise NotImplementedError
+
+    def prepare_dataset(self, dataset: Any) -> Any:
+        """Choose; in a run that goes on, what was chosen in its first part: the model that would judge has been trained
+        since."""
+        check_indexable(dataset, self)
+        assert self.host_ is not None
+        if (state := self.host_.resumed_state(self)) is None:
+            self.offered_, self.ids_N_ = len(dataset), self.choose(dataset)
+        else:
+            self.load_state_dict("global", state)
+        if self.offered_ != len(dataset):
+            raise ValueError(
+                f"{self!r}: it chose from {self.offered_} examples before the checkpoint, train_dataset has now "
+                f"{len(dataset)}. Resume with the same data."
+            )
+        return dataset if len(self.ids_N_) == len(dataset) else rows_of(dataset, self.ids_N_)
+
+    def state_dict(self, scope: Literal["global", "rank"]) -> State:
+        """What was chosen, and of how many."""
+        return {"ids_N": self.ids_N_, "offered": self.offered_} if scope == "global" else {}
+
+    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
+        if scope == "global":
+            self.ids_N_, self.offered_ = torch.as_tensor(state["ids_N"]).clone(), state["offered"]
+
+    def report(self) -> Mapping[str, Any]:
+        """The share of the examples that is kept."""
+        return {"kept": len(self.ids_N_) / self.offered_, "examples": len(self.ids_N_)}
+
+    def took_effect(self, report: Mapping[str, Any]) -> bool:
+        return report["kept"] < 1

@@ -1,0 +1,93 @@
+"""Keeps back the seconds that the end of a timed run takes: an evaluation and a checkpoint."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers.trainer import _is_peft_model
+
+from hf_accel.preserve import keyed_random
+
+STEADY = 5
+"""The first step whose pace is one to compare others with."""
+
+
+class EndReserve:
+    """What follows the last update in a run that ends on time: an evaluation and a checkpoint.
+
+    Measured: first from a few batches and from the size of the model, then from every evaluation and checkpoint.  The
+    evaluation is scaled by how much longer a position of a step takes now than when it was measured, for a machine
+    that gets other work will evaluate as slowly as it trains.
+    """
+
+    def __init__(self, trainer: Any):
+        self.trainer = trainer
+        self.steps, self.positions = 0, 0.0
+        self.pace_when_measured = 0.0
+        self.measured: float | None = None
+        self.evaluates = str(getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy)) != "no"
+        self.saves = str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) != "no"
+        trainer.evaluation_seconds = probe_evaluation(trainer) if self.evaluates else 0.0
+        trainer.saving_seconds = _guess_saving(trainer) if self.saves else 0.0
+
+    def seconds(self) -> float:
+        """The reserve: what is kept back of the budget."""
+        trainer = self.trainer
+        seconds = trainer.evaluation_seconds * self._slowdown() if self.evaluates else 0.0
+        trainer.clock.evaluation_seconds = seconds
+        if self.saves:
+            seconds += trainer.saving_seconds * (2 if trainer.args.load_best_model_at_end else 1)
+        return seconds + 0.05
+
+    def _slowdown(self) -> float:
+        """Seconds of a position now over those when the evaluation was measured; both about of the last ten steps.
+
+        1 until the fifth step, for the first ones load and compile.
+        """
+        trainer, duration = self.trainer, self.trainer.clock.step_seconds
+        if duration == 0 or trainer._trained_positions == 0:
+            return 1.0
+        self.positions += (trainer._trained_positions - self.positions) * (0.1 if self.positions else 1.0)
+        self.steps += 1
+        if self.steps < STEADY:
+            return 1.0
+        pace = duration / self.positions
+        if self.measured != trainer.evaluation_seconds:
+            self.measured, self.pace_when_measured = trainer.evaluation_seconds, pace
+        return min(max(pace / self.pace_when_measured, 0.5), 4.0)
+
+
+def probe_evaluation(trainer: Any) -> float:
+    """Seconds of one evaluation, from the duration of a few of its batches."""
+    data = trainer.eval_dataset
+    parts: list[Any] = list(data.values()) if isinstance(data, dict) else [data]
+    seconds = 0.0
+    for dataset in parts:
+        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+            continue  # an unmeasurable stream of examples: the first evaluation will tell
+        size = trainer.args.eval_batch_size
+        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="evaluation")
+        few = Subset(dataset, range(min(len(dataset), 3 * size)))
+        trainer.model.eval()
+        with keyed_random():
+            durations = []
+            for inputs in DataLoader(few, batch_size=size, collate_fn=collate):
+                began = trainer.clock.now()
+                trainer.prediction_step(trainer.model, inputs, prediction_loss_only=True)
+                if torch.accelerator.is_available():
+                    torch.accelerator.synchronize()
+                durations.append(trainer.clock.now() - began)
+        batches = -(-len(dataset) // (size * trainer.args.world_size))
+        seconds += batches * min(durations)
+    return seconds
+
+
+def _guess_saving(trainer: Any) -> float:
+    """Seconds of one checkpoint on a disk that writes 300 MB a second: of the weights, or of adapters alone, and of two
+    moments of what is trained."""
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in trainer.model.parameters()]
+    trained = sum(size for size, requires_grad in sizes if requires_grad)
+    weights = trained if _is_peft_model(trainer.model) else sum(size for size, _ in sizes)
+    return 0.1 + (weights + 2 * trained) / 300e6

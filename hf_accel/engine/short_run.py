@@ -1,0 +1,210 @@
+"""Short runs of a copy of a trainer's model: what the run would do, with another learning rate and a shorter horizon.
+
+A short run has the trainer's own data, loss, optimizer, schedule and techniques, the seed of its arguments and the
+weights that its model has now.  Warm-up and decay lie inside the short horizon.  The trainer, its model and the global
+random generators stay as they are.  Techniques that prepare the training set are left out: it is prepared already.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import itertools
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import torch
+from torch import nn
+from torch.utils.data import IterableDataset, Subset
+from transformers import DefaultFlowCallback, TrainerControl, TrainerState, set_seed
+from transformers.trainer_callback import CallbackHandler
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from hf_accel.preserve import keyed_random, random_state_kept
+from hf_accel.technique import SLOTS, Diverged, Technique
+
+QUIET = {
+    "eval_strategy": IntervalStrategy.NO,
+    "eval_on_start": False,
+    "save_strategy": SaveStrategy.NO,
+    "load_best_model_at_end": False,
+    "push_to_hub": False,
+    "disable_tqdm": True,
+    "logging_nan_inf_filter": False,
+    "dataloader_persistent_workers": False,
+    "enable_jit_checkpoint": False,
+}
+
+
+@dataclass(eq=False)
+class Horizon(Technique):
+    """How far a short run goes, per unit of the clock."""
+
+    limits: Mapping[str, float] = field(default_factory=lambda: {"steps": 1.0})
+    measured_by: Mapping[str, Any] = field(default_factory=dict)
+
+    def budget(self) -> Mapping[str, float]:
+        return self.limits
+
+    def meters(self) -> Mapping[str, Any]:
+        return {unit: meter for unit, meter in self.measured_by.items() if unit != "seconds"}
+
+
+@dataclass
+class ShortRun:
+    """What came of a short run.
+
+    Args:
+        loss: Of the evaluation; NaN where there was none, infinite where a technique gave the run up.
+        losses: Of each step, where they were asked for; the last infinite where a technique gave the run up.
+        steps: Updates.
+        spent: What the clock counted, per unit.
+        step_seconds: Of a step, of about the last ten.
+        evaluated: Examples of the evaluation.
+        evaluation_seconds: What it took.
+        flops: As Trainer counts them, without the evaluation's.
+    """
+
+    loss: float
+    losses: list[float]
+    steps: int
+    spent: dict[str, float]
+    step_seconds: float
+    evaluated: int
+    evaluation_seconds: float
+    flops: float
+
+
+def short_run(
+    host: Any,
+    learning_rate: float,
+    limits: Mapping[str, float],
+    *,
+    techniques: Sequence[Technique] = (),
+    without: Sequence[Technique] = (),
+    each_step: bool = False,
+    warmup: float | None = None,
+    probe: Any = None,
+) -> ShortRun:
+    """Train a copy of the model of ``host``, a trainer that hosts techniques, and evaluate it.
+
+    Args:
+        host: Before or at the start of its own training.
+        learning_rate: The peak.
+        limits: What may be spent.
+        techniques: More of them; those of the host that own the same slots are left out.
+        without: Those of the host that are left out, too.
+        each_step: Whether the loss of every step is wanted.
+        warmup: In the place of ``warmup_steps``.
+        probe: What is evaluated; nothing: no evaluation.
+    """
+    with tempfile.TemporaryDirectory() as directory, _as_found(host):
+        trial = _copy_of(host, [Horizon(limits, host.meters), *techniques], without)
+        changes = QUIET | {"learning_rate": learning_rate, "output_dir": directory, "logging_steps": 1}
+        changes["logging_strategy"] = IntervalStrategy.STEPS if each_step else IntervalStrategy.NO
+        if warmup is not None:
+            changes["warmup_steps"] = warmup
+        for name, value in changes.items():
+            setattr(trial.args, name, value)
+        trial.create_accelerator_and_postprocess()
+        trial._settle()
+        set_seed(host.args.seed)
+        loss, given_up = float("nan"), []
+        try:
+            trial.train()
+        except Diverged:
+            loss, given_up, probe = float("inf"), [float("inf")], None
+        if probe is not None:
+            loss = _evaluation_loss(trial, probe)
+        return ShortRun(
+            loss=loss,
+            losses=[entry["loss"] for entry in trial.state.log_history if "loss" in entry] + given_up,
+            steps=max(trial.state.global_step, 1),
+            spent=dict(trial.clock.spent),
+            step_seconds=trial.clock.step_seconds,
+            evaluated=0 if probe is None else len(probe),
+            evaluation_seconds=0.0 if probe is None else trial.evaluation_seconds,
+            flops=trial.state.total_flos,
+        )
+
+
+@contextlib.contextmanager
+def many_runs() -> Iterator[None]:
+    """Around short runs: each collects garbage, which is not to mean the objects of all imports every time."""
+    frozen = gc.get_freeze_count() > 0
+    if not frozen:
+        gc.freeze()
+    try:
+        yield
+    finally:
+        if not frozen:
+            gc.unfreeze()
+
+
+def probe_of(host: Any, examples: int) -> Any:
+    """Some examples to evaluate on, always the same: of the evaluation set, or without one of the training set."""
+    data = host.train_dataset if host.eval_dataset is None else host.eval_dataset
+    data = next(iter(data.values())) if isinstance(data, dict) else data
+    if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
+        return list(itertools.islice(data, examples))
+    shuffled_N = torch.randperm(len(data), generator=torch.Generator().manual_seed(host.args.seed))
+    ids = shuffled_N[:examples].sort().values.tolist()
+    return data.select(ids) if isinstance(data, datasets.Dataset) else Subset(data, ids)
+
+
+def _evaluation_loss(trial: Any, probe: Any) -> float:
+    metrics = trial.evaluate(probe)
+    if "eval_loss" not in metrics:
+        raise ValueError("eval_dataset: its examples have no labels, so there is no loss. Give labels.")
+    return metrics["eval_loss"]
+
+
+def _copy_of(host: Any, techniques: Sequence[Technique], without: Sequence[Technique]) -> Any:
+    """A trainer like the host, of a copy of its model, with its techniques; it is not settled yet."""
+    if host.args.world_size > 1:
+        _ = host._cpu_group  # one for all copies
+    taken = {slot for technique in techniques for slot in technique.implemented_hooks() & set(SLOTS)}
+    own = [t for t in host.techniques if t not in without and not t.implemented_hooks() & {*taken, "prepare_dataset"}]
+    trial = copy.copy(host)
+    trial.args = copy.copy(host.args)
+    trial.model = trial.model_wrapped = _copy_of_model(host.model)
+    trial.model_init = trial.compute_metrics = None
+    trial.optimizer = trial.lr_scheduler = None
+    trial.state, trial.control = TrainerState(), TrainerControl()
+    if host.is_in_train:  # has been done to the model that was copied
+        trial.neftune_noise_alpha = None
+        trial.args.use_liger_kernel = False
+    fresh = [*techniques, *map(copy.copy, own)]  # with what they know of the model that they prepared
+    trial._host(fresh, host.requested_micro_batch_size, False, host.example_loss_func)
+    trial._answered -= {"prepare_model"}  # so has this
+    trial.clock.now = host.clock.now
+    trial.streamed, trial.paced = host.streamed, True
+    callbacks = [DefaultFlowCallback, *fresh]
+    trial.callback_handler = CallbackHandler(callbacks, trial.model, trial.processing_class, None, None)
+    return trial
+
+
+def _copy_of_model(model: nn.Module) -> nn.Module:
+    copied = copy.deepcopy(model)
+    if "_original_forward" in vars(copied):  # accelerate's wrapper, which leads to the model that it was made for
+        del copied._original_forward, copied.forward
+    copied._forward_pre_hooks.clear()  # who watches the model's passes is not to see those of the copy
+    copied._forward_hooks.clear()
+    return copied
+
+
+@contextlib.contextmanager
+def _as_found(host: Any) -> Iterator[None]:
+    """Leave what copies share with the host as it was: random generators, and accelerate's list of loaders."""
+    shared = host.accelerator.gradient_state
+    loaders, synchronized = shared.dataloader_references, shared.sync_gradients
+    with keyed_random(), random_state_kept(host.args.device):
+        try:
+            yield
+        finally:
+            shared.dataloader_references = loaders
+            shared._set_sync_gradients(synchronized)

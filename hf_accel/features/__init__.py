@@ -1,0 +1,1 @@
+"""What techniques share that read, cut, mix and score examples."""

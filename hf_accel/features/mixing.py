@@ -1,0 +1,91 @@
+"""What techniques share that mix the images of two examples: who is mixed with whom, and labels for both.
+
+Shape suffixes: ``B`` examples of a micro-batch, ``N`` of a step, ``V`` classes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hf_accel.batch import MicroBatch, StepBatch, split_step
+from hf_accel.features.augmentation import images_of, refuse_other_than_images
+from hf_accel.losses import ClassHead
+from hf_accel.technique import Technique
+
+
+def prepare_soft_labels(technique: Technique, model: Any) -> None:
+    """Refuse what does not tell images of one class each; and say in ``config.problem_type`` that the model does,
+    which the labels of a batch would else settle, as soft ones the wrong way."""
+    refuse_other_than_images(technique, model)
+    head = technique.host_.head  # type: ignore[union-attr]
+    single = "single_label_classification"
+    problems = (model.config.problem_type, getattr(head, "problem", None))
+    if not isinstance(head, ClassHead) or model.config.num_labels < 2 or not {*problems} <= {None, single}:
+        raise ValueError(
+            f"{technique!r}: {type(model).__name__} with problem_type={model.config.problem_type!r} and "
+            f"{model.config.num_labels} labels has no loss for shares of classes. Leave it out."
+        )
+    model.config.problem_type = single
+
+
+def partners(technique: Technique, batch: StepBatch) -> list[tuple[Tensor, Tensor]]:
+    """For each micro-batch, the images and the labels of its examples' partners.
+
+    The examples at positions 2k and 2k + 1 of a step are partners; the last of an odd number takes the first.  Where a
+    partner is on another rank or in a micro-batch of another one, the step is read once more, whole, and goes through
+    the techniques before this one; with micro-batches of even size that happens in the last step of an epoch at most.
+    """
+    host: Any = technique.host_
+    plan, micros = batch.plan, batch.micro_batches
+    number = len(plan.ids_N)
+    rows = split_step(number, plan.micro_batch_size, plan.rank, plan.world)
+    wanted = [[(position ^ 1) % number for position in row] for row in rows]
+    held = [position for row in rows for position in row]
+    sources = [micro for micro, row in zip(micros, rows, strict=True) if row]
+    if not {position for row in wanted for position in row} <= set(held):
+        whole = host.stream.read(dataclasses.replace(plan, rank=0, world=1, micro_batch_size=number))
+        for earlier in host.techniques[: host.techniques.index(technique)]:
+            whole = earlier.transform_batch(whole)
+        held, sources = list(range(number)), whole.micro_batches
+    if not sources:  # this rank has only a filler
+        return [(images_of(technique, micro), micro.inputs["labels"]) for micro in micros]
+    images_N = torch.cat([images_of(technique, micro) for micro in sources])
+    labels_N = torch.cat([micro.inputs["labels"] for micro in sources])
+    place = {position: i for i, position in enumerate(held)}
+    found = []
+    for micro, row in zip(micros, wanted, strict=True):
+        if row:
+            picked = [place[position] for position in row]
+            found.append((images_N[picked], labels_N[picked]))
+        else:
+            found.append((images_of(technique, micro), micro.inputs["labels"]))
+    return found
+
+
+def with_soft_labels(
+    technique: Technique, micro: MicroBatch, images_B: Tensor, partner_labels_B: Tensor, shares_B: Tensor
+) -> MicroBatch:
+    """A micro-batch of mixed images, whose labels are those of the examples and their partners by their shares."""
+    num_labels = technique.host_.model.config.num_labels  # type: ignore[union-attr]
+    own_BV, others_BV = (_soft(technique, labels, num_labels) for labels in (micro.inputs["labels"], partner_labels_B))
+    inputs = {**micro.inputs, "pixel_values": images_B, "labels": torch.lerp(others_BV, own_BV, shares_B[:, None])}
+    # With weights the loss is made from those of the examples; the model's own does not know soft labels.
+    weights_B = torch.ones(len(micro.ids_B)) if micro.weights_B is None else micro.weights_B
+    return micro._replace(inputs=inputs, weights_B=weights_B)
+
+
+def _soft(technique: Technique, labels: Tensor, num_labels: int) -> Tensor:
+    """Shares of classes, (B, V), from classes, (B,), or as they are."""
+    if labels.is_floating_point():
+        return labels
+    if labels.min() < 0 or labels.max() >= num_labels:
+        raise ValueError(
+            f"{technique!r}: a label is not a class from 0 to {num_labels - 1} and cannot be mixed. "
+            "Remove examples without a class."
+        )
+    return F.one_hot(labels.reshape(-1), num_labels).float()

@@ -1,0 +1,159 @@
+"""Scores of the examples of a training set: from a pass of the model before training; and the choice of the best.
+
+Shape suffixes: ``N`` examples of the data set, ``B`` of a batch, ``K`` of those that are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import datasets
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from hf_accel.batch import StepPlan
+from hf_accel.features.columns import column
+from hf_accel.losses import ExampleLosses, Head
+from hf_accel.preserve import random_state_kept
+from hf_accel.stream.reader import StepReader
+from hf_accel.technique import Technique
+
+WHOLE_WEIGHTS = {
+    "fsdp2": "it judges examples by the model before training, whose weights are then not on the device",
+    "zero": "it judges examples by the model before training, whose weights are then not on the device",
+}
+"""`Technique.refused_backends` of what calls `score_examples`."""
+
+
+@torch.no_grad()
+def score_examples(
+    technique: Technique,
+    dataset: Any,
+    score: Callable[[Mapping[str, Tensor], int], Tensor],
+    *,
+    batch_size: int | None = None,
+    model: nn.Module | None = None,
+) -> Tensor:
+    """``score(inputs, num_examples)``, (B, ...), of every example, (N, ...); on the CPU, the same on every rank.
+
+    Ranks share the work.  ``model``, or the trainer's, is in evaluation mode meanwhile.
+    """
+    host: Any = technique.host_
+    check_whole_weights(technique)
+    model, args = host.model if model is None else model, host.args
+    rank, world, size = args.process_index, args.world_size, batch_size or args.eval_batch_size
+    reader = reader_for(host, dataset)
+    ids, values = [], []
+    modes = [(module, module.training) for module in model.modules()]
+    steps = range(0, len(dataset), size * world)
+    bar = tqdm(steps, desc=type(technique).__name__, disable=args.disable_tqdm or not host.is_world_process_zero())
+    with random_state_kept(args.device), host.accelerator.autocast():
+        model.eval()
+        for start in bar:
+            ids_N = torch.arange(start, min(start + size * world, len(dataset)))
+            plan = StepPlan(0, ids_N, None, size, rank, world, args.seed)
+            for micro in reader[plan].micro_batches:
+                inputs = send_to_device(micro.inputs, args.device)
+                ids.append(micro.ids_B)
+                values.append(score(inputs, len(micro.ids_B)).float())
+        for module, mode in modes:
+            module.training = mode
+    ids_N, values_N = host._gathered(torch.cat(ids), torch.cat(values))
+    return values_N[ids_N.argsort()]
+
+
+def check_whole_weights(technique: Technique) -> None:
+    """Raise ValueError where the model's weights are not on the device before training."""
+    host: Any = technique.host_
+    if host.is_fsdp_enabled or host.is_deepspeed_enabled:
+        raise ValueError(
+            f"{technique!r}: {WHOLE_WEIGHTS['zero']}. Judge them on one device, and give the result as a column."
+        )
+
+
+def reader_for(host: Any, dataset: Any) -> StepReader:
+    """Reads examples as the trainer does, without techniques."""
+    if isinstance(dataset, datasets.Dataset):
+        return StepReader(host._remove_unused_columns(dataset, description="training"), host.data_collator)
+    return StepReader(dataset, host._get_collator_with_removed_columns(host.data_collator, description="training"))
+
+
+def head_for(technique: Technique) -> Head:
+    """The kind of loss that the trainer's model has."""
+    host: Any = technique.host_
+    head = host.head or host._find_head()
+    if head is None:
+        raise ValueError(
+            f"{technique!r} needs a loss for each example, and {type(host.model).__name__}'s is not known. "
+            "Give example_loss_func=."
+        )
+    return head
+
+
+def losses_and_outputs(
+    head: Head, model: nn.Module, inputs: Mapping[str, Tensor], num_examples: int
+) -> tuple[ExampleLosses, Any]:
+    """The losses of a batch's examples, and the outputs they are of."""
+    outputs = model(**head.without_labels(model, inputs))
+    return head.losses(outputs, inputs, num_examples), outputs
+
+
+def mean_losses(head: Head, model: nn.Module, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
+    """The mean loss of each of a batch's examples, (B,)."""
+    losses, _ = losses_and_outputs(head, model, inputs, num_examples)
+    return losses.per_example(num_examples)
+
+
+def check_scores(scores_N: Tensor, num_examples: int, technique: Technique) -> None:
+    """Raise ValueError unless there is a number for each example."""
+    if scores_N.shape != (num_examples,):
+        raise ValueError(
+            f"{technique!r}: it has scores of shape {tuple(scores_N.shape)} for {num_examples} examples. "
+            "Give one number for each."
+        )
+    if not_numbers := int(scores_N.isnan().sum()):
+        raise ValueError(f"{technique!r}: {not_numbers} of {num_examples} scores are nan. Give numbers.")
+
+
+def keep_by_score(
+    scores_N: Tensor,
+    keep: float,
+    prefer: Literal["hard", "easy"],
+    generator: torch.Generator,
+    classes: list[Any] | None,
+    technique: Technique,
+) -> Tensor:
+    """Ids, ascending, of the share ``keep`` with the highest (``hard``) or lowest scores: of all, or of each class.
+
+    Chance decides between equal scores.
+    """
+    shuffled_N = torch.randperm(len(scores_N), generator=generator)
+    ranked_N = shuffled_N[scores_N[shuffled_N].argsort(descending=prefer == "hard", stable=True)]
+    names = [""] * len(scores_N) if classes is None else classes
+    groups: dict[Any, list[int]] = {}
+    for i in ranked_N.tolist():
+        groups.setdefault(names[i], []).append(i)
+    kept = {name: members[: round(keep * len(members))] for name, members in groups.items()}
+    if gone := [name for name, members in kept.items() if not members]:
+        whose = "" if classes is None else f" of class {gone[0]!r}"
+        raise ValueError(f"{technique!r}: it would keep no example{whose} of {len(groups[gone[0]])}. Keep more.")
+    return torch.tensor(sorted(i for members in kept.values() for i in members))
+
+
+def refuse_lost_classes(dataset: Any, ids_K: Tensor, technique: Technique) -> None:
+    """Raise ValueError where a class of a column ``label`` or ``labels`` would vanish."""
+    found: Any = dataset.column_names if isinstance(dataset, datasets.Dataset) else dataset[0]
+    name = next((name for name in ("label", "labels") if name in found), None)
+    if name is None:
+        return
+    first = dataset[0][name]
+    if not isinstance(first.item() if isinstance(first, Tensor) and first.ndim == 0 else first, int | str):
+        return
+    classes = column(dataset, name, technique)
+    if lost := set(classes) - {classes[i] for i in ids_K.tolist()}:
+        raise ValueError(
+            f"{technique!r}: it would keep no example of class {min(lost)!r}. Keep more, or balance={name!r}."
+        )

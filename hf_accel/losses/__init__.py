@@ -1,0 +1,51 @@
+"""The loss of each item and of each example, for the kinds of loss that ``transformers`` models have."""
+
+from hf_accel.losses.heads import (
+    ADDED_TERMS,
+    IGNORED,
+    OTHER_DECODER_INPUTS,
+    ClassHead,
+    ExampleLosses,
+    ExampleLossFunc,
+    FunctionHead,
+    Head,
+    SpanHead,
+    TokenHead,
+    examples_of,
+    head_from,
+    weighted_mean,
+    widest,
+)
+from hf_accel.losses.inspection import (
+    LOSS_FUNCTIONS,
+    MAPPINGS,
+    OTHER_LOSSES,
+    head_of,
+    honors_num_items,
+    kind_of,
+    loss_calls,
+)
+
+__all__ = [
+    "ADDED_TERMS",
+    "IGNORED",
+    "LOSS_FUNCTIONS",
+    "MAPPINGS",
+    "OTHER_DECODER_INPUTS",
+    "OTHER_LOSSES",
+    "ClassHead",
+    "ExampleLossFunc",
+    "ExampleLosses",
+    "FunctionHead",
+    "Head",
+    "SpanHead",
+    "TokenHead",
+    "examples_of",
+    "head_from",
+    "head_of",
+    "honors_num_items",
+    "kind_of",
+    "loss_calls",
+    "weighted_mean",
+    "widest",
+]

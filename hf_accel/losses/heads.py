@@ -1,0 +1,397 @@
+"""The loss of each item and of each example, for the kinds of loss that ``transformers`` models have.
+
+A model gives one number; techniques that select, weight or reorder examples need one for each.  A `Head` takes logits
+apart into `ExampleLosses`, and `weighted_mean` puts these together again: with all weights 1, to the model's own loss.
+
+    loss = 1/K sum_k  sum_i w_i l_ik / items_k          K = 1, but 2 for question answering (start and end)
+
+What a model's loss is, is read off the model: its class (``MODEL_FOR_*_MAPPING_NAMES``), and how its ``forward`` calls
+``self.loss_function``.  A loss that is not known is refused; nothing is guessed.
+
+Shape suffixes: ``B`` examples, ``R`` rows of the batch (fewer than examples where rows are packed), ``L`` positions,
+``V`` classes, ``K`` terms of the loss, ``BL`` items: rows x positions, rows x outputs or rows x terms.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from hf_accel.adapters import unwrapped
+
+IGNORED = -100
+"""The label of what does not count, everywhere in ``transformers``."""
+
+ExampleLossFunc = Callable[[Any, Mapping[str, Any]], "Tensor | tuple[Tensor, Tensor]"]
+"""``(outputs, inputs) -> losses_B``, or ``losses_BL, mask_BL``."""
+
+
+def widest(device: torch.device) -> torch.dtype:
+    """Of what is summed over many steps, or cumulated: float64, which MPS does not have."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+class ExampleLosses(NamedTuple):
+    """What a micro-batch's examples lose, item by item."""
+
+    losses_BL: Tensor
+    """Loss of each item, float32 or wider, with its graph; 0 where it does not count."""
+    mask_BL: Tensor
+    """Which items count."""
+    example_BL: Tensor
+    """Which example of the micro-batch an item belongs to, from 0; of a next token, the example of that token."""
+
+    def per_example(self, num_examples: int) -> Tensor:
+        """Mean over each example's counted items, (B,), 0 where it has none; detached, float32."""
+        losses = self.losses_BL.detach().flatten()
+        sums_B, counts_B = losses.new_zeros(num_examples), losses.new_zeros(num_examples)
+        sums_B.index_add_(0, self.example_BL.flatten(), losses)
+        counts_B.index_add_(0, self.example_BL.flatten(), self.mask_BL.flatten().to(losses.dtype))
+        return (sums_B / counts_B.clamp(min=1)).float()
+
+
+def weighted_mean(
+    losses: ExampleLosses,
+    items_K: Tensor,
+    example_weights_B: Tensor | None = None,
+    token_weights_BL: Tensor | None = None,
+) -> Tensor:
+    """The loss of a batch, or one micro-batch's share of it, from the losses of its items.
+
+    Args:
+        items_K: what each term is divided by, as `Head.count` gives it, summed over all that is to be one batch.
+            Where it is 0, nothing counts, and the loss is 0.
+        example_weights_B: how much each example counts; None: 1.
+        token_weights_BL: how much each item counts, shaped as ``losses.losses_BL``; None: 1.
+    """
+    weighted_BL = losses.losses_BL
+    if example_weights_B is not None:
+        weighted_BL = weighted_BL * example_weights_B.to(weighted_BL)[losses.example_BL]
+    if token_weights_BL is not None:  # what does not count may have any weight, even nan
+        weighted_BL = weighted_BL * token_weights_BL.to(weighted_BL).masked_fill(~losses.mask_BL, 0)
+    items_K = items_K.to(weighted_BL).reshape(-1)
+    sums_K = weighted_BL.sum(0) if len(items_K) > 1 else weighted_BL.sum().reshape(1)
+    return (sums_K / items_K.where(items_K > 0, 1)).mean()
+
+
+# Heads ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Head:
+    """What kind of loss a model has; made by `head_of` or `head_from`, once a run."""
+
+    kind: str
+    """What users call it, such as ``"causal LM"``."""
+
+    terms: ClassVar[int] = 1
+    """``K``, the means that the loss is a mean of.  Where there are several, an item's column is its term."""
+
+    def count(self, inputs: Mapping[str, Any], num_examples: int | None = None) -> Tensor:
+        """How many items the model's own loss averages over, (K,), from the labels alone."""
+        raise NotImplementedError
+
+    def without_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs for a forward pass that need not compute the model's own loss."""
+        raise NotImplementedError
+
+    def losses(
+        self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
+    ) -> ExampleLosses:
+        """Losses from the logits in ``outputs`` and the labels in ``inputs``.
+
+        ``label_smoothing`` is the share, in [0, 1], of the target that is spread over all classes, as
+        ``TrainingArguments.label_smoothing_factor`` defines it.
+        """
+        raise NotImplementedError
+
+
+OTHER_DECODER_INPUTS = frozenset(["EncoderDecoderModel", "FSMTForConditionalGeneration"])
+"""Classes that make something else of their labels than ``prepare_decoder_input_ids_from_labels`` does: a decoder
+mask as well, or nothing."""
+
+ADDED_TERMS = ("output_router_logits", "z_loss_coefficient")
+"""Settings with which a language model adds to its loss what is not of any item (mixtures of experts, Bamba)."""
+
+
+@dataclass(frozen=True)
+class TokenHead(Head):
+    """A class for each position: language models and token classification."""
+
+    shift: bool
+    """Whether the logits at a position are for the next position's label."""
+
+    def count(self, inputs: Mapping[str, Any], num_examples: int | None = None) -> Tensor:
+        return self._targets(inputs).ne(IGNORED).sum().reshape(1)
+
+    def without_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """Without labels.  Encoder-decoders that make their ``decoder_input_ids`` of the labels get these; where a
+        model has no method for it, the labels stay, and it computes its own loss in vain."""
+        base = unwrapped(model)
+        for setting in ADDED_TERMS:
+            if inputs.get(setting, getattr(base.config, setting, False)):
+                raise ValueError(
+                    f"{type(base).__name__}({setting}={getattr(base.config, setting, True)}): its loss has a term that "
+                    f"is no example's, which weights would lose. Set config.{setting} to 0 or False."
+                )
+        bare = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
+        given = inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None
+        if base.config.is_encoder_decoder and self.kind != "token classification" and not given:
+            prepare = getattr(base, "prepare_decoder_input_ids_from_labels", None)
+            if prepare is None or class_names(base) & OTHER_DECODER_INPUTS:
+                return dict(inputs)
+            bare["decoder_input_ids"] = prepare(labels=_labels(inputs))
+        return bare
+
+    def losses(
+        self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
+    ) -> ExampleLosses:
+        logits_RLV = _logits(outputs, "logits")
+        targets_RL = self._targets(inputs).to(logits_RLV.device)
+        if logits_RLV.shape[:-1] != targets_RL.shape:
+            raise ValueError(
+                f"logits{tuple(logits_RLV.shape)}: each of the labels{tuple(targets_RL.shape)} needs its own. "
+                "Turn off what drops or adds positions (prompt tuning, sparse prediction)."
+            )
+        losses_RL = F.cross_entropy(
+            logits_RLV.flatten(0, -2), targets_RL.flatten(), reduction="none", label_smoothing=label_smoothing
+        ).view_as(targets_RL)
+        return ExampleLosses(
+            losses_RL, targets_RL.ne(IGNORED), self._examples(inputs, num_examples).to(losses_RL.device)
+        )
+
+    def _targets(self, inputs: Mapping[str, Any]) -> Tensor:
+        labels = _labels(inputs)
+        if not self.shift:
+            return labels
+        if inputs.get("shift_labels") is not None:
+            return inputs["shift_labels"]
+        return F.pad(labels, (0, 1), value=IGNORED)[:, 1:]
+
+    def _examples(self, inputs: Mapping[str, Any], num_examples: int) -> Tensor:
+        example_RL = examples_of(inputs, num_examples)
+        if self.shift and inputs.get("shift_labels") is None:
+            return torch.cat([example_RL[:, 1:], example_RL[:, -1:]], dim=1)
+        return example_RL
+
+
+@dataclass(frozen=True)
+class ClassHead(Head):
+    """One answer for each example: a class, several classes, or numbers."""
+
+    config: PreTrainedConfig
+    problem: str | None = None
+    """The ``problem_type``, where it is not the configuration's."""
+
+    def count(self, inputs: Mapping[str, Any], num_examples: int | None = None) -> Tensor:
+        labels = _labels(inputs)
+        if self._problem(labels) == "single_label_classification":
+            if labels.is_floating_point():  # shares of classes
+                return torch.tensor([len(labels)])
+            return labels.ne(IGNORED).sum().reshape(1)
+        return torch.tensor([labels.numel()])
+
+    def without_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name != "labels"}
+
+    def losses(
+        self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
+    ) -> ExampleLosses:
+        """The label of one class may also be shares of all classes, (B, V), as mixed examples have them.  Smoothing
+        leaves several labels alone, as ``Trainer`` does, and is refused for numbers."""
+        logits_BV = _logits(outputs, "logits")
+        labels = _labels(inputs).to(logits_BV.device)
+        problem = self._problem(labels)
+        _check_rows(logits_BV, num_examples)
+        if problem == "single_label_classification" and labels.is_floating_point():
+            losses_BL = F.cross_entropy(
+                logits_BV, labels.to(logits_BV.dtype), reduction="none", label_smoothing=label_smoothing
+            ).unsqueeze(1)
+            mask_BL = torch.ones_like(losses_BL, dtype=torch.bool)
+        elif problem == "single_label_classification":
+            mask_BL = labels.reshape(-1, 1).ne(IGNORED)
+            losses_BL = F.cross_entropy(
+                logits_BV, labels.reshape(-1), reduction="none", label_smoothing=label_smoothing
+            ).unsqueeze(1)
+        else:
+            if labels.numel() != logits_BV.numel():
+                raise ValueError(
+                    f"labels{tuple(labels.shape)}: a {problem} needs one for each of the logits"
+                    f"{tuple(logits_BV.shape)}. Correct num_labels or problem_type in the model's config."
+                )
+            labels_BL = labels.reshape(logits_BV.shape).to(logits_BV.dtype)
+            mask_BL = torch.ones_like(logits_BV, dtype=torch.bool)
+            if problem == "multi_label_classification":
+                losses_BL = F.binary_cross_entropy_with_logits(logits_BV, labels_BL, reduction="none")
+            elif label_smoothing:
+                raise ValueError(
+                    f"label_smoothing_factor({label_smoothing}): numbers have no classes to smooth over. Leave it at 0."
+                )
+            else:
+                losses_BL = F.mse_loss(logits_BV, labels_BL, reduction="none")
+        return ExampleLosses(losses_BL, mask_BL, _row_numbers(losses_BL))
+
+    def _problem(self, labels: Tensor) -> str:
+        """The problem type; where the configuration leaves it open, the labels of the first batch settle it there, as
+        they do in the model's own loss (`transformers.loss.loss_utils.ForSequenceClassificationLoss`)."""
+        if self.problem is not None:
+            return self.problem
+        config = self.config
+        if config.problem_type is None:
+            if config.num_labels == 1:
+                config.problem_type = "regression"
+            elif labels.dtype in (torch.long, torch.int):
+                config.problem_type = "single_label_classification"
+            elif config.model_type in ("deberta", "deberta-v2"):  # these have a loss of their own for it
+                raise ValueError(
+                    f"labels({labels.dtype}): the problem type of {config.model_type} is open. "
+                    'Set config.problem_type, to "multi_label_classification" for instance.'
+                )
+            else:
+                config.problem_type = "multi_label_classification"
+        return config.problem_type
+
+
+@dataclass(frozen=True)
+class SpanHead(Head):
+    """The start and the end of an answer; what lies beyond the text does not count.  Smoothing leaves it alone, as
+    ``Trainer`` does."""
+
+    terms: ClassVar[int] = 2
+
+    def count(self, inputs: Mapping[str, Any], num_examples: int | None = None) -> Tensor:
+        text = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"]
+        return self._targets(inputs, text.shape[1]).lt(text.shape[1]).sum(0)
+
+    def without_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in inputs.items() if name not in ("start_positions", "end_positions")}
+
+    def losses(
+        self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
+    ) -> ExampleLosses:
+        logits_BLK = torch.stack([_logits(outputs, "start_logits"), _logits(outputs, "end_logits")], dim=-1)
+        _check_rows(logits_BLK, num_examples)
+        length = logits_BLK.shape[1]
+        targets_BK = self._targets(inputs, length).to(logits_BLK.device)
+        losses_BK = F.cross_entropy(logits_BLK, targets_BK, reduction="none", ignore_index=length)
+        return ExampleLosses(losses_BK, targets_BK.lt(length), _row_numbers(losses_BK))
+
+    def _targets(self, inputs: Mapping[str, Any], length: int) -> Tensor:
+        positions = [inputs[name].reshape(-1) for name in ("start_positions", "end_positions")]
+        return torch.stack(positions, dim=-1).clamp(0, length)
+
+
+@dataclass(frozen=True)
+class FunctionHead(Head):
+    """A loss that the user gives.
+
+    Every example counts as one item, since what else would count is not known before the forward pass; where the
+    function gives items and a mask, an example's loss is the mean over its counted items.  The function may use
+    anything, so labels stay in the inputs.  It smooths its labels itself, as ``Trainer``'s ``compute_loss_func`` does.
+    """
+
+    example_loss_func: ExampleLossFunc
+
+    def count(self, inputs: Mapping[str, Any], num_examples: int | None = None) -> Tensor:
+        assert num_examples is not None
+        return torch.tensor([num_examples])
+
+    def without_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        return dict(inputs)
+
+    def losses(
+        self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
+    ) -> ExampleLosses:
+        losses = self.example_loss_func(outputs, inputs)
+        if isinstance(losses, tuple):
+            losses_BL, mask_BL = losses
+            mask_BL = mask_BL.bool()
+            losses = losses_BL.masked_fill(~mask_BL, 0).sum(1) / mask_BL.sum(1).clamp(min=1)
+            mask_B = mask_BL.any(1)
+        else:
+            mask_B = torch.ones_like(losses, dtype=torch.bool)
+        if losses.shape != (num_examples,):
+            raise ValueError(
+                f"example_loss_func(...) of shape {tuple(losses.shape)}: it must give one loss for each of "
+                f"{num_examples} examples. Return losses_B, or losses_BL and mask_BL."
+            )
+        losses_BL = losses.to(_wide(losses.dtype)).unsqueeze(1)
+        return ExampleLosses(losses_BL, mask_B.unsqueeze(1), _row_numbers(losses_BL))
+
+
+def head_from(example_loss_func: ExampleLossFunc | Head) -> Head:
+    """The head of a loss that the user gives: as a function, see `FunctionHead`; or itself, as `head_of` gives it."""
+    if isinstance(example_loss_func, Head):
+        return example_loss_func
+    return FunctionHead("example_loss_func", example_loss_func)
+
+
+def examples_of(inputs: Mapping[str, Any], num_examples: int) -> Tensor:
+    """Which example each position of the labels belongs to, from 0, (R, L).
+
+    A row is an example, unless there are fewer rows than examples.  Then ``position_ids`` tell packed examples apart:
+    they rise within one and start again with the next.  Padding (where ``attention_mask`` is 0) starts none.
+    """
+    labels_RL = _labels(inputs)
+    if len(labels_RL) == num_examples:
+        return torch.arange(num_examples, device=labels_RL.device)[:, None].expand(labels_RL.shape)
+    positions_RL = inputs.get("position_ids")
+    if positions_RL is None or positions_RL.shape != labels_RL.shape:
+        raise ValueError(
+            f"labels{tuple(labels_RL.shape)}: without position_ids of that shape, their rows cannot be divided into "
+            f"{num_examples} examples. Use a collator that returns them."
+        )
+    starts_RL = torch.ones_like(labels_RL, dtype=torch.bool)
+    starts_RL[:, 1:] = positions_RL[:, 1:] <= positions_RL[:, :-1]
+    mask_RL = inputs.get("attention_mask")
+    if mask_RL is not None and mask_RL.shape == labels_RL.shape:
+        starts_RL &= mask_RL.bool()
+    if (found := int(starts_RL.sum())) != num_examples:
+        raise ValueError(
+            f"position_ids{tuple(positions_RL.shape)}: they start {found} examples, and the batch has {num_examples}. "
+            "Let them start again with every example, and only there."
+        )
+    return starts_RL.flatten().cumsum(0).sub(1).clamp(min=0).view_as(labels_RL)
+
+
+def _labels(inputs: Mapping[str, Any]) -> Tensor:
+    if inputs.get("labels") is None:
+        raise ValueError(f"inputs({', '.join(inputs)}): there are no labels. Use a collator that returns them.")
+    return inputs["labels"]
+
+
+def _logits(outputs: Any, name: str) -> Tensor:
+    logits = getattr(outputs, name, None)
+    if logits is None:
+        raise ValueError(
+            f"{type(outputs).__name__}({name}=None): losses of examples are taken from {name}. "
+            "Turn off fused losses that do not return them."
+        )
+    return logits.to(_wide(logits.dtype))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _row_numbers(losses_BL: Tensor) -> Tensor:
+    return torch.arange(len(losses_BL), device=losses_BL.device)[:, None].expand(losses_BL.shape)
+
+
+def _check_rows(logits: Tensor, num_examples: int) -> None:
+    if len(logits) != num_examples:
+        raise ValueError(
+            f"logits{tuple(logits.shape)}: there must be a row for each of {num_examples} examples. "
+            "Do not pack examples for this kind of model."
+        )
+
+
+def class_names(model: nn.Module) -> set[str]:
+    """Names of a model's class and of its bases."""
+    return {cls.__name__ for cls in type(model).__mro__}

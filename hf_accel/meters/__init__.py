@@ -1,0 +1,1 @@
+"""Meters: floating-point operations, energy, and the time limit of a job."""

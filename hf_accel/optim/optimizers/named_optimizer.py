@@ -1,0 +1,212 @@
+"""NamedOptimizer: any optimizer of torch, pytorch_optimizer or schedulefree, with rules for parameters by pattern.
+
+    NamedOptimizer("SOAP", options={"precondition_frequency": 10}, rules={"embed": {"lr": 0.5, "weight_decay": 0.0}})
+
+A name without a package is looked for in ``torch.optim``, ``pytorch_optimizer`` and ``schedulefree``, in this order;
+``package:Class`` names any class.  The peak learning rate and the weight decay are the trainer's; ``args.adam_beta1``
+and the like are not read, and ``args.optim`` may not name another one.
+
+The keys of ``rules`` are regular expressions that are searched for in the names of parameters.  ``lr`` and
+``weight_decay`` are factors, which multiply where several rules match; any other key is an option of the optimizer for
+these parameters, and the last rule that matches decides.
+
+Optimizers whose weights differ between training and evaluation (schedule-free ones) are switched around evaluation and
+saving; when training goes on, the weights are those from before, bit for bit.  The checkpoints of a run hold the
+weights of training, and the trained model those of evaluation.
+
+Reference: https://github.com/kozistr/pytorch_optimizer; Defazio et al. (2024), The Road Less Scheduled,
+https://arxiv.org/abs/2405.15682.
+
+When to use: to try an optimizer that the trainer's ``optim`` does not know, or to give groups of parameters their own
+rates.  Tune the learning rate anew: their scales differ.
+When not to use: where ``optim`` knows it and no rules are needed.  Under FSDP2 and ZeRO an optimizer sees shards: one
+that works on whole matrices (SOAP, Shampoo) is another one there.  Optimizers that need a closure are refused; those
+that need second derivatives find none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import SchedulerType
+
+from hf_accel.recipe.technique_syntax import nearest
+from hf_accel.technique import Technique
+from hf_accel.weights import local_parameters
+
+PACKAGES = "torch.optim", "pytorch_optimizer", "schedulefree"
+
+
+def optimizers_in(package: str) -> dict[str, type[torch.optim.Optimizer]]:
+    """The optimizers that a package exports, by name."""
+    members = vars(importlib.import_module(package))
+    return {
+        name: member
+        for name, member in members.items()
+        if isinstance(member, type)
+        and issubclass(member, torch.optim.Optimizer)
+        and member is not torch.optim.Optimizer
+    }
+
+
+def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """The class with the name, ``package:Class`` or ``Class``; ValueError, in one sentence, where there is none."""
+    package, colon, member = name.rpartition(":")
+    places = (package,) if colon else PACKAGES
+    known: dict[str, type[torch.optim.Optimizer]] = {}
+    for place in places:
+        try:
+            found = optimizers_in(place)
+        except (ImportError, ValueError) as error:
+            remedy = "pip install 'hf-accel[optim]'" if place in PACKAGES else "Check the name"
+            raise ValueError(f"{member!r} is looked for in {place!r}: {error}. {remedy}.") from None
+        if member in found:
+            return found[member]
+        known |= found
+    raise ValueError(f"there is no optimizer {member!r} in {', '.join(places)}. {nearest(member, known)}")
+
+
+def options_of(kind: type[torch.optim.Optimizer]) -> set[str]:
+    """Names of the arguments that the class and its bases take."""
+    named = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
+    return named - {"self", "params", "args", "kwargs", "defaults"}
+
+
+@dataclass(eq=False)
+class NamedOptimizer(Technique):
+    """Trains with the named optimizer.
+
+    Args:
+        name: ``Class`` or ``package:Class``.
+        options: Arguments of the class, without the parameters, ``lr`` and ``weight_decay``.
+        rules: For a regular expression on the names of parameters, factors ``lr`` and ``weight_decay`` and options.
+    """
+
+    name: str = "AdamW"  # Trainer's
+    options: dict[str, Any] = field(default_factory=dict)
+    rules: dict[str, dict[str, Any]] = field(default_factory=dict)
+    neutral: ClassVar = {"options": {"fused": True}}
+    variations: ClassVar = {"name": "SGD", "options": {"betas": [0.5, 0.9]}, "rules": {"norm": {"lr": 0.5}}}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("options", "rules"):
+            if not isinstance(value := getattr(self, name), dict):
+                raise ValueError(f"NamedOptimizer({name}={value!r}): {name} must be a dict.")
+        if given := {"params", "lr", "weight_decay"} & self.options.keys():
+            raise ValueError(f"{self!r}: {min(given)!r} is no option. Set args.learning_rate or args.weight_decay.")
+        for pattern, rule in self.rules.items():
+            if not isinstance(rule, dict):
+                raise ValueError(f"{self!r}: the rule of {pattern!r} must be a dict, such as {{'lr': 0.5}}.")
+            for factor in ("lr", "weight_decay"):
+                if not isinstance(value := rule.get(factor, 1.0), int | float) or not value >= 0:
+                    raise ValueError(f"{self!r}: the factor {factor!r} of {pattern!r} must be a number >= 0.")
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"{self!r}: {pattern!r} is no regular expression: {error}. Correct it.") from None
+
+    def parameter_rules(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
+        """The product of the factors of the rules that match."""
+        answer: dict[str, Any] = {}
+        for pattern in self._matching(name):
+            answer["group"] = f"{answer.get('group', '')}[{pattern}]"
+            for factor in self.rules[pattern].keys() & {"lr", "weight_decay"}:
+                answer[factor] = answer.get(factor, 1.0) * self.rules[pattern][factor]
+        return answer
+
+    def _matching(self, name: str) -> list[str]:
+        return [pattern for pattern in self.rules if re.search(pattern, name)]
+
+    def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The named optimizer, with the groups that the rules make."""
+        host: Any = self.host_
+        names = [name for group in groups for name in group["names"]]
+        for pattern in self.rules:
+            if not any(re.search(pattern, name) for name in names):
+                close = ", ".join(difflib.get_close_matches(pattern, names, n=3, cutoff=0.0))
+                raise ValueError(f"{self!r}: {pattern!r} matches no trainable parameter. The nearest are {close}.")
+        try:
+            kind = find_optimizer(self.name)
+        except ValueError as error:
+            raise ValueError(f"{self!r}: {error}") from None
+        known = options_of(kind)
+        given = [self.options, *self.rules.values()]
+        if unknown := sorted({option for options in given for option in options} - known - {"lr", "weight_decay"}):
+            raise ValueError(f"{self!r}: {kind.__name__} has no option {unknown[0]!r}. {nearest(unknown[0], known)}")
+        closure = inspect.signature(kind.step).parameters.get("closure")
+        if closure is not None and closure.default is inspect.Parameter.empty:
+            raise ValueError(f"{self!r}: {kind.__name__} needs a closure, which Trainer does not give. Choose another.")
+        if "weight_decay" not in known and any(group["weight_decay"] for group in groups):
+            raise ValueError(f"{self!r}: {kind.__name__} has no weight decay. Set args.weight_decay to 0.")
+        kept = []
+        for group in groups:
+            extra = {k: v for pattern in self._matching(group["names"][0]) for k, v in self.rules[pattern].items()}
+            extra = {k: v for k, v in extra.items() if k not in ("lr", "weight_decay")}
+            kept.append(
+                {k: group[k] for k in ("params", "lr", "weight_decay") if k in known | {"params"}} | _tuples(extra)
+            )
+        lr = {"lr": host.args.learning_rate} if "lr" in known else {}
+        try:
+            made = kind(kept, **lr, **_tuples(self.options))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{self!r}: {kind.__name__} refuses its options: {error}") from error
+        self.switched_ = callable(getattr(made, "eval", None))
+        if self.switched_:
+            self._refuse_what_breaks_switching(host)
+        return made
+
+    def _refuse_what_breaks_switching(self, host: Any) -> None:
+        scheduled = next((repr(t) for t in host.techniques if "schedule" in t.implemented_hooks()), None)
+        named = SchedulerType(host.args.lr_scheduler_type).value
+        if scheduled is None and named not in ("constant", "constant_with_warmup"):
+            scheduled = f"lr_scheduler_type={named!r}"
+        if scheduled is not None:
+            raise ValueError(
+                f"{self!r}: its averaging takes the place of a decay, and {scheduled} decays the learning rate. "
+                "Use lr_scheduler_type='constant' or 'constant_with_warmup'."
+            )
+        if host.args.load_best_model_at_end:
+            raise ValueError(
+                f"{self!r}: checkpoints hold the weights of training, and load_best_model_at_end would return them. "
+                "Set it to False."
+            )
+        if host.is_deepspeed_enabled:
+            raise ValueError(f"{self!r}: DeepSpeed does not switch between training and evaluation. Use DDP or FSDP2.")
+
+    @contextlib.contextmanager
+    def _switched(self, model: nn.Module) -> Iterator[None]:
+        """The weights of evaluation, while training; after it the model has them anyway."""
+        host: Any = self.host_
+        if not host.is_in_train or not self.switched_:
+            yield
+            return
+        before = {name: weight.clone() for name, weight in local_parameters(model).items()}
+        host.optimizer.eval()
+        try:
+            yield
+        finally:
+            host.optimizer.train()
+            with torch.no_grad():
+                for name, weight in local_parameters(model).items():
+                    weight.copy_(before[name])
+
+    evaluating = saving = _switched
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.switched_:
+            kwargs["optimizer"].eval()
+
+
+def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
+    """YAML has lists only."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}

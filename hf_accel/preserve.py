@@ -1,0 +1,68 @@
+"""Context managers that leave a model and the random generators as they found them."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+
+def seed_all(seed: int, epoch: int, example: int) -> None:
+    """Seed Python's, NumPy's and PyTorch's global generators by a key."""
+    key = (seed * 1_000_003 + epoch) * 1_000_003 + example
+    random.seed(key)
+    np.random.seed(key % 2**32)
+    torch.random.default_generator.manual_seed(key % 2**63)
+
+
+@contextlib.contextmanager
+def keyed_random() -> Iterator[None]:
+    """Leave the global generators of the CPU as they were found."""
+    states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        np.random.set_state(states[1])
+        torch.random.set_rng_state(states[2])
+
+
+@contextlib.contextmanager
+def buffers_kept(model: nn.Module) -> Iterator[None]:
+    """Leave a model's buffers, such as the statistics of batch normalization, as they were."""
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+@contextlib.contextmanager
+def random_state_kept(device: torch.device) -> Iterator[None]:
+    """Leave the generators that a model draws from as they were found."""
+    states = random_states(device)
+    try:
+        yield
+    finally:
+        restore_random_states(device, states)
+
+
+def random_states(device: torch.device) -> list[Tensor]:
+    """The states of the generators that a model on a device draws from."""
+    states = [torch.random.get_rng_state()]
+    if device.type != "cpu":
+        states.append(torch.get_device_module(device).get_rng_state(device))
+    return states
+
+
+def restore_random_states(device: torch.device, states: list[Tensor]) -> None:
+    """Set the generators to states that `random_states` gave."""
+    torch.random.set_rng_state(states[0])
+    if device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states[1], device)

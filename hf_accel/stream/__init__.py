@@ -1,0 +1,1 @@
+"""One stream of step batches: what the model trains on next."""

@@ -1,0 +1,273 @@
+"""One stream of step batches: what the model trains on next, decided in independent places.
+
+    select (which examples) -> order -> batch (how many) -> read and collate (in loader workers) -> StepBatch
+
+One step of the trainer is one `StepBatch`: micro-batches whose examples are those of one optimizer update.  The plan of
+a step names its examples over all ranks, so every rank knows it without communication, and the examples of a step do
+not depend on the number of ranks or on the size of a micro-batch.  The stream's state is what was consumed, never what
+workers prefetched, so a resumed run goes on in O(1) with the same batches.
+
+Shape suffixes: ``N`` examples of a step or an epoch, ``B`` examples of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from hf_accel.batch import StepBatch, StepPlan
+from hf_accel.preserve import keyed_random
+from hf_accel.stream.reader import StepReader
+from hf_accel.technique import Technique
+
+
+@dataclass
+class Slots:
+    """The owners of the stream's slots; None where nobody owns one."""
+
+    select: Technique | None = None
+    order: Technique | None = None
+    batch: Technique | None = None
+    collate: Technique | None = None
+
+
+class _Plans:
+    """The sampler that a loader asks: it draws the steps of the epoch that the stream stands in."""
+
+    def __init__(self, stream: StepStream):
+        self.stream = stream
+
+    def __iter__(self) -> Iterator[StepPlan]:
+        return self.stream.draw()
+
+    def __len__(self) -> int:
+        return len(self.stream)
+
+
+class StepStream:
+    """An iterable of step batches, one epoch each time, with a state.
+
+    Args:
+        dataset: A map-style training set.
+        collate: Makes one micro-batch's inputs from a list of examples.
+        batch_size: Examples of a step over all ranks, where no technique says otherwise.
+        micro_batch_size: Examples of one forward pass on one rank.
+        seed: With the epoch, the key of every order and choice.
+        sequential: Keep the order of the data set.
+        drop_last: Leave out a last step that is smaller than ``batch_size``.
+        slots: Who selects, orders, batches and collates.
+        loader: Keyword arguments of ``torch.utils.data.DataLoader``: workers, pinning, prefetching.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        collate: Callable,
+        *,
+        batch_size: int,
+        micro_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        sequential: bool = False,
+        drop_last: bool = False,
+        slots: Slots | None = None,
+        loader: Mapping[str, Any] | None = None,
+    ):
+        self.dataset, self.batch_size, self.micro_batch_size, self.seed = dataset, batch_size, micro_batch_size, seed
+        self.rank, self.world, self.sequential, self.drop_last = rank, world, sequential, drop_last
+        self.slots = slots or Slots()
+        owner = self.slots.collate
+        collate = collate if owner is None else _Collate(owner, collate)
+        self.reader, self.loader = self._reading(collate, dict(loader or {}))
+        self.epoch = 0
+        self.consumed = 0
+        self.ids_N: Tensor | None = None
+        self.weights_N: Tensor | None = None
+        self._drawn: deque[int] = deque()
+        self._replay: deque[int] = deque()
+
+    def _reading(self, collate: Callable, loader: dict[str, Any]) -> tuple[StepReader, DataLoader]:
+        """What reads a step, and what runs ahead with reading."""
+        if len(self.dataset) == 0:
+            raise ValueError("train_dataset: it has no examples. Give at least one.")
+        reader = StepReader(self.dataset, collate)
+        several = self.batch_size > self.micro_batch_size * self.world
+        if several and loader.get("num_workers") and loader.get("prefetch_factor") is None:
+            loader["prefetch_factor"] = 1  # one item is a whole step
+        plans: Any = _Plans(self)
+        as_it_is: Any = _as_it_is
+        return reader, DataLoader(reader, sampler=plans, batch_size=None, collate_fn=as_it_is, **loader)
+
+    # The plan of an epoch -------------------------------------------------------------------------------------------
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose and order the examples of an epoch, unless the stream already stands inside it."""
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+        if self.ids_N is not None and epoch == self.epoch and 0 < self.consumed < len(self.ids_N):
+            return
+        self.epoch, self.consumed = epoch, 0
+        self.ids_N, self.weights_N = self._choose(epoch)
+        self._drawn.clear()
+        self._replay.clear()
+
+    def _choose(self, epoch: int) -> tuple[Tensor, Tensor | None]:
+        num_examples = len(self.dataset)
+        generator = torch.Generator().manual_seed(self.seed + epoch)
+        ids_N, weights_N = torch.arange(num_examples), None
+        if self.slots.select is not None:
+            chooser = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 2 + 1)
+            ids_N, weights_N = self.slots.select.select(epoch, num_examples, chooser)
+            if len(ids_N) == 0:
+                raise ValueError(f"{self.slots.select!r}: it chose no example of epoch {epoch}. Keep more.")
+        if self.slots.order is not None:
+            ordered_N = self.slots.order.order(ids_N, self.batch_size, generator)
+        elif self.sequential:
+            ordered_N = ids_N
+        else:
+            # The permutation of the whole set, as Trainer draws it, without what was not chosen.
+            permutation_N = torch.randperm(num_examples, generator=generator)
+            repeats_N = torch.bincount(ids_N, minlength=num_examples)
+            ordered_N = permutation_N.repeat_interleave(repeats_N[permutation_N])
+            if repeats_N.max() > 1:  # copies of an example must not lie side by side
+                ordered_N = ordered_N[torch.randperm(len(ordered_N), generator=generator)]
+        if weights_N is not None:
+            by_id_N = torch.zeros(num_examples, dtype=weights_N.dtype)
+            by_id_N[ids_N] = weights_N
+            weights_N = by_id_N[ordered_N]
+        if self.drop_last:
+            kept = len(ordered_N) // self.batch_size * self.batch_size
+            ordered_N, weights_N = ordered_N[:kept], None if weights_N is None else weights_N[:kept]
+        return ordered_N, weights_N
+
+    def draw(self) -> Iterator[StepPlan]:
+        """The plans of the steps that are still to come in this epoch."""
+        assert self.ids_N is not None
+        position = self.consumed
+        while position < len(self.ids_N):
+            upcoming_N = self.ids_N[position:]
+            if self._replay:
+                size = self._replay.popleft()
+            elif self.slots.batch is None:
+                size = self.batch_size
+            else:
+                size = self.slots.batch.batch(upcoming_N, self.batch_size)
+            size = min(max(int(size), 1), len(upcoming_N))
+            end = position + size
+            self._drawn.append(size)
+            yield StepPlan(  # copies: workers are sent all that a view is of
+                self.epoch,
+                self.ids_N[position:end].clone(),
+                None if self.weights_N is None else self.weights_N[position:end].clone(),
+                self.micro_batch_size,
+                self.rank,
+                self.world,
+                self.seed,
+            )
+            position = end
+
+    # The batches ----------------------------------------------------------------------------------------------------
+
+    def __len__(self) -> int:
+        """Nominal number of steps of an epoch: of all examples at the nominal batch size."""
+        steps = len(self.dataset) / self.batch_size
+        return max(math.floor(steps) if self.drop_last else math.ceil(steps), 1)
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        if self.consumed:
+            # In mid-epoch the loader's own seed was drawn before the checkpoint: draw it without a trace.
+            with keyed_random():
+                batches = iter(self.loader)
+        else:
+            batches = iter(self.loader)
+        for batch in batches:
+            self.consumed += self._drawn.popleft()
+            yield batch
+
+    def read(self, plan: StepPlan) -> StepBatch:
+        """Read a step once more, for example in smaller micro-batches."""
+        return self.reader[plan]
+
+    @property
+    def epoch_is_over(self) -> bool:
+        """Whether every example of this epoch's plan was consumed."""
+        return self.ids_N is not None and self.consumed >= len(self.ids_N)
+
+    @property
+    def epochs(self) -> float:
+        """Position in the data, in epochs; inside an epoch, in nominal steps, as Trainer counts."""
+        if self.ids_N is None:
+            return 0.0
+        if self.epoch_is_over:
+            return self.epoch + 1.0
+        return self.epoch + self.consumed / (math.ceil(len(self.ids_N) / self.batch_size) * self.batch_size)
+
+    def pass_over(self, epoch: int, steps: int) -> None:
+        """Stand where a plain Trainer does after so many steps of an epoch; at its beginning, where it is chosen of
+        which examples the epoch is."""
+        if steps and self.slots.select is None:
+            self.set_epoch(epoch)
+            self.consumed = steps * self.batch_size
+
+    # State ----------------------------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands: enough to go on with the next step, bit for bit."""
+        state: dict[str, Any] = {
+            "epoch": self.epoch,
+            "consumed": self.consumed,
+            "drawn": list(self._drawn),
+            "seed": self.seed,
+            "num_examples": len(self.dataset),
+        }
+        if self.slots.select is not None and self.ids_N is not None and not self.epoch_is_over:
+            # What an epoch was chosen from (losses, say) has changed since: keep the choice itself.
+            state["ids_N"] = self.ids_N
+            if self.weights_N is not None:
+                state["weights_N"] = self.weights_N
+        return state
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Stand where `state_dict` was taken."""
+        if state["num_examples"] != len(self.dataset):
+            raise ValueError(
+                f"train_dataset has {len(self.dataset)} examples, the checkpoint's had {state['num_examples']}. "
+                "Resume with the same data."
+            )
+        self.epoch, self.consumed, self.seed = state["epoch"], state["consumed"], state["seed"]
+        if "ids_N" in state:
+            self.ids_N, self.weights_N = state["ids_N"], state.get("weights_N")
+        elif self.slots.select is None:
+            self.ids_N, self.weights_N = self._choose(self.epoch)
+        else:
+            self.ids_N, self.weights_N = torch.arange(self.consumed), None  # the epoch was over
+        self._drawn.clear()
+        self._replay = deque(state["drawn"])
+
+
+class _Collate:
+    """The collate slot with the user's collator bound; picklable, for spawned workers."""
+
+    def __init__(self, owner: Technique, collator: Callable):
+        self.owner, self.collator = owner, collator
+
+    def __getstate__(self) -> dict[str, Any]:
+        owner = copy.copy(self.owner)
+        vars(owner).pop("host_", None)  # the trainer stays where it is
+        return {"owner": owner, "collator": self.collator}
+
+    def __call__(self, features: list[Any]) -> Mapping[str, Any]:
+        return self.owner.collate(features, self.collator)
+
+
+def _as_it_is(batch: StepBatch) -> StepBatch:
+    return batch

@@ -1,0 +1,54 @@
+"""Reads and collates the examples of a step.
+
+Shape suffix: ``B`` examples of a micro-batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import datasets
+from torch import Tensor
+from torch.utils.data import Dataset, Subset
+
+from hf_accel.batch import ORDER, MicroBatch, StepBatch, StepPlan
+from hf_accel.preserve import keyed_random, seed_all
+
+
+class StepReader(Dataset):
+    """Reads and collates the examples of a plan; runs in loader workers.
+
+    Random transforms and collators draw from generators keyed by (seed, epoch, first example), and leave the global
+    ones as they were: what is read does not depend on workers, prefetching or what the model drew.
+    """
+
+    def __init__(self, dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]]):
+        self.dataset, self.collate = dataset, collate
+        # Datasets that read rows at once do so, unless a transform may draw, for each example by its own key.
+        self.reads_rows = hasattr(dataset, "__getitems__") and not _has_transform(dataset)
+
+    def __getitem__(self, plan: StepPlan) -> StepBatch:
+        with keyed_random():
+            return StepBatch(plan, [self._read(plan, ids_B, weights_B) for ids_B, weights_B in plan.micro_batches()])
+
+    def _read(self, plan: StepPlan, ids_B: Tensor, weights_B: Tensor | None) -> MicroBatch:
+        ids = [i if i >= 0 else int(plan.ids_N[0]) for i in ids_B.tolist()]
+        if self.reads_rows:
+            features = self.dataset.__getitems__(ids)
+        else:
+            features = []
+            for i in ids:
+                seed_all(plan.seed, plan.epoch, i)
+                features.append(self.dataset[i])
+        seed_all(plan.seed, plan.epoch, ids[0])
+        inputs = dict(self.collate(features))
+        if (order_B := inputs.pop(ORDER, None)) is not None:
+            ids_B, weights_B = ids_B[order_B], None if weights_B is None else weights_B[order_B]
+        return MicroBatch(inputs, ids_B, weights_B)
+
+
+def _has_transform(dataset: Any) -> bool:
+    if isinstance(dataset, Subset):
+        return not isinstance(dataset.dataset, datasets.Dataset) or _has_transform(dataset.dataset)
+    return getattr(dataset, "format", {}).get("type") == "custom"

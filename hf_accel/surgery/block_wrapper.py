@@ -1,0 +1,135 @@
+"""What runs around the calls of a model's blocks, and may leave a call out.
+
+A block's class is replaced by a subclass, in whose ``__call__`` the given functions run: outside of hooks, of
+activation checkpointing and of what FSDP2 gathers, so that a block that is not called costs nothing.  Copies of the
+model, by ``copy.deepcopy`` or pickle, are of the class as it was.
+
+Techniques that draw for each example draw by `ExampleSeeds`.  Where a part of the blocks gets no gradient,
+`refuse_waiting_ddp` says when that would hang.
+"""
+
+from __future__ import annotations
+
+import copyreg
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import TrainingArguments
+
+from hf_accel.technique import Technique
+
+Around = Callable[[Callable[..., Any], tuple, dict[str, Any]], Any]
+"""Given a call and its arguments, gives its result."""
+
+
+def wrap_block(block: nn.Module, around: Around, *, innermost: bool = False) -> Callable[[], None]:
+    """Have ``around`` run in the place of every call of a block; gives what ends it.
+
+    Args:
+        innermost: Whether it runs inside of those that run already, and not around them.
+    """
+    kind: Any = type(block)
+    if "_arounds" not in vars(kind):
+        kind = type(kind.__name__, (_WrappedForward, kind), {"__module__": kind.__module__, "_arounds": []})
+        block.__class__ = kind
+    kind._arounds.insert(0 if innermost else len(kind._arounds), around)
+
+    def end() -> None:
+        kind._arounds.remove(around)
+        if not kind._arounds and type(block) is kind:
+            block.__class__ = kind.__mro__[2]
+
+    return end
+
+
+class _WrappedForward:
+    _arounds: list[Around]
+    """From the innermost to the outermost."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        call = super().__call__  # type: ignore[misc]
+        for around in self._arounds:
+            call = functools.partial(_call_around, around, call)
+        return call(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        _, _, *state = super().__reduce_ex__(protocol)
+        return copyreg._reconstructor, (type(self).__mro__[2], object, None), *state  # type: ignore[attr-defined]
+
+
+def _call_around(around: Around, call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return around(call, args, kwargs)
+
+
+def hidden_states(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """What a block is called on: its first argument."""
+    return args[0] if args else kwargs[next(iter(inspect.signature(block.forward).parameters))]
+
+
+class ExampleSeeds:
+    """What the rows of a batch draw by: the ids of their examples where these are known, else places in the step.
+
+    Args:
+        technique: That draws.
+        args: Of the trainer.
+        step: Number of the step.
+    """
+
+    def __init__(self, technique: Technique, args: TrainingArguments, step: int):
+        self.host: Any = technique.host_
+        self.of_step = args.seed, step
+        self.first_row = args.process_index * args.per_device_train_batch_size
+        self.rows_of_a_pass = args.world_size * args.per_device_train_batch_size
+        self.passes = 0
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the ids of examples are known."""
+        return self.host is not None and self.host.stream is not None
+
+    def of_examples(self, model: Any, inputs: Mapping[str, Any]) -> list[int] | None:
+        """A key for each example of the pass that begins; None in evaluation, and where a step is only scored."""
+        if not model.training or (self.streamed and self.host._micro is None):
+            return None
+        if self.streamed:
+            return self.of_micro_batch()
+        rows = len(inputs[getattr(model, "main_input_name", "input_ids")])
+        start = self.passes * self.rows_of_a_pass + self.first_row
+        self.passes += 1
+        return list(range(start, start + rows))
+
+    def of_micro_batch(self) -> list[int]:
+        """A key for each example of the micro-batch that the stream has given."""
+        return [i % 2**32 for i in self.host._micro.ids_B.tolist()]
+
+
+def refuse_other_shape(technique: Technique, before: Tensor, after: Tensor) -> None:
+    """Raise ValueError where a block is more than what it adds to its hidden states, and cannot be left out."""
+    if before.shape[1:] != after.shape[1:]:
+        raise ValueError(
+            f"{technique!r}: a block makes hidden states {tuple(after.shape)} of {tuple(before.shape)}, and cannot be "
+            "left out. Leave the technique out for this model."
+        )
+
+
+def refuse_zero(technique: Technique, args: Any) -> None:
+    """Raise ValueError under DeepSpeed ZeRO, with the reason that the technique's class gives."""
+    if args.deepspeed_plugin is not None:
+        raise ValueError(f"{technique!r}: under ZeRO, {technique.refused_backends['zero']}. Use DDP or FSDP2.")
+
+
+def refuse_waiting_ddp(technique: Technique, args: Any, model: nn.Module) -> None:
+    """Raise ValueError where DDP would wait for gradients that do not come."""
+    if args.world_size == 1 or any(isinstance(module, FSDPModule) for module in model.modules()):
+        return
+    finds = args.ddp_find_unused_parameters
+    if finds is False or (finds is None and args.gradient_checkpointing):
+        why = "False" if finds is False else "None and checkpointing"
+        raise ValueError(
+            f"{technique!r}: with ddp_find_unused_parameters={why}, DDP waits for the gradients of blocks that have "
+            "none. Set it to True."
+        )

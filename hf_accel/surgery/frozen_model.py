@@ -1,0 +1,109 @@
+"""Models that judge and are not trained: teachers and references."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from hf_accel.adapters import unwrapped
+from hf_accel.losses import kind_of
+from hf_accel.technique import Technique
+
+LANGUAGE = ("causal LM", "masked LM", "seq2seq")
+"""Kinds of loss whose classes are tokens."""
+
+
+def load_frozen(technique: Technique, source: str) -> PreTrainedModel:
+    """A model in evaluation mode, on the device, that knows the same classes as the one that is trained.
+
+    ``source`` is a folder, a model id or ``package.module:function``, a function that gives a model.
+    """
+    host: Any = technique.host_
+    student = unwrapped(host.model)
+    if is_deepspeed_zero3_enabled():
+        raise ValueError(f"{technique!r}: under ZeRO-3 {source!r} would be sharded and never gathered. Use ZeRO-2.")
+    by_function = ":" in source and not Path(source).exists()
+    try:
+        model = called(source) if by_function else _load(source, student.dtype)
+    except ValueError as error:
+        raise ValueError(f"{technique!r}: {error}") from None
+    check_same_classes(technique, source, model, student)
+    _check_same_tokens(technique, source, host.processing_class)
+    return freeze(model).to(host.args.device)  # type: ignore[arg-type]
+
+
+def freeze(model: Any) -> Any:
+    """The model in evaluation mode, with parameters that need no gradient."""
+    return model.eval().requires_grad_(False)
+
+
+def check_same_classes(technique: Technique, source: str, model: Any, student: Any) -> None:
+    """Raise ValueError unless two models have the same kind of loss and the same classes."""
+    kind, ours = kind_of(model), kind_of(student)
+    if kind != ours:
+        raise ValueError(
+            f"{technique!r}: {source!r} ({type(model).__name__}) is no model for {ours}, which {type(student).__name__}"
+            " is. Give one of the same kind."
+        )
+    tokens = kind in LANGUAGE
+    theirs, ours = (_num_classes(m.config, tokens) for m in (model, student))
+    if theirs != ours:
+        raise ValueError(
+            f"{technique!r}: {source!r} knows {theirs} {'tokens' if tokens else 'labels'}, and the model {ours}. "
+            f"Give one of the same {'vocabulary' if tokens else 'labels'}."
+        )
+    names, own = model.config.id2label, student.config.id2label
+    if not tokens and names != own and set(names.values()) == set(own.values()):
+        raise ValueError(f"{technique!r}: {source!r} has the labels in another order, {names}. Give one with {own}.")
+
+
+@torch.no_grad()
+def judge(technique: Technique, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
+    """The outputs of a frozen model.  Its operations are added to the trainer's, 2 for a parameter and position."""
+    host: Any = technique.host_
+    host.current_flos += 2 * inputs[model.main_input_name].numel() * model.num_parameters(exclude_embeddings=True)
+    with host.accelerator.autocast():  # as around the forward pass of the model that is trained
+        return model(**host.head.without_labels(model, inputs))
+
+
+def _num_classes(config: Any, tokens: bool) -> int:
+    return config.get_text_config().vocab_size if tokens else config.num_labels
+
+
+def _load(source: str, dtype: torch.dtype) -> PreTrainedModel:
+    try:
+        architecture = (AutoConfig.from_pretrained(source).architectures or ["none"])[0]
+        kind = getattr(transformers, architecture, None)
+        if kind is None:
+            raise ValueError(f"its architecture, {architecture}, is not one of transformers")
+        return kind.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{source!r} cannot be loaded ({reason}). Give the folder or the id of a model.") from None
+
+
+def called(source: str) -> PreTrainedModel:
+    """The model that a function gives, named by ``package.module:function``."""
+    module, _, name = source.partition(":")
+    try:
+        model = getattr(importlib.import_module(module), name)()
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ValueError(f"{source!r} gives no model ({error}). Name a function.") from None
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(f"{source!r} gives a {type(model).__name__}. It must give a PreTrainedModel.")
+    return model
+
+
+def _check_same_tokens(technique: Technique, source: str, tokenizer: Any) -> None:
+    """Raise ValueError where a folder's tokenizer is another one than the trainer's."""
+    if not Path(source, "tokenizer_config.json").is_file() or not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    if AutoTokenizer.from_pretrained(source).get_vocab() != tokenizer.get_vocab():
+        raise ValueError(f"{technique!r}: {source!r} has another tokenizer. Give a model of the same vocabulary.")

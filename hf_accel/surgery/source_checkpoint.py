@@ -1,0 +1,136 @@
+"""A trained model that another one of the same family, with other sizes, takes its first values from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedModel
+from transformers.integrations.deepspeed import (
+    is_deepspeed_zero3_enabled,
+    set_hf_deepspeed_config,
+    unset_hf_deepspeed_config,
+)
+
+from hf_accel.surgery.depth_growth import block_path, origin
+from hf_accel.surgery.dimensions import axes_of, gathered, sizes_of
+from hf_accel.surgery.frozen_model import called
+from hf_accel.technique import Technique
+
+ALIKE = (
+    "vocab_size",
+    "hidden_act",
+    "activation_function",
+    "rms_norm_eps",
+    "layer_norm_eps",
+    "layer_norm_epsilon",
+    "rope_parameters",
+    "sliding_window",
+    "attention_bias",
+    "mlp_bias",
+    "scale_attn_weights",
+    "scale_attn_by_inverse_layer_idx",
+    "tie_word_embeddings",
+)
+"""What of a configuration must be the same, beside the size of heads and the queries of a key-value head."""
+
+
+def load_donor(technique: Technique, source: str | None, model: Any) -> tuple[Any, Collection[str]]:
+    """The model of ``source`` (a folder, an id or ``package.module:function``), in the class and dtype of ``model``,
+    and the names of parameters that it lacks, as that of a new head."""
+    if source is None:
+        raise ValueError("checkpoint is None. Name the folder or the id of a trained model.")
+    if ":" in source and not Path(source).exists():
+        donor: Any = called(source)
+        if type(donor) is not type(model):
+            raise ValueError(f"{source!r} gives a {type(donor).__name__}. It must give a {type(model).__name__}.")
+        return donor.to("cpu", model.dtype), ()
+    host: Any = technique.host_
+    try:
+        theirs, ours = AutoConfig.from_pretrained(source).model_type, model.config.model_type
+        if theirs != ours:
+            raise ValueError(f"its model_type is {theirs!r}, and the model's {ours!r}")
+        with torch.random.fork_rng(devices=[]), _not_sharded(host.args):
+            donor, found = type(model).from_pretrained(source, dtype=model.dtype, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{source!r} cannot be loaded ({reason}). Give the folder or the id of a model.") from None
+    blocks = block_path(model)
+    if lacking := next((name for name in found["missing_keys"] if name.startswith(f"{blocks}.")), None):
+        raise ValueError(f"{source!r} has no {lacking}. Give a checkpoint of {type(model).__name__}.")
+    return donor, found["missing_keys"]
+
+
+@contextlib.contextmanager
+def _not_sharded(args: Any) -> Iterator[None]:
+    """Models that are loaded inside are whole under ZeRO-3, too."""
+    if not is_deepspeed_zero3_enabled():
+        yield
+        return
+    unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        set_hf_deepspeed_config(args.hf_deepspeed_config)
+
+
+def check_alike(model: Any, donor: PreTrainedModel) -> None:
+    """Raise ValueError unless two models differ in sizes only, and these are whole heads."""
+    ours, theirs = model.config, donor.config
+    for key in ALIKE:
+        pair = getattr(ours, key, None), getattr(theirs, key, None)
+        if pair[0] != pair[1]:
+            raise ValueError(f"{key} is {pair[0]!r}, and the checkpoint's {pair[1]!r}. They must be the same.")
+    new, old = sizes_of(ours), sizes_of(theirs)
+    if new.head_size != old.head_size:
+        raise ValueError(
+            f"heads have {new.head_size} elements, and the checkpoint's {old.head_size}. Keep the size of heads and "
+            "change their number."
+        )
+    if new.heads * old.kv_heads != old.heads * new.kv_heads:
+        raise ValueError(
+            f"{new.heads} heads share {new.kv_heads} keys and values, and the checkpoint's {old.heads} share "
+            f"{old.kv_heads}. Keep the ratio."
+        )
+
+
+def head_sources(kv_heads: Tensor, heads: int) -> Tensor:
+    """For each new head the old one, from those of the new key-value heads, which ``heads`` queries each share."""
+    return (kv_heads[:, None] * heads + torch.arange(heads)).flatten()
+
+
+@torch.no_grad()
+def write_from(
+    model: Any,
+    donor: Any,
+    lacking: Collection[str],
+    sources: Mapping[str, Tensor],
+    blocks: Sequence[int],
+    read: Callable[[Tensor, int, Tensor], Tensor] | None = None,
+) -> int:
+    """Give each parameter that the donor has the donor's values, and say how many these are.
+
+    ``sources`` names the old element for each new one of a dimension, and ``blocks`` the old block for each new one.
+    What ``read`` makes of values, given an axis that reads and the sources along it, takes their place.
+    """
+    path, state, written = block_path(model), donor.state_dict(), 0
+    kinds, old_kinds = (getattr(m.config, "layer_types", None) for m in (model, donor))
+    if kinds and old_kinds and kinds != (copied := [old_kinds[block] for block in blocks]):
+        raise ValueError(f"its blocks are {kinds}, and those that they copy {copied}. Choose another depth.")
+    for name, axes in axes_of(model).items():
+        if (old := origin(name, path, blocks)) in lacking:
+            continue
+        parameter, values = model.get_parameter(name), gathered(state[old], axes, sources)
+        if values.shape != parameter.shape:
+            raise ValueError(f"{name} is {tuple(parameter.shape)}, and from the checkpoint {tuple(values.shape)}.")
+        for dim, axis in enumerate(axes):
+            if axis.reads and read is not None:
+                assert axis.dimension is not None
+                values = read(values, dim, sources[axis.dimension])
+        parameter.copy_(values)
+        written += 1
+    return written

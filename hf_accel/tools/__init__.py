@@ -1,0 +1,1 @@
+"""Tools around a run: doctor, planning, lint, calibration, soups, and running scripts."""

@@ -1,0 +1,182 @@
+"""What a run will take, and what a budget will buy, from a run of seconds.
+
+A short run of a copy of the model, with the user's data, techniques and loop, gives the mean duration of a step; it
+goes through all of its progress, as the whole run will.  Evaluations of two sizes give the cost of an example and that
+of an evaluation as such; the model is saved once.  Then, with S steps,
+
+    seconds = start + S * step + evaluations(S) * evaluation + checkpoints(S) * checkpoint
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers.trainer_utils import IntervalStrategy, SaveStrategy
+
+from hf_accel.engine.short_run import many_runs, probe_of, short_run
+from hf_accel.technique import Technique
+
+WARM = 2
+"""Steps at the beginning that are not timed."""
+
+PROBED_BATCHES = 5
+"""Batches of the larger evaluation that is timed."""
+
+CHECKPOINT = 3.0
+"""What a checkpoint takes, in times of saving the model: the optimizer has two more of everything."""
+
+
+@dataclass(eq=False)
+class Timing(Technique):
+    """When training began its first step, and when each one ended."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.moments_ = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if not self.moments_:
+            self.moments_.append(self.host_.clock.seconds)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.moments_.append(self.host_.clock.seconds)
+
+    def step_seconds(self) -> float:
+        """The mean, without the first steps where there are enough."""
+        moments = self.moments_[WARM if len(self.moments_) > 2 * WARM else 0 :]
+        return (moments[-1] - moments[0]) / (len(moments) - 1)
+
+
+@dataclass
+class Rhythm:
+    """How often a run evaluates, or saves.
+
+    Args:
+        each_step: Times in a step, as a mean.
+        once: Times in a run, whatever its length.
+    """
+
+    each_step: float = 0.0
+    once: float = 0.0
+
+
+@dataclass
+class Forecast:
+    """What was measured, in seconds.
+
+    Args:
+        start: Before the first step.
+        step: Of a step.
+        evaluation: Of a whole evaluation.
+        checkpoint: Of a checkpoint.
+        batch: Examples of an update.
+        spent: Of each unit but seconds, by a step.
+        measured_steps: Steps that were timed.
+        cost: What the measurement took.
+    """
+
+    start: float
+    step: float
+    evaluation: float
+    checkpoint: float
+    batch: int
+    spent: dict[str, float]
+    measured_steps: int
+    cost: float
+    evaluations: Rhythm = field(default_factory=Rhythm)
+    checkpoints: Rhythm = field(default_factory=Rhythm)
+
+    @property
+    def each_step(self) -> float:
+        """Seconds of a step with its part of evaluations and checkpoints."""
+        regular = self.evaluations.each_step * self.evaluation + self.checkpoints.each_step * self.checkpoint
+        return self.step + regular
+
+    @property
+    def once(self) -> float:
+        """Seconds of what happens however long the run is."""
+        return self.start + self.evaluations.once * self.evaluation + self.checkpoints.once * self.checkpoint
+
+    def seconds(self, steps: float) -> float:
+        """How long a run of so many steps takes."""
+        return self.once + steps * self.each_step
+
+    def steps(self, limits: Mapping[str, float]) -> int:
+        """Steps within limits; ValueError where not one is."""
+        bought = []
+        for unit, limit in limits.items():
+            available = limit - self.once if unit == "seconds" else limit
+            each = self.each_step if unit == "seconds" else self.spent[unit]
+            if not each:
+                raise ValueError(f"budget: the batches hold no {unit}. Give samples or epochs.")
+            bought.append(available / each)
+        steps = math.floor(min(bought) + 1e-6)
+        if steps < 1:
+            raise ValueError(
+                f"budget: a run takes {self.seconds(1):.3g} s with a single step, its start and its evaluations, and "
+                "the budget is less. Give more."
+            )
+        return steps
+
+
+def calibrate(host: Any, *, seconds: float = 30.0, without: Sequence[Technique] = ()) -> Forecast:
+    """Measure the steps of a trainer that hosts techniques and has not begun; it stays as it is.
+
+    Args:
+        seconds: Of the short run; evaluations of some batches come on top.
+        without: Techniques that are left out.
+    """
+    began = host.clock.now()
+    counted = {unit: math.inf for unit in host._limits() if unit in ("flops", "joules")}
+    args, size = host.args, host.args.eval_batch_size
+    evaluates, saves = IntervalStrategy(args.eval_strategy).value, SaveStrategy(args.save_strategy).value
+    few, more = (None, None) if evaluates == "no" else (probe_of(host, size), probe_of(host, PROBED_BATCHES * size))
+    timing = Timing()
+    with many_runs():
+        rate, limits = args.learning_rate, {"seconds": seconds, **counted}
+        first = short_run(host, rate, {"steps": WARM}, without=without, probe=few)
+        run = short_run(host, rate, limits, techniques=[timing], without=without, probe=more)
+    step, spent = timing.step_seconds(), {unit: run.spent[unit] / run.steps for unit in run.spent if unit != "seconds"}
+    per_epoch = spent["epochs"]
+    return Forecast(
+        start=timing.moments_[0],
+        step=step,
+        evaluation=0.0 if evaluates == "no" else _of_all(host, first, run),
+        checkpoint=0.0 if saves == "no" else CHECKPOINT * _saving_seconds(host),
+        batch=host.nominal_batch_size,
+        spent=spent,
+        measured_steps=run.steps,
+        cost=host.clock.now() - began,
+        evaluations=_rhythm(evaluates, args.eval_steps, per_epoch, float(args.eval_on_start)),
+        checkpoints=_rhythm(saves, args.save_steps, per_epoch, 0.0),
+    )
+
+
+def _of_all(host: Any, few: Any, more: Any) -> float:
+    """Seconds of the whole evaluation, from those of two parts."""
+    data = host.train_dataset if host.eval_dataset is None else host.eval_dataset
+    parts = list(data.values()) if isinstance(data, dict) else [data]
+    examples = sum(map(len, parts))
+    if more.evaluated == few.evaluated:
+        return more.evaluation_seconds * examples / more.evaluated
+    each = (more.evaluation_seconds - few.evaluation_seconds) / (more.evaluated - few.evaluated)
+    each = each if each > 0 else more.evaluation_seconds / more.evaluated
+    return max(more.evaluation_seconds + each * (examples - more.evaluated), 0.0)
+
+
+def _rhythm(strategy: str, every: float | None, epochs_of_a_step: float, once: float) -> Rhythm:
+    if strategy == "epoch":
+        return Rhythm(each_step=epochs_of_a_step, once=once)
+    if strategy in ("steps", "best") and every:
+        return Rhythm(once=once + math.floor(1 / every)) if every < 1 else Rhythm(each_step=1 / every, once=once)
+    return Rhythm(once=once)
+
+
+def _saving_seconds(host: Any) -> float:
+    began = host.clock.now()
+    with tempfile.TemporaryDirectory() as folder:
+        host.save_model(folder, _internal_call=True)
+    return host.clock.now() - began
