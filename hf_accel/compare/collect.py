@@ -20,64 +20,74 @@ from hf_accel.evidence import holm
 Read = Callable[[Mapping[str, Any]], float]
 
 
-def collect(
-    arms: Sequence[Arm],
-    records: Records,
-    *,
-    workload: Workload,
-    metric: str,
-    cost: str,
-    horizons: Sequence[float],
-    seeds: Sequence[int],
-    tuned: str,
-    placebos: bool,
-    trials: dict[str, list[dict[str, Any]]],
-) -> Results:
-    """Collect results from the records that there are; the first arm is the baseline."""
+@dataclass(frozen=True)
+class Design:
+    """The facts about a comparison that its records do not hold; `Comparison` has the same fields."""
+
+    workload: Workload
+    metric: str
+    seeds: Sequence[int]
+    horizons: Sequence[float]
+    budget: str | None
+    cost: str
+    tuned: str
+    placebos: bool
+    trials: dict[str, list[dict[str, Any]]]
+    baseline_args: dict[str, Any]
+
+    @property
+    def lower_is_better(self) -> bool:
+        """Whether the quality is a loss."""
+        return lower_is_better(self.metric)
+
+    @property
+    def margin(self) -> float:
+        """The difference in quality that does not matter."""
+        own = self.metric == self.workload.metric
+        return self.workload.margin if own else 0.003 if self.lower_is_better else 0.002
+
+
+def collect(design: Design, arms: Sequence[Arm], records: Records) -> Results:
+    """Collect results from the records that there are."""
     known = {name for record in records.values() for name in record.get("metrics", {})}
-    if known and metric not in known:
+    if known and design.metric not in known:
         shown = ", ".join(sorted(known - {"epoch"}))
-        raise ValueError(f"metric({metric!r}): the evaluation does not compute it. Use one of: {shown}.")
+        raise ValueError(f"metric({design.metric!r}): the evaluation does not compute it. Use one of: {shown}.")
+    whole = [seed for seed in design.seeds if all(("baseline", h, seed) in records for h in design.horizons)]
+    if not whole:
+        raise ValueError(f"budget({design.budget!r}): too short for the baseline of one seed. Give more time.")
     count_tokens(records)
-    lower, whole = lower_is_better(metric), whole_seeds(records, horizons, seeds)
-    margin = workload.margin if metric == workload.metric else 0.003 if lower else 0.002
-    measured = Measured(records, metric, cost, horizons, margin)
-    rows = []
+    measured, rows = Measured(design, records), []
     for arm in arms:
         if arm.role == "baseline":
-            rows += [measured.row(arm, horizon, whole) for horizon in horizons]
+            rows += [measured.row(arm, horizon, whole) for horizon in design.horizons]
         else:
             rows.append(measured.row(arm, arm.horizon, [s for s in whole if (arm.name, arm.horizon, s) in records]))
             measured.compare(rows[-1])
-    candidates = [row for row in rows if row.role == "candidate" and cost in row.speed_ups]
-    p_values = [p_value(row.speed_ups[cost]) for row in candidates]
+    candidates = [row for row in rows if row.role == "candidate" and design.cost in row.speed_ups]
+    p_values = [p_value(row.speed_ups[design.cost]) for row in candidates]
     for row, own, adjusted in zip(candidates, p_values, holm(p_values), strict=True):
         row.p_unadjusted, row.p_value = own, adjusted
     return Results(
-        workload=type(workload).name,
-        metric=metric,
-        lower_is_better=lower,
-        margin=margin,
-        cost=cost,
-        tuned=tuned,
-        placebos=placebos,
-        trials=trials,
-        baseline_args=arms[0].recipe.args,
+        workload=type(design.workload).name,
+        metric=design.metric,
+        lower_is_better=design.lower_is_better,
+        margin=design.margin,
+        cost=design.cost,
+        tuned=design.tuned,
+        placebos=design.placebos,
+        trials=design.trials,
+        baseline_args=design.baseline_args,
         seeds=whole,
-        horizons=list(horizons),
+        horizons=list(design.horizons),
         rows=rows,
         runs=[{"arm": name, "horizon": h, "seed": seed, **record} for (name, h, seed), record in records.items()],
-        complete=whole == list(seeds) and all(row.seeds == whole for row in rows),
+        complete=whole == list(design.seeds) and all(row.seeds == whole for row in rows),
         versions=cache.versions(),
         code=cache.code_hash(),
         machine=cache.machine(),
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     )
-
-
-def whole_seeds(records: Records, horizons: Sequence[float], seeds: Sequence[int]) -> list[int]:
-    """Return the seeds for which the baseline has a record at every horizon."""
-    return [seed for seed in seeds if all(("baseline", h, seed) in records for h in horizons)]
 
 
 def count_tokens(records: Records) -> None:
@@ -94,11 +104,8 @@ def count_tokens(records: Records) -> None:
 class Measured:
     """Records as arrays.  Shape suffixes: ``S`` seeds, ``H`` horizons."""
 
+    design: Design
     records: Records
-    metric: str
-    cost: str
-    horizons: Sequence[float]
-    margin: float
 
     def values(self, name: str, horizon: float, seeds: Sequence[int], read: Read) -> np.ndarray:
         """Read a number from each seed's run; NaN where it failed."""
@@ -107,7 +114,7 @@ class Measured:
 
     def quality(self, record: Mapping[str, Any]) -> float:
         """Read the metric of a finished run."""
-        value = record["metrics"].get(self.metric)
+        value = record["metrics"].get(self.design.metric)
         return math.nan if value is None else value
 
     def row(self, arm: Arm, horizon: float, seeds: list[int]) -> Row:
@@ -117,7 +124,7 @@ class Measured:
             return _mean(self.values(arm.name, horizon, seeds, read))
 
         def per_step(record: Mapping[str, Any]) -> float:
-            charged = record["costs"][self.cost] - record["set_up"].get(self.cost, 0.0)
+            charged = record["costs"][self.design.cost] - record["set_up"].get(self.design.cost, 0.0)
             return charged / max(record["costs"]["steps"], 1)
 
         qualities = self.values(arm.name, horizon, seeds, self.quality)
@@ -133,7 +140,7 @@ class Measured:
             quality=_mean(qualities),
             quality_sd=float(finite.std(ddof=1)) if len(finite) > 1 else math.nan,
             costs={cost: mean(lambda record, cost=cost: record["costs"][cost]) for cost in COSTS},
-            set_up_seconds=mean(lambda record: record["set_up"].get(self.cost, math.nan)),
+            set_up_seconds=mean(lambda record: record["set_up"].get(self.design.cost, math.nan)),
             step_seconds=mean(per_step),
             peak_memory_bytes=mean(lambda record: record["peak_memory_bytes"]),
             errors=sorted({record["error"] for record in failed}),
@@ -143,7 +150,7 @@ class Measured:
         """Fill in a row's comparison with the baseline, if it has seeds."""
         if not row.seeds:
             return
-        sign = 1 if lower_is_better(self.metric) else -1
+        sign = 1 if self.design.lower_is_better else -1
         losses_S = sign * self.values(row.name, row.horizon, row.seeds, self.quality)
         curves_SH = sign * self._baseline(row.seeds, self.quality)
         ended_S = [self.records[row.name, row.horizon, seed]["status"] == "finished" for seed in row.seeds]
@@ -157,10 +164,10 @@ class Measured:
             if (np.isfinite(counted) & (counted > 0)).all():
                 row.speed_ups[cost] = speed_up(costs_SH, curves_SH, paid_S, losses_S)
         final_S = sign * self.values("baseline", row.horizon, row.seeds, self.quality)
-        row.non_inferiority = non_inferiority(losses_S, final_S, self.margin)
+        row.non_inferiority = non_inferiority(losses_S, final_S, self.design.margin)
 
     def _baseline(self, seeds: Sequence[int], read: Read) -> np.ndarray:
-        return np.stack([self.values("baseline", h, seeds, read) for h in self.horizons], axis=1)
+        return np.stack([self.values("baseline", h, seeds, read) for h in self.design.horizons], axis=1)
 
 
 def _mean(values: np.ndarray) -> float:

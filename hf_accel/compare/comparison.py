@@ -23,7 +23,7 @@ import torch
 from hf_accel.clock import parse_budget
 from hf_accel.compare import placebos, tuning
 from hf_accel.compare.arms import Arm, ablations, read_arm, trainer_defaults
-from hf_accel.compare.collect import collect, whole_seeds
+from hf_accel.compare.collect import Design, collect
 from hf_accel.compare.execution import Execution, Progress
 from hf_accel.compare.page import page
 from hf_accel.compare.plan import Plan, Run
@@ -195,20 +195,19 @@ class Comparison:
     def collect(self, arms: Sequence[Arm], records: Records) -> Results:
         """Collect the results of arms from their records."""
         assert not isinstance(self.seeds, int) and self.cost is not None
-        if not whole_seeds(records, self.horizons, self.seeds):
-            raise ValueError(f"budget({self.budget!r}): too short for the baseline of one seed. Give more time.")
-        return collect(
-            arms,
-            records,
+        design = Design(
             workload=self._workload,
             metric=self.metric_name,
-            cost=self.cost,
-            horizons=self.horizons,
             seeds=self.seeds,
+            horizons=self.horizons,
+            budget=self.budget,
+            cost=self.cost,
             tuned=self.tuned,
             placebos=self.placebos,
             trials=self.trials,
+            baseline_args=self.reference.recipe.args,
         )
+        return collect(design, arms, records)
 
     def save(self, results: Results) -> None:
         """Write ``results.json``, ``report.md`` and ``report.html``."""

@@ -160,7 +160,7 @@ class Deduplicate(StaticSubset):
         ngram: Tokens per shingle, at least 1.
     """
 
-    column: str = "input_ids"
+    column: str = "input_ids"  # as tokenizers name it
     threshold: Annotated[float, at.Interval(gt=0, le=1)] = 0.8  # Lee et al. (2022)
     ngram: Annotated[int, at.Ge(1)] = 5  # Lee et al. (2022)
     fidelity: ClassVar = "lossy"
