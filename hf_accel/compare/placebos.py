@@ -1,7 +1,7 @@
 """Placebos: cheap alternatives that a candidate must beat.
 
-The baseline's shorter horizons are one placebo.  The others are arms of their own: the baseline with the candidate's
-learning rate, on a subset of the same size, or with a batch that fills its memory.
+The baseline's shorter horizons are one placebo.  The others are arms: the baseline with the candidate's learning rate,
+a random subset of its size, or a batch that fills its memory.
 """
 
 from __future__ import annotations

@@ -6,6 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
@@ -34,10 +35,42 @@ def block_lists(model: Any) -> dict[str, nn.ModuleList]:
 
 
 def block_stacks(model: Any) -> list[list[nn.Module]]:
-    """The blocks that follow each other, stack by stack: those of an encoder and of a decoder are two stacks, those of
-    the stages of a vision model one; ValueError where there are none."""
-    lists = [list(blocks) for blocks in block_lists(model).values()]
-    return lists if getattr(model.config, "is_encoder_decoder", False) else [[b for blocks in lists for b in blocks]]
+    """The blocks that follow each other, stack by stack: those of an encoder and of a decoder are two stacks.
+
+    ValueError where there are none, or several towers, as of a model of text and images: these see other rows than the
+    batch has, and what the one hands to the other is chosen by the number of its blocks.
+    """
+    stacks = stacks_of(model)
+    if len(stacks) > 1 and not model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} has several towers ({', '.join(stacks)}). Leave it out for this model."
+        )
+    return [[model.get_submodule(path) for path in paths] for paths in stacks.values()]
+
+
+def stacks_of(model: Any) -> dict[str, list[str]]:
+    """Return the paths of the blocks in each stack, in order, by the path of the outermost list.
+
+    The stages of a vision model are one stack.
+    """
+    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks: dict[str, list[str]] = {}
+    for path, blocks in block_lists(model).items():
+        outermost = next(outer for outer in lists if f"{path}.".startswith(f"{outer}."))
+        stacks.setdefault(outermost, []).extend(f"{path}.{i}" for i in range(len(blocks)))
+    return stacks
+
+
+def embedding_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers between tokens and hidden states: input embeddings and output head, as far as there are any."""
+    base: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if base is None:
+        return []
+    try:
+        inputs = base.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # models of images and speech
+        inputs = None
+    return [layer for layer in (inputs, base.get_output_embeddings()) if layer is not None]
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
@@ -61,7 +94,7 @@ def residual_projections(model: Any) -> dict[str, Any]:
     if norms := _last_batch_norms(model):
         return norms
     found: dict[str, Any] = {}
-    width = getattr(model.config, "hidden_size", None)
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
     if has_experts(model):
         raise ValueError(
             f"{type(model).__name__} has experts, which are no linear layers. Leave it out for this model."

@@ -30,7 +30,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import annotated_types as at
 import numpy as np
@@ -43,7 +43,7 @@ from tqdm.auto import tqdm
 
 from hf_accel.data.sampling.static_subset import StaticSubset, rows_of
 from hf_accel.features.columns import column_chunks
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 # MinHash is a dozen lines here (`band_keys`).  With rensa 0.5 instead, the whole search takes 1.8 times the CPU seconds
 # on banking77, 1.3 times on sst2, and 0.8 times on texts of 130 words.  With datasketch 2.0, it takes 30 times as many.
@@ -165,6 +165,7 @@ class Deduplicate(StaticSubset):
     ngram: Annotated[int, at.Ge(1)] = 5  # Lee et al. (2022)
     fidelity: ClassVar = "lossy"
     variations: ClassVar = {"column": "text"}
+    counters: ClassVar = (*StaticSubset.counters, "equal", "alike")
 
     def choose(self, dataset: Any) -> Tensor:
         """Return the ids of the first of each group of duplicates."""
@@ -198,21 +199,12 @@ class Deduplicate(StaticSubset):
         return pairs[np.array(reached, dtype=bool)]
 
     def _read(self, dataset: Any, purpose: str) -> Iterator[tuple[Hashes, Borders]]:
-        host: Any = self.host_
-        quiet = host.args.disable_tqdm or not host.is_world_process_zero()
+        run: Any = self.run_
+        quiet = run.args.disable_tqdm or not run.is_world_process_zero()
         with tqdm(total=len(dataset), desc=f"Deduplicate: {purpose}", disable=quiet) as bar:
             for chunk in column_chunks(dataset, self.column, self, ROWS):
                 yield tokens_of(chunk, self)
                 bar.update(len(chunk))
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        state = {**super().state_dict(scope), "equal": self.equal_, "alike": self.alike_}
-        return state if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        super().load_state_dict(scope, state)
-        if scope == "global":
-            self.equal_, self.alike_ = state["equal"], state["alike"]
 
     def report(self) -> Mapping[str, Any]:
         """Report the share of kept examples, how many equaled an earlier one, and how many were only similar."""
