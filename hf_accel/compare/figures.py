@@ -234,7 +234,7 @@ def _logarithmic(axes: Axes, which: Literal["x", "y"]) -> None:
 def _legend(axes: Axes) -> None:
     """Write the legend above the axes, in as many columns as its longest text allows."""
     longest = max(len(str(label)) for label in axes.get_legend_handles_labels()[1])
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=max(100 // (longest + 7), 1))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=max(130 // (longest + 8), 1))
 
 
 def _names(axes: Axes, names: Sequence[str]) -> None:

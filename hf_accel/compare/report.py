@@ -89,9 +89,9 @@ def notes(results: Results) -> list[str]:
         "T(q). T(q) is interpolated over the baseline's horizons, each with its own full learning-rate decay. "
         "Brackets are 95 % intervals (Student's t on logarithms over seeds, widened by the uncertainty of the "
         "interpolation). Outside the baseline's range there are bounds and misses, never numbers.",
-        f"At equal budget, non-inferior means: the one-sided 95 % bound of the difference to the baseline is below "
-        f"{results.margin:g}, a margin fixed in advance. The p-value of no speed-up is one-sided and adjusted for the "
-        "number of candidates (Holm).",
+        "At equal budget, non-inferior means that the difference to the baseline at the same horizon has a one-sided "
+        f"95 % bound below {results.margin:g}. This margin was fixed in advance. The p-value of no speed-up is "
+        "one-sided and adjusted for the number of candidates (Holm).",
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,7 +98,7 @@ class Results:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as in ``results.json``; numbers that are not finite become None."""
-        return _plain(asdict(self))
+        return _mapped(asdict(self), lambda number: number if math.isfinite(number) else None)
 
 
 def lower_is_better(metric: str) -> bool:
@@ -121,7 +121,7 @@ def record(results: Results) -> Record:
         for cost, speed_up in row.speed_ups.items():
             arm["speed_ups"][cost]["text"] = str(speed_up)
     options = next(iter(runs.values())).get("run", {}).get("options", {})
-    return _rounded({**document, "options": options, "arms": arms})
+    return _mapped({**document, "options": options, "arms": arms}, lambda number: float(f"{number:.6g}"))
 
 
 def write_record(results: Results, path: str | Path) -> None:
@@ -132,17 +132,10 @@ def write_record(results: Results, path: str | Path) -> None:
     Path(path).write_text(text + "\n")
 
 
-def _plain(value: Any) -> Any:
+def _mapped(value: Any, change: Callable[[float], float | None]) -> Any:
+    """Change all floats in plain data."""
     if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): _mapped(item, change) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {name: _rounded(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value
+        return [_mapped(item, change) for item in value]
+    return change(value) if isinstance(value, float) else value

@@ -1,10 +1,7 @@
 """The evidence: records of comparisons, and the cards of techniques."""
 
 from hf_accel.evidence.records import (
-    LEVEL,
     Arm,
-    Finding,
-    Grade,
     Record,
     Records,
     candidates,
@@ -15,7 +12,6 @@ from hf_accel.evidence.records import (
     grade,
     holm,
     load_records,
-    outcome,
     sentence,
     speed_up,
     techniques_of,
@@ -23,10 +19,7 @@ from hf_accel.evidence.records import (
 )
 
 __all__ = [
-    "LEVEL",
     "Arm",
-    "Finding",
-    "Grade",
     "Record",
     "Records",
     "candidates",
@@ -37,7 +30,6 @@ __all__ = [
     "grade",
     "holm",
     "load_records",
-    "outcome",
     "sentence",
     "speed_up",
     "techniques_of",
