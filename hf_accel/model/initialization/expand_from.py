@@ -1,8 +1,8 @@
 """Start a wider and deeper model from a smaller trained checkpoint.
 
 The trainer's model is the larger one, made from a configuration.  Its first values come from the checkpoint.  In each
-dimension (width of the residual stream, heads, MLP), new unit j copies old unit s(j) = j mod old size.  Layers that read
-a unit with c copies divide its weight among them unequally,
+dimension (width of the residual stream, heads, MLP), new unit j copies old unit s(j) = j mod old size.  Layers that
+read a unit with c copies divide its weight among them unequally,
 
     W'[i, j] = W[s(i), s(j)] / c + e[i, j]        sum of e[i, j] over the copies of a unit = 0,
 

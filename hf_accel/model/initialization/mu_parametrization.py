@@ -1,7 +1,7 @@
 """Scale initial values and learning rates so that a rate tuned on a narrow model fits a wide one (muP).
 
-With one rate for all parameters, Adam's steps change a layer's output more in wider layers, so the best rate falls with
-the width.  For a model that is m = width / ``base_width`` times as wide as the tuned one,
+With one rate for all parameters, Adam's steps change the output of wider layers more.  So the best rate falls with the
+width.  For a model that is m = width / ``base_width`` times as wide as the tuned one,
 
     parameter                            initial values    learning rate
     matrices within the width            x m^(-1/2)        x 1/m
@@ -10,8 +10,8 @@ the width.  For a model that is m = width / ``base_width`` times as wide as the 
     embeddings, biases, other norms      x 1               x 1
 
 the change of a step has the same size in every layer at any width.  Weight decay is multiplied if the rate is divided,
-because AdamW multiplies the two.  A head that shares its matrix with the embeddings needs a factor 1/m on the logits;
-the scale (and shift) of the norm before it is that factor.  No multiplier exists beside the weights, so the checkpoint
+because AdamW multiplies the two.  A head that shares its matrix with the embeddings needs a factor 1/m on the logits.
+The scale (and shift) of the norm before it is that factor.  No multiplier exists beside the weights, so the checkpoint
 is an ordinary one.
 
 Recommendation: Use MuParametrization if you tuned the learning rate on a narrower model of the same shape.

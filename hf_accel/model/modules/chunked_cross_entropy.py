@@ -1,8 +1,9 @@
 """Compute the loss of a language model without the logits of the whole batch.
 
 N tokens and a vocabulary of V need N * V logits, their probabilities and a gradient of the same size.  These are
-gigabytes, beside megabytes of hidden states.  This technique makes the logits of one chunk of tokens at a time, turns them into losses
-and gradients, and frees them.  With h the hidden state of a token, y its target and W, b the last projection,
+gigabytes, beside megabytes of hidden states.  This technique makes the logits of one chunk of tokens at a time, turns
+them into losses and gradients, and frees them.  With h the hidden state of a token, y its target and W, b the last
+projection,
 
     z = W h + b        l = logsumexp(z) - z_y        dl/dz = softmax(z) - onehot(y)
     dl/dh = W^T dl/dz        dl/dW = sum over tokens of dl/dz h^T
