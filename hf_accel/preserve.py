@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 
-def seed_all(seed: int, epoch: int, example: int) -> None:
+def seed_all(seed: int, epoch: int, example: int, repeat: int = 0) -> None:
     """Seed Python's, NumPy's and PyTorch's global generators by a key."""
     key = (seed * 1_000_003 + epoch) * 1_000_003 + example
+    if repeat:
+        key = key * 1_000_003 + repeat
     random.seed(key)
     np.random.seed(key % 2**32)
     torch.random.default_generator.manual_seed(key % 2**63)

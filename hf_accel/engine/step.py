@@ -118,7 +118,7 @@ class Stepping(Hosting):
         for technique, scope, state in self.step_states:
             if technique is not owner:
                 technique.load_state_dict(scope, copy.deepcopy(state))  # what is transformed again is counted once
-        return self.read_again(dataclasses.replace(plan, ids_N=plan.ids_N[kept], weights_N=kept_weights))
+        return self.read_again(plan.chosen(kept, kept_weights))
 
     def _num_tokens(self, inputs) -> Tensor | int:
         if "attention_mask" in inputs and inputs["attention_mask"].dim() == 2:

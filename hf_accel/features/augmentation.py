@@ -12,10 +12,13 @@ from hf_accel.batch import MicroBatch, StepPlan
 from hf_accel.technique import Technique
 
 
-def generators(technique: Technique, plan: StepPlan, ids_B: Tensor) -> list[np.random.Generator]:
-    """One for each example, keyed by seed, epoch, example and technique."""
+def generators(technique: Technique, plan: StepPlan, micro: MicroBatch) -> list[np.random.Generator]:
+    """One for each example, keyed by seed, epoch, example, technique and how often the example came before."""
     purpose = zlib.crc32(type(technique).__name__.encode())
-    return [np.random.default_rng((plan.seed, plan.epoch, i % 2**32, purpose)) for i in ids_B.tolist()]
+    keys = [(plan.seed, plan.epoch, i % 2**32, purpose) for i in micro.ids_B.tolist()]
+    if micro.repeats_B is not None:
+        keys = [(*key, repeat) if repeat else key for key, repeat in zip(keys, micro.repeats_B.tolist(), strict=True)]
+    return [np.random.default_rng(key) for key in keys]
 
 
 def strength(technique: Any) -> float:

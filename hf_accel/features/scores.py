@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from hf_accel.batch import StepPlan
 from hf_accel.features.columns import column
-from hf_accel.losses import ExampleLosses, Head
+from hf_accel.losses import IGNORED, ExampleLosses, Head
 from hf_accel.preserve import random_state_kept
 from hf_accel.stream.reader import StepReader
 from hf_accel.technique import Technique
@@ -96,7 +96,20 @@ def losses_and_outputs(
 ) -> tuple[ExampleLosses, Any]:
     """The losses of a batch's examples, and the outputs they are of."""
     outputs = model(**head.without_labels(model, inputs))
+    check_classes(outputs.get("logits"), inputs.get("labels"))
     return head.losses(outputs, inputs, num_examples), outputs
+
+
+def check_classes(logits: Tensor | None, labels: Tensor | None) -> None:
+    """Raise ValueError where a label is a class that the model does not have."""
+    if logits is None or labels is None or labels.is_floating_point():
+        return
+    wrong = (labels >= logits.shape[-1]) | ((labels < 0) & (labels != IGNORED))
+    if wrong.any():
+        raise ValueError(
+            f"labels: {int(labels[wrong][0])} is not a class of the model, which has 0 to {logits.shape[-1] - 1}. "
+            "Correct the labels, or num_labels of the model."
+        )
 
 
 def mean_losses(head: Head, model: nn.Module, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
@@ -153,5 +166,5 @@ def refuse_lost_classes(dataset: Any, ids_K: Tensor, technique: Technique) -> No
     classes = column(dataset, name, technique)
     if lost := set(classes) - {classes[i] for i in ids_K.tolist()}:
         raise ValueError(
-            f"{technique!r}: it would keep no example of class {min(lost)!r}. Keep more, or balance={name!r}."
+            f"{technique!r}: it would keep no example of class {min(lost, key=repr)!r}. Keep more, or balance={name!r}."
         )

@@ -75,7 +75,7 @@ def test_ranks_share_a_step_without_loss_or_repetition(n, micro, world):
 def test_every_rank_knows_whether_some_rank_has_a_filler(micro, world):
     for n in range(1, 3 * micro * world):
         plans = [StepPlan(0, torch.arange(n), None, micro, rank, world) for rank in range(world)]
-        filled = any(int(ids[0]) < 0 for plan in plans for ids, _ in plan.micro_batches())
+        filled = any(int(ids[0]) < 0 for plan in plans for ids, *_ in plan.micro_batches())
         assert all(plan.has_dummy_micro_batches is filled for plan in plans), n
 
 

@@ -33,7 +33,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from hf_accel.features.flattening import check_kept_apart, end_to_end, unpadded
+from hf_accel.features.flattening import (
+    CAUSAL,
+    Layout,
+    check_kept_apart,
+    end_to_end,
+    stop_telling_apart,
+    tell_apart,
+    unpadded,
+)
 from hf_accel.features.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
 from hf_accel.technique import Technique
 
@@ -41,9 +49,9 @@ if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
 
 
-def flatten(examples: Sequence[Mapping[str, Tensor]], asking: Technique) -> dict[str, Tensor]:
+def flatten(examples: Sequence[Mapping[str, Tensor]], asking: Technique, layout: Layout = CAUSAL) -> dict[str, Tensor]:
     """One row, (1, T), of examples that are rows (1, L) each; what an ``attention_mask`` hides is left out."""
-    return end_to_end(unpadded(examples, asking))
+    return end_to_end(unpadded(examples, asking, layout))
 
 
 @dataclass(eq=False)
@@ -51,11 +59,12 @@ class PaddingFree(Technique):
     """Trains on flattened micro-batches of a causal language model, without padding."""
 
     fidelity: ClassVar = "exact"
+    layout_: ClassVar[Layout] = CAUSAL
     rank_counters: ClassVar = ("tokens", "padded")
 
     def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps flattened examples apart."""
-        check_kept_apart(model, self)
+        self.layout_ = check_kept_apart(model, self)
         self.by_segment_ = can_attend_by_segment(model, run=self.run_)
         return model
 
@@ -63,21 +72,24 @@ class PaddingFree(Technique):
         super().on_train_begin(args, state, control, **kwargs)
         if self.by_segment_ and not args.torch_compile:
             attend_by_segment(model)
+        if self.layout_.masked:
+            tell_apart(model)
         self.tokens_, self.padded_ = 0, 0
 
     def on_train_end(self, args, state, control, model: Any = None, **kwargs):
         attend_as_before(model)
+        stop_telling_apart(model)
 
     def collate(self, features: Sequence[Mapping[str, Any]], collator: Callable) -> dict[str, Any]:
         """Each example as the collator makes it alone, end to end."""
-        return flatten([collator([feature]) for feature in features], self)
+        return flatten([collator([feature]) for feature in features], self, self.layout_)
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
         """Counts the positions that padding would have added."""
         for micro in batch.micro_batches:
             positions_1L = micro.inputs["position_ids"]
             self.tokens_ += positions_1L.numel()
-            self.padded_ += len(micro.ids_B) * (int(positions_1L.max()) + 1)
+            self.padded_ += len(micro.ids_B) * (int(positions_1L.max()) + 1 - self.layout_.first)
         return batch
 
     def report(self) -> Mapping[str, Any]:

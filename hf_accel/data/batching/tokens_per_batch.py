@@ -25,7 +25,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
-import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
@@ -66,9 +65,15 @@ class TokensPerBatch(Technique):
         remedy = f"Tokenize it before training, or add a column {column!r} with the lengths."
         if isinstance(dataset, IterableDataset):
             remedy = "Give tokens=."
-        self.lengths_N_ = lengths_N = example_lengths(dataset, column, "input_ids", asking=self, remedy=remedy)
+        lengths_N = example_lengths(dataset, column, "input_ids", asking=self, remedy=remedy).tokens_N
+        if lengths_N.is_floating_point():
+            raise ValueError(
+                f"{self!r}: the column {column!r} holds lengths that are no whole numbers of tokens. Set "
+                "args.length_column_name to a column of token counts."
+            )
+        self.lengths_N_ = lengths_N
         longest, mean = int(lengths_N.max()), float(lengths_N.double().mean())
-        self.tokens_ = self.tokens or max(round(mean * run.nominal_batch_size), longest)
+        self.tokens_ = self.tokens or max(round(mean * run.nominal_batch_size), longest, 1)
         self.most_ = self.tokens_ // max(int(lengths_N.min()), 1) + 1
         if self.tokens_ < longest:
             raise ValueError(f"{self!r}: the longest example has {longest} tokens. Give at least that, or truncate it.")
@@ -87,7 +92,8 @@ class TokensPerBatch(Technique):
             return self.lengths_N_[ids_N]
         assert self.run_ is not None
         examples = self.run_.stream.reader.dataset
-        return torch.tensor([len(examples[i]["input_ids"]) for i in ids_N.tolist()])
+        upcoming = [examples[i] for i in ids_N.tolist()]
+        return example_lengths(upcoming, "input_ids", asking=self, remedy="Tokenize the stream.").tokens_N
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
         """Looks at what was drawn; a step that is read again, whole or in part, is the same step."""

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import annotated_types as at
 
 from hf_accel.features.lengths import example_lengths
-from hf_accel.features.truncation import rechunk, truncate
+from hf_accel.features.truncation import check_cuttable, rechunk, refuse_media_tokens, truncate
 from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
@@ -70,13 +70,15 @@ class SequenceLengthWarmup(Technique):
 
     def inspect_dataset(self, dataset: Any) -> None:
         """Find the longest example."""
-        self.full_length_ = self.max_length or int(
-            example_lengths(dataset, "input_ids", asking=self, remedy="Give max_length=.").max()
-        )
+        self.full_length_ = self.max_length
+        if self.full_length_ is None:
+            lengths = example_lengths(dataset, "input_ids", asking=self, remedy="Give max_length=.")
+            self.full_length_ = max(int(lengths.longest_N.max()), 1)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        if model.config.is_encoder_decoder:
+        refuse_media_tokens(self, model)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(
                 f"{self!r}: {type(model).__name__} reads inputs and labels of different length. Leave it out."
             )
@@ -88,13 +90,15 @@ class SequenceLengthWarmup(Technique):
         ramp = {"start": self.start, "end": self.end, "multiple": self.multiple}
         length = warmed_up_length(self.run_.clock.progress, self.full_length_, **ramp)
         micros = batch.micro_batches
+        for micro in micros:
+            check_cuttable(micro.inputs, self)
         if self.cut == "rechunk" and any(micro.inputs["labels"].dim() < 2 for micro in micros):
             raise ValueError(f"{self!r}: only language models learn from pieces of a text. Choose cut='truncate'.")
         self._count(micros, "read", "examples")
-        longer = self.max_length and any(micro.inputs["input_ids"].shape[1] > self.max_length for micro in micros)
+        longer = self.max_length and any(micro.inputs["input_ids"].shape[-1] > self.max_length for micro in micros)
         cuts = length < self.full_length_ or longer
         if cuts and self.cut == "rechunk":
-            micros = [rechunk(micro, length) for micro in micros]
+            micros = [rechunk(micro, length, shift=getattr(self.run_.head, "shift", True)) for micro in micros]
         elif cuts:
             micros = [micro._replace(inputs=truncate(micro.inputs, length)) for micro in micros]
         self._count(micros, "trained", "pieces")

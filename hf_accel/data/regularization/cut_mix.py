@@ -91,7 +91,7 @@ class CutMix(Technique):
         for micro, (partners_B, labels_B) in zip(batch.micro_batches, partners(self, batch), strict=True):
             images_B = images_of(self, micro)
             size = images_B.shape[-2:]
-            boxes = [draw_box(generator, alpha, *size) for generator in generators(self, batch.plan, micro.ids_B)]
+            boxes = [draw_box(generator, alpha, *size) for generator in generators(self, batch.plan, micro)]
             images_B, shares_B = paste(images_B, partners_B, boxes)
             micros.append(with_soft_labels(self, micro, images_B, labels_B, shares_B))
             self.pasted_ += float((1 - shares_B).sum())

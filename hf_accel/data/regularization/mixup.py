@@ -69,7 +69,7 @@ class Mixup(Technique):
             return batch
         micros = []
         for micro, (partners_B, labels_B) in zip(batch.micro_batches, partners(self, batch), strict=True):
-            drawn = [generator.beta(alpha, alpha) for generator in generators(self, batch.plan, micro.ids_B)]
+            drawn = [generator.beta(alpha, alpha) for generator in generators(self, batch.plan, micro)]
             shares_B = torch.tensor(drawn, dtype=torch.float32)
             images_B = mix(images_of(self, micro), partners_B, shares_B)
             micros.append(with_soft_labels(self, micro, images_B, labels_B, shares_B))

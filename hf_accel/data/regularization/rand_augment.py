@@ -121,7 +121,7 @@ class RandAugment(Technique):
                     "processor whose image_mean and image_std they were normalized with."
                 )
             images_B = images_B.clamp(0, 1)
-            drawn = generators(self, batch.plan, micro.ids_B)
+            drawn = generators(self, batch.plan, micro)
             for _ in range(self.num_ops):
                 chosen_B = torch.tensor([int(generator.integers(len(NAMES))) for generator in drawn])
                 levels_B = torch.tensor([level * (1 - 2 * int(generator.integers(2))) for generator in drawn])

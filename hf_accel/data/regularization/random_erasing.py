@@ -102,7 +102,7 @@ class RandomErasing(Technique):
         for micro in batch.micro_batches:
             images_B = images_of(self, micro)
             size = images_B.shape[-2:]
-            drawn = generators(self, batch.plan, micro.ids_B)
+            drawn = generators(self, batch.plan, micro)
             boxes = [draw_rectangle(generator, probability, self.largest, *size) for generator in drawn]
             micros.append(micro._replace(inputs={**micro.inputs, "pixel_values": blank(images_B, boxes)}))
             self.erased_ += sum(box is not None for box in boxes)

@@ -100,7 +100,7 @@ class SpecAugment(Technique):
             masked_B = features_B.clone()
             frames_first = features_B.shape[2] == self.bands_
             lengths_B = self._lengths(micro.inputs, features_B.shape[1 if frames_first else 2], len(features_B))
-            drawn = generators(self, batch.plan, micro.ids_B)
+            drawn = generators(self, batch.plan, micro)
             for masked, length, generator in zip(masked_B, lengths_B, drawn, strict=True):
                 spectrogram_TF = masked if frames_first else masked.T
                 self._blank(spectrogram_TF[:length], generator)

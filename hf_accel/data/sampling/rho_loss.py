@@ -60,7 +60,7 @@ def shallower(model: Any, depth: float) -> Any:
     small = copy.deepcopy(model)
     small._forward_pre_hooks.clear()  # who watches the model's passes is not to see those of the copy
     small._forward_hooks.clear()
-    number = getattr(small.config, "num_hidden_layers", 0)
+    number = getattr(getattr(small, "config", None), "num_hidden_layers", 0)
     kept = max(round(depth * number), 1)
     for blocks in [m for m in small.modules() if isinstance(m, nn.ModuleList) and len(m) == number]:
         if len({tuple(p.shape for p in block.parameters()) for block in blocks}) == 1:

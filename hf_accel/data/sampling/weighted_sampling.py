@@ -81,6 +81,8 @@ class WeightedSampling(Technique):
                 raise ValueError(
                     f"{self!r}: the column {self.by!r} holds {type(values[0]).__name__}s. Name one of single values."
                 ) from None
+            if None in counts:
+                raise ValueError(f"{self!r}: the column {self.by!r} holds None. Fill it in, or remove such examples.")
             shares = self.weights if isinstance(self.weights, Mapping) else dict.fromkeys(counts, 1.0)
             for value in counts.keys() - shares.keys():
                 raise ValueError(f"{self!r}: weights has no share of {value!r}, a value of the column. Give one, or 0.")

@@ -105,7 +105,7 @@ class MaskRateSchedule(Technique):
         """Each text with masks of the present rate."""
         run: Any = self.run_
         rate = self.start + (self.end - self.start) * run.clock.progress
-        micros = [self._masked(micro, rate, generators(self, batch.plan, micro.ids_B)) for micro in batch.micro_batches]
+        micros = [self._masked(micro, rate, generators(self, batch.plan, micro)) for micro in batch.micro_batches]
         return dataclasses.replace(batch, micro_batches=micros)
 
     def _masked(self, micro: MicroBatch, rate: float, drawn: list[np.random.Generator]) -> MicroBatch:

@@ -159,7 +159,7 @@ class ReplacedTokenDetection(Technique):
         maskable_RL = seen_RL & ~torch.isin(ids_RL, self.special_ids_)
         points_RL = torch.ones(ids_RL.shape, dtype=torch.float64)
         fills_RL = torch.zeros(ids_RL.shape, dtype=torch.float64)
-        for example, drawn in enumerate(generators(self, batch.plan, micro.ids_B)):
+        for example, drawn in enumerate(generators(self, batch.plan, micro)):
             places = (maskable_RL & (examples_RL == example)).flatten().nonzero().flatten()
             for numbers_RL in (points_RL, fills_RL):
                 numbers_RL.view(-1)[places] = torch.from_numpy(drawn.random(len(places)))

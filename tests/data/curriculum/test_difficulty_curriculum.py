@@ -117,3 +117,19 @@ def test_the_loss_is_measured_once_by_the_model_before_training(tmp_path):
     resumed = tiny_trainer([again], tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-10"))
     assert torch.equal(again.difficulty_N_, technique.difficulty_N_)
+
+
+@pytest.mark.parametrize("kind", ["length", "rarity", "compression"])
+def test_padding_and_choices_are_read_as_tokens(kind):
+    rows = [[5, 6, 7], [5], [8, 8, 8, 8]]
+    plain = [{"input_ids": row} for row in rows]
+    padded = [
+        {"input_ids": row + [0] * (6 - len(row)), "attention_mask": [1] * len(row) + [0] * (6 - len(row))}
+        for row in rows
+    ]
+    chosen = [{"input_ids": [row[:1], row[1:]]} for row in rows]
+    expected = difficulties(plain, kind, DifficultyCurriculum()).tolist()
+    for dataset in (padded, chosen, datasets.Dataset.from_list(padded)):
+        assert difficulties(dataset, kind, DifficultyCurriculum()).tolist() == expected
+    with pytest.raises(ValueError, match=r"DifficultyCurriculum\(.*'input_ids' holds None"):
+        difficulties([{"input_ids": [5]}, {"input_ids": None}], kind, DifficultyCurriculum())

@@ -109,3 +109,20 @@ def test_what_cannot_be_cut_is_refused(tmp_path):
     inputs["attention_mask"] = torch.ones(3, 1, 4, 4)
     with pytest.raises(ValueError, match="does not say which tokens there are"):
         cut(started(), inputs)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_each_choice_keeps_its_first_and_last_token(masked):
+    choices = torch.arange(5, 5 + 3 * 2 * 11).view(3, 2, 11)
+    inputs = {"input_ids": choices, "labels": torch.tensor([0, 1, 1])}
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(choices)
+        inputs["attention_mask"][2, 1, 6:] = 0
+    found = cut(started(share=0.4), inputs)
+    holes = found["input_ids"] == 0
+    last = 4 if masked else 9
+    assert holes.sum(-1).tolist() == [[4, 4], [4, 4], [4, round(0.4 * last)]]
+    assert not holes[..., 0].any() and not holes[:2, :, 10].any() and not holes[2, 1, 5 if masked else 10]
+    assert torch.equal(found["attention_mask"] == 0, holes | (inputs["attention_mask"] == 0 if masked else False))
+    assert not torch.equal(holes[0, 0], holes[0, 1])
+    assert found["labels"].tolist() == [0, 1, 1]
