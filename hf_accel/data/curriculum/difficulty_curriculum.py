@@ -4,11 +4,11 @@ Easy examples teach most early in training.  At progress p, the next example is 
 
     c(p) = sqrt(min(p / ``end``, 1) * (1 - ``start``^2) + ``start``^2)
 
-An epoch has as many examples as the data set, and is laid out when it begins.  Progress within it is predicted from the
-budget.  For budgets in seconds or tokens it is predicted from the epochs so far, and the first epoch counts as the
-whole run.  Each next example is the admitted one that comes first in a random order.  After all admitted examples have been
-seen, they start again.  A run of one epoch therefore sees every example once if ``end`` is 1.  In later epochs nothing
-is repeated while an admitted example is unseen.  Difficulty is
+An epoch has as many examples as the data set, and is laid out when it begins.  Progress within it is predicted from
+the budget.  For budgets in seconds or tokens it is predicted from the epochs so far, and the first epoch counts as the
+whole run.  Each next example is the admitted one that comes first in a random order.  When all admitted examples have
+been seen, they start again.  A run of one epoch therefore sees every example once if ``end`` is 1.  In later epochs
+nothing is repeated while an admitted example is unseen.  Difficulty is
 
     "length"        number of tokens
     "rarity"        - sum over tokens of log(share of the token in the training set)

@@ -5,8 +5,8 @@ Erasing a part of an image throws pixels away.  Here the pixels teach another cl
     x' = x_j inside a box, x_i outside,    y' = s * y_i + (1 - s) * y_j,    s = the share of the pixels outside
 
 The box has sqrt(1 - lam) of the height and of the width, lam ~ Beta(a, a), and a random center.  The part beyond the
-image is cut off.  At progress p, a = ``alpha`` * min(p / ``ramp``, 1).  j is i's neighbor in the step, which is random if
-the order is.  Seed, epoch and example determine the box, so neither ranks nor micro-batches change anything.
+image is cut off.  At progress p, a = ``alpha`` * min(p / ``ramp``, 1).  j is i's neighbor in the step, which is random
+if the order is.  Seed, epoch and example determine the box, so neither ranks nor micro-batches change anything.
 
 Recommendation: Use CutMix if you classify images over many epochs with a model that overfits.
 When to use: Image classification over many epochs, with a model that overfits.  The authors report 2.3 points on

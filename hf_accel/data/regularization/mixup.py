@@ -5,8 +5,8 @@ A model that must be linear between examples memorizes less, so a longer run ove
     x' = lam * x_i + (1 - lam) * x_j,    y' = lam * y_i + (1 - lam) * y_j,    lam ~ Beta(a, a)
 
 with y as shares of classes, and a = ``alpha`` * min(p / ``ramp``, 1) at progress p.  The loss is the cross-entropy with
-these shares, lam * CE(y_i) + (1 - lam) * CE(y_j).  j is i's neighbor in the step, which is random if the order is.
-Seed, epoch and example determine lam, so neither ranks nor micro-batches change anything.
+these shares: lam * CE(y_i) + (1 - lam) * CE(y_j).  Example j is i's neighbor in the step, which is random if the order
+is. Seed, epoch and example determine lam, so neither ranks nor micro-batches change anything.
 
 Recommendation: Use Mixup if you classify images over many epochs with a model that overfits.
 When to use: Image classification over many epochs, with a model that overfits.  The authors report 0.2 to 1.5 points on
@@ -51,7 +51,7 @@ class Mixup(Technique):
     """Train on averages of two images, and on the same averages of their labels.
 
     Args:
-        alpha: Both parameters of the Beta distribution of the shares; 0 mixes nothing, 1 makes all shares equally likely.
+        alpha: Both parameters of the Beta distribution of the shares; 0 mixes nothing, 1 makes all equally likely.
         ramp: Progress, in [0, 1], until which alpha rises linearly from 0; 0: full from the start.
     """
 

@@ -125,8 +125,8 @@ class RandAugment(Technique):
             images_B = normalized_B * std + mean
             if images_B.min() < -0.02 or images_B.max() > 1.02:
                 raise ValueError(
-                    f"{self!r} needs pixel_values in [0, 1] before normalization. Set processing_class= of the trainer to "
-                    "the image processor with the image_mean and image_std of the data."
+                    f"{self!r} needs pixel_values in [0, 1] before normalization. Set processing_class= "
+                    "of the trainer to the image processor with the image_mean and image_std of the data."
                 )
             images_B = images_B.clamp(0, 1)
             drawn = generators(self, batch.plan, micro)
