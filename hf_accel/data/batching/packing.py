@@ -112,7 +112,7 @@ class Packing(Technique):
         self.width_ = self.max_length or 0
         if self.max_length is not None and not _has_token_ids(dataset):
             return  # reading checks each example
-        lengths_N = example_lengths(dataset, "input_ids", asking=self, remedy="Give max_length=.").longest_N
+        lengths_N = example_lengths(dataset, "input_ids", asking=self, remedy="Set max_length=.").longest_N
         self._check_fits(longest := int(lengths_N.max()))
         self.width_ = self.max_length or longest
 

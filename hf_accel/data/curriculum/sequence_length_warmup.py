@@ -78,7 +78,7 @@ class SequenceLengthWarmup(Technique):
         """Find the longest example."""
         self.full_length_ = self.max_length
         if self.full_length_ is None:
-            lengths = example_lengths(dataset, "input_ids", asking=self, remedy="Give max_length=.")
+            lengths = example_lengths(dataset, "input_ids", asking=self, remedy="Set max_length=.")
             self.full_length_ = max(int(lengths.longest_N.max()), 1)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
