@@ -379,7 +379,7 @@ def test_answers_for_another_number_of_classes_are_refused(tmp_path):
 def test_a_cache_needs_indices(tmp_path):
     trainer = tiny_trainer([Distillation(cache="a")], tmp_path, max_steps=2)
     trainer.train_dataset = datasets.Dataset.from_list([CountingText()[0]]).to_iterable_dataset()
-    with pytest.raises(ValueError, match="it chooses examples by their index"):
+    with pytest.raises(ValueError, match="it chooses examples by index"):
         trainer.train()
 
 
