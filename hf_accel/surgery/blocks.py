@@ -1,5 +1,4 @@
-"""The repeated blocks of a model: the lists of modules that it declares, in ``_no_split_modules``, not to be split; and
-the linear layers in them."""
+"""Find the repeated blocks of a model, as ``_no_split_modules`` declares them, and their linear layers."""
 
 from __future__ import annotations
 
@@ -10,14 +9,14 @@ from transformers.pytorch_utils import Conv1D
 
 
 def block_lists(model: Any) -> dict[str, nn.ModuleList]:
-    """Its lists of blocks by their paths, as the model registers them; ValueError where there is none.
+    """Return the model's lists of blocks by path, in the order of registration; raise ValueError if there is none.
 
-    Lists of stages, which consist of blocks themselves, are none.
+    Lists of stages do not count, because the stages contain lists of blocks themselves.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
 
     def is_block(module: nn.Module) -> bool:
-        # FSDP puts a subclass with another name in the place of a block's class.
+        # FSDP replaces a block's class by a subclass with another name.
         return any(cls.__name__ in names for cls in type(module).__mro__)
 
     lists = {
@@ -28,20 +27,22 @@ def block_lists(model: Any) -> dict[str, nn.ModuleList]:
     if not lists:
         raise ValueError(
             f"{type(model).__name__} has no list of the blocks that it declares in _no_split_modules "
-            f"({', '.join(sorted(names)) or 'none'}). Leave it out for this model."
+            f"({', '.join(sorted(names)) or 'none'}). Remove the technique for this model."
         )
     return {path: blocks for path, blocks in lists.items() if not any(inner.startswith(f"{path}.") for inner in lists)}
 
 
 def block_stacks(model: Any) -> list[list[nn.Module]]:
-    """The blocks that follow each other, stack by stack: those of an encoder and of a decoder are two stacks, those of
-    the stages of a vision model one; ValueError where there are none."""
+    """Return the blocks that follow each other, stack by stack; raise ValueError if there are none.
+
+    An encoder and a decoder are two stacks, and all stages of a vision model are one.
+    """
     lists = [list(blocks) for blocks in block_lists(model).values()]
     return lists if getattr(model.config, "is_encoder_decoder", False) else [[b for blocks in lists for b in blocks]]
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """The linear layers in its blocks by path, as far as their parameters are a weight and a bias."""
+    """Return by path the linear layers in the model's blocks that have no parameters except a weight and a bias."""
     paths = block_lists(model)
     return {
         path: module
@@ -53,10 +54,10 @@ def linear_layers(model: Any) -> dict[str, Any]:
 
 
 def residual_projections(model: Any) -> dict[str, Any]:
-    """By path, the layers whose outputs are added to the residual stream: the last linear layer of each attention of a
-    block and of what is beside its attentions, or in networks with batch norm the last norm beside each shortcut.
+    """Return by path the layers with outputs that are added to the residual stream.
 
-    ValueError where a block has something else in their place.
+    They are the last linear layer of each attention of a block, and of the modules beside its attentions.  In networks
+    with batch norm, they are the last norm beside each shortcut.  Raise ValueError if a block has other modules there.
     """
     if norms := _last_batch_norms(model):
         return norms
@@ -64,7 +65,7 @@ def residual_projections(model: Any) -> dict[str, Any]:
     width = getattr(model.config, "hidden_size", None)
     if has_experts(model):
         raise ValueError(
-            f"{type(model).__name__} has experts, which are no linear layers. Leave it out for this model."
+            f"{type(model).__name__} has experts instead of linear layers. Remove the technique for this model."
         )
     for path, blocks in block_lists(model).items():
         for index, block in enumerate(blocks):
@@ -74,16 +75,18 @@ def residual_projections(model: Any) -> dict[str, Any]:
                 if width is not None and outputs != width:
                     raise ValueError(
                         f"{type(model).__name__}: {whole} ends a branch of its block with {outputs} outputs, and the "
-                        f"residual stream has {width}. Leave it out for this model."
+                        f"residual stream has {width}. Remove the technique for this model."
                     )
                 found[whole] = layer
     if not found:
-        raise ValueError(f"{type(model).__name__} has no linear layer in its blocks. Leave it out for this model.")
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer in its blocks. Remove the technique for this model."
+        )
     return found
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether a model holds the matrices of several experts in one parameter, and so in no linear layers."""
+    """Return whether a model holds the matrices of several experts in one parameter instead of linear layers."""
     return any(
         "experts" in type(module).__name__.lower() and any(p.dim() == 3 for p in module.parameters(recurse=False))
         for module in model.modules()
@@ -91,7 +94,7 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def _last_layers(block: nn.Module) -> dict[str, Any]:
-    """The last linear layer of each branch of a block, by its path in the block."""
+    """Return the last linear layer of each branch of a block, by its path in the block."""
     attentions: list[str] = []
     last: dict[str, tuple[str, Any]] = {}
     adapted = [name for name, module in block.named_modules() if hasattr(module, "base_layer")]  # by peft
@@ -105,14 +108,15 @@ def _last_layers(block: nn.Module) -> dict[str, Any]:
             before = last[branch][0] if branch in last else ""
             if before.endswith(".out_proj") and before.partition(".")[0] != name.partition(".")[0] and not branch:
                 raise ValueError(
-                    f"{type(block).__name__}: {before} ends a branch that is no attention. Leave it out for this model."
+                    f"{type(block).__name__}: {before} ends a branch that is not attention. Remove the technique for "
+                    "this model."
                 )
             last[branch] = name, module
     return dict(last.values())
 
 
 def _last_batch_norms(model: nn.Module) -> dict[str, Any]:
-    """The last batch norm beside each shortcut, by path."""
+    """Return the last batch norm beside each shortcut, by path."""
     found: dict[str, Any] = {}
     for path, block in model.named_modules():
         shortcuts = [name for name, _ in block.named_children() if name in ("shortcut", "downsample")]

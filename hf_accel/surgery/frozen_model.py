@@ -1,4 +1,4 @@
-"""Models that judge and are not trained: teachers and references."""
+"""Load models that judge examples without training: teachers and references."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from hf_accel.losses import kind_of
 from hf_accel.technique import Technique
 
 LANGUAGE = ("causal LM", "masked LM", "seq2seq")
-"""Kinds of loss whose classes are tokens."""
+"""Kinds of loss with tokens as classes."""
 
 
 def load_frozen(technique: Technique, source: str) -> PreTrainedModel:
-    """A model in evaluation mode, on the device, that knows the same classes as the one that is trained.
+    """Load a model in evaluation mode, on the device, with the same classes as the trained model.
 
-    ``source`` is a folder, a model id or ``package.module:function``, a function that gives a model.
+    ``source`` is a folder, a model id or ``package.module:function``, a function that returns a model.
     """
     host: Any = technique.host_
     student = unwrapped(host.model)
     if is_deepspeed_zero3_enabled():
-        raise ValueError(f"{technique!r}: under ZeRO-3 {source!r} would be sharded and never gathered. Use ZeRO-2.")
+        raise ValueError(
+            f"{technique!r} does not support ZeRO-3 because {source!r} would be sharded and never gathered. Use ZeRO-2."
+        )
     by_function = ":" in source and not Path(source).exists()
     try:
         model = called(source) if by_function else _load(source, student.dtype)
@@ -40,7 +42,7 @@ def load_frozen(technique: Technique, source: str) -> PreTrainedModel:
 
 
 def freeze(model: Any) -> Any:
-    """The model in evaluation mode, with parameters that need no gradient."""
+    """Set a model to evaluation mode, with parameters that need no gradient."""
     return model.eval().requires_grad_(False)
 
 
@@ -49,15 +51,15 @@ def check_same_classes(technique: Technique, source: str, model: Any, student: A
     kind, ours = kind_of(model), kind_of(student)
     if kind != ours:
         raise ValueError(
-            f"{technique!r}: {source!r} ({type(model).__name__}) is no model for {ours}, which {type(student).__name__}"
-            " is. Give one of the same kind."
+            f"{technique!r}: {source!r} ({type(model).__name__}) is not a model for {ours}, but "
+            f"{type(student).__name__} is. Give one of the same kind."
         )
     tokens = kind in LANGUAGE
     theirs, ours = (_num_classes(m.config, tokens) for m in (model, student))
     if theirs != ours:
         raise ValueError(
-            f"{technique!r}: {source!r} knows {theirs} {'tokens' if tokens else 'labels'}, and the model {ours}. "
-            f"Give one of the same {'vocabulary' if tokens else 'labels'}."
+            f"{technique!r}: {source!r} has {theirs} {'tokens' if tokens else 'labels'}, and the model has {ours}. "
+            f"Give one with the same {'vocabulary' if tokens else 'labels'}."
         )
     names, own = model.config.id2label, student.config.id2label
     if not tokens and names != own and set(names.values()) == set(own.values()):
@@ -66,7 +68,7 @@ def check_same_classes(technique: Technique, source: str, model: Any, student: A
 
 @torch.no_grad()
 def judge(technique: Technique, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
-    """The outputs of a frozen model.  Its operations are added to the trainer's, 2 for a parameter and position."""
+    """Return the outputs of a frozen model, and add its FLOPs to the trainer's, 2 per parameter and position."""
     host: Any = technique.host_
     host.current_flos += 2 * inputs[model.main_input_name].numel() * model.num_parameters(exclude_embeddings=True)
     with host.accelerator.autocast():  # as around the forward pass of the model that is trained
@@ -82,7 +84,7 @@ def _load(source: str, dtype: torch.dtype) -> PreTrainedModel:
         architecture = (AutoConfig.from_pretrained(source).architectures or ["none"])[0]
         kind = getattr(transformers, architecture, None)
         if kind is None:
-            raise ValueError(f"its architecture, {architecture}, is not one of transformers")
+            raise ValueError(f"transformers has no class {architecture}")
         return kind.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -90,19 +92,19 @@ def _load(source: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def called(source: str) -> PreTrainedModel:
-    """The model that a function gives, named by ``package.module:function``."""
+    """Return the model of a function with the name ``package.module:function``."""
     module, _, name = source.partition(":")
     try:
         model = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"{source!r} gives no model ({error}). Name a function.") from None
+        raise ValueError(f"{source!r} returns no model ({error}). Name a function that returns one.") from None
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{source!r} gives a {type(model).__name__}. It must give a PreTrainedModel.")
+        raise ValueError(f"{source!r} returns a {type(model).__name__}. It must return a PreTrainedModel.")
     return model
 
 
 def _check_same_tokens(technique: Technique, source: str, tokenizer: Any) -> None:
-    """Raise ValueError where a folder's tokenizer is another one than the trainer's."""
+    """Raise ValueError if a folder's tokenizer differs from the trainer's."""
     if not Path(source, "tokenizer_config.json").is_file() or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
     if AutoTokenizer.from_pretrained(source).get_vocab() != tokenizer.get_vocab():
