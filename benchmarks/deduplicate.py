@@ -78,7 +78,7 @@ def main() -> None:
     dataset = datasets.Dataset.from_dict({"text": rows})
     technique = Deduplicate(column="text", ngram=NGRAM)
     arguments = SimpleNamespace(disable_tqdm=False)
-    technique.host_ = SimpleNamespace(args=arguments, is_world_process_zero=lambda: True)
+    technique.run_ = SimpleNamespace(args=arguments, is_world_process_zero=lambda: True)
     began, worked = time.perf_counter(), time.process_time()
     kept = np.zeros(len(rows), dtype=bool)
     kept[technique.choose(dataset).numpy()] = True

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 ORDER = "order_B"
@@ -24,6 +25,8 @@ class MicroBatch(NamedTuple):
     """Index in the training set of each example; -1 for a filler, which counts nothing."""
     weights_B: Tensor | None
     """How much each example counts; None where all count 1."""
+    repeats_B: Tensor | None = None
+    """How often each example came before, see `StepPlan.repeats_N`."""
 
 
 @dataclass(frozen=True)
@@ -37,22 +40,41 @@ class StepPlan:
     rank: int = 0
     world: int = 1
     seed: int = 0
+    repeats_N: Tensor | None = None
+    """How often each example came before in the epoch, a part of its random key; None where none comes twice."""
+
+    def chosen(self, positions: Tensor, weights_N: Tensor | None) -> StepPlan:
+        """The plan of some of the examples; one that is chosen twice has two random keys."""
+        repeats_N = None if self.repeats_N is None else self.repeats_N[positions]
+        if (again_N := earlier_occurrences(positions)) is not None:
+            repeats_N = again_N * 1_000_003 + (0 if repeats_N is None else repeats_N)
+        return dataclasses.replace(self, ids_N=self.ids_N[positions], weights_N=weights_N, repeats_N=repeats_N)
 
     @property
     def has_dummy_micro_batches(self) -> bool:
         """Whether the last micro-batches are fewer examples than ranks, so that some rank has none."""
         return 0 < len(self.ids_N) % (self.micro_batch_size * self.world) < self.world
 
-    def micro_batches(self) -> list[tuple[Tensor, Tensor | None]]:
-        """Ids and weights of each of this rank's micro-batches; id -1 marks a filler, which has weight 0."""
-        ids, weights = self.ids_N, self.weights_N
+    def micro_batches(self) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
+        """Ids, weights and repeats of each of this rank's micro-batches; id -1 marks a filler, which has weight 0."""
         rows = []
-        for positions in split_step(len(ids), self.micro_batch_size, self.rank, self.world):
+        for positions in split_step(len(self.ids_N), self.micro_batch_size, self.rank, self.world):
             if positions:
-                rows.append((ids[positions], None if weights is None else weights[positions]))
+                columns = (self.ids_N, self.weights_N, self.repeats_N)
+                rows.append(tuple(None if column is None else column[positions] for column in columns))
             else:
-                rows.append((torch.tensor([-1]), torch.zeros(1)))
+                rows.append((torch.tensor([-1]), torch.zeros(1), None))
         return rows
+
+
+def earlier_occurrences(ids_N: Tensor) -> Tensor | None:
+    """How often each id came before, at its place; None where no id comes twice."""
+    if len(ids_N) == 0 or torch.bincount(ids_N).max() == 1:
+        return None
+    sorted_N, order_N = ids_N.sort(stable=True)
+    place_N = torch.arange(len(ids_N))
+    first_N = place_N.masked_fill(F.pad(sorted_N[1:] == sorted_N[:-1], (1, 0)), 0).cummax(0).values
+    return torch.empty_like(ids_N).scatter_(0, order_N, place_N - first_N)
 
 
 def split_step(num_examples: int, micro_batch_size: int, rank: int, world: int) -> list[list[int]]:

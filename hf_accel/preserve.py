@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 
 
-def seed_all(seed: int, epoch: int, example: int) -> None:
+def seed_all(seed: int, epoch: int, example: int, repeat: int = 0) -> None:
     """Seed Python's, NumPy's and PyTorch's global generators by a key."""
     key = (seed * 1_000_003 + epoch) * 1_000_003 + example
+    if repeat:
+        key = key * 1_000_003 + repeat
     random.seed(key)
     np.random.seed(key % 2**32)
     torch.random.default_generator.manual_seed(key % 2**63)
@@ -34,13 +36,35 @@ def keyed_random() -> Iterator[None]:
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
     """Restore a model's buffers at the end, such as the statistics of batch normalization."""
-    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    before = copies_of_buffers(model)
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        restore_buffers(before)
+
+
+def copies_of_buffers(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Return each buffer of a model with a copy of it."""
+    return [(buffer, buffer.clone()) for buffer in model.buffers()]
+
+
+@torch.no_grad()
+def restore_buffers(before: list[tuple[Tensor, Tensor]]) -> None:
+    """Set buffers to the copies that `copies_of_buffers` gave."""
+    for buffer, copy in before:
+        buffer.copy_(copy)
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put a model in evaluation mode, and each module back in its own."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ Shape suffixes: ``B`` examples, ``L`` positions, ``N`` examples of the data set.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -68,6 +69,22 @@ STREAM = frozenset(
 )
 """Hooks and slots for which batches come from the `StepStream`."""
 
+CLAIMS = {
+    "block_positions": "the positions of blocks, which one of them changes",
+    "early_weights": "the weights of early steps, which one of them averages and the other replaces",
+    "frozen_blocks": "which blocks are trained, by positions that one of them changes",
+    "initial_blocks": "the weights of the first blocks, which one of them writes and the other replaces",
+    "initial_weights": "the first weights of the model",
+    "layer_types": "the type of the linear layers",
+    "logits": "the logits, which one of them reads and the other never computes",
+    "own_weights": "the weights of a rank, of which one takes a mean and the other chooses some on each rank",
+    "pretrained_weights": "the weights under adapters, which one of them writes and the other never saves",
+    "slow_weights": "the weights that are averaged, which one of them replaces by factors",
+    "synchronization": "what ranks exchange, which growth would change",
+    "weight_matrices": "the form of the weight matrices",
+}
+"""What techniques may claim, and how an error names it.  A technique of one's own may add others."""
+
 State = Mapping[str, Any]
 """Tensors, numbers, strings, and lists and dicts of these."""
 
@@ -109,8 +126,20 @@ class Technique(TrainerCallback):
     probe_micro_batch_size: ClassVar[int | None] = None
     """Examples of the micro-batches in which the contract trains it; None: whole steps."""
 
-    host_: ClassVar[Any] = None
-    """The trainer that asks the hooks; None in a plain Trainer, which cannot."""
+    claims: ClassVar[frozenset[str]] = frozenset()
+    """What at most one technique of a run may touch, beside slots; see `CLAIMS`."""
+
+    decides_by_weights: ClassVar[bool] = False
+    """Whether it decides by the weights or gradients of a rank, so that all ranks must hold the same weights."""
+
+    counters: ClassVar[tuple[str, ...]] = ()
+    """Attributes that every checkpoint holds, without the trailing ``_``; the same on every rank."""
+
+    rank_counters: ClassVar[tuple[str, ...]] = ()
+    """Attributes that every checkpoint holds for each rank, without the trailing ``_``."""
+
+    run_: ClassVar[Any] = None
+    """The run that asks the hooks (`hf_accel.run.Run`), set on the instance; None in a plain Trainer."""
 
     def __post_init__(self) -> None:
         check_bounds(self)
@@ -178,11 +207,17 @@ class Technique(TrainerCallback):
     # In every checkpoint --------------------------------------------------------------------------------------------
 
     def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """What progress cannot recompute; ``global``: the same on every rank, ``rank``: of this rank only."""
-        return {}
+        """What progress cannot recompute: the counters, and what a technique adds to them.  ``global``: the same on
+        every rank, ``rank``: of this rank only."""
+        return {name: getattr(self, f"{name}_") for name in self._counters(scope)}
 
     def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
         """Restore what `state_dict` gave for the same scope; called after ``on_train_begin``."""
+        for name in self._counters(scope):
+            setattr(self, f"{name}_", _restored(state[name], getattr(self, f"{name}_", None)))
+
+    def _counters(self, scope: Literal["global", "rank"]) -> tuple[str, ...]:
+        return self.counters if scope == "global" else self.rank_counters
 
     # For the receipt; a plain Trainer has no use for these, and no need of them ------------------------------------
 
@@ -267,8 +302,8 @@ class Technique(TrainerCallback):
 
     def progress(self, state: TrainerState) -> float:
         """Share of the budget that is spent, from 0 to 1."""
-        if self.host_ is not None and self.host_.clock is not None:
-            return self.host_.clock.progress
+        if self.run_ is not None:
+            return self.run_.clock.progress
         return min(state.global_step / state.max_steps, 1.0)
 
     @classmethod
@@ -286,11 +321,29 @@ class Technique(TrainerCallback):
         self._refuse_plain_trainer()
 
     def _refuse_plain_trainer(self) -> None:
-        if self.host_ is None and (hooks := self.implemented_hooks()):
+        if self.run_ is None and (hooks := self.implemented_hooks()):
             raise ValueError(
                 f"{self!r} needs {', '.join(sorted(hooks))}, which a callback of a plain Trainer cannot do. "
                 f"Use AccelTrainer(..., techniques=[{type(self).__name__}(...)]) or hf_accel.attach(trainer, [...])."
             )
+
+
+def _restored(value: Any, present: Any) -> Any:
+    """A copy of a saved value, on the device of the present one."""
+    if isinstance(value, Tensor):
+        return value.clone().to(present.device) if isinstance(present, Tensor) else value.clone()
+    return copy.deepcopy(value)
+
+
+def check_claims(techniques: Sequence[Technique]) -> None:
+    """Raise ValueError where two techniques claim the same."""
+    for i, later in enumerate(techniques):
+        for earlier in techniques[:i]:
+            for claim in sorted(earlier.claims & later.claims):
+                raise ValueError(
+                    f"techniques: {earlier!r} and {later!r} both claim {CLAIMS.get(claim, claim)}. "
+                    "Remove one of the two."
+                )
 
 
 def check_bounds(technique: Technique) -> None:

@@ -101,7 +101,7 @@ class AccelTrainerMixin(Updating, Resuming):
         """The arguments that Trainer sees: those that were given, as techniques and the stream want them."""
         self._explicit_args = host.recorded_arguments(args)
         args = copy.copy(args)
-        for technique in self._with_hook("prepare_args"):
+        for technique in self.with_hook("prepare_args"):
             args = technique.prepare_args(args)
         if self._owners["budget"] is not None:
             host.refuse_two_budgets(args, self._owners["budget"])
@@ -136,7 +136,7 @@ class AccelTrainerMixin(Updating, Resuming):
         self.callback_handler.callbacks.append(RestoreCallback(self))
         self.callback_handler.__class__ = _charging(type(self.callback_handler))
         self.meters = {} if self._owners["budget"] is None else self._owners["budget"].meters()
-        self.head = self._find_head() if self.streamed else None
+        self.head = self.find_head() if self.streamed else None
         self._settle_sizes()
 
     def _settle_sizes(self) -> None:
@@ -155,14 +155,14 @@ class AccelTrainerMixin(Updating, Resuming):
                 self._move_model_to_device(model, self.args.device)
 
     def _prepared_model(self, model: nn.Module) -> nn.Module:
-        for technique in self._with_hook("prepare_model"):
+        for technique in self.with_hook("prepare_model"):
             model = technique.prepare_model(model)
         return model
 
     def call_model_init(self, trial: Any = None) -> nn.Module:
         return self._prepared_model(super().call_model_init(trial))
 
-    def _find_head(self) -> losses.Head | None:
+    def find_head(self) -> losses.Head | None:
         """The kind of loss; needed where a technique asks for the loss of an example."""
         needing = [t for t in self.techniques if t.implemented_hooks() & host.NEEDS_EXAMPLE_LOSSES]
         try:
@@ -177,7 +177,7 @@ class AccelTrainerMixin(Updating, Resuming):
             if needing:
                 raise ValueError(f"{', '.join(map(repr, needing))} needs a loss for each example: {error}") from None
             return None
-        for technique in self._with_hook("loss_head"):
+        for technique in self.with_hook("loss_head"):
             head = technique.loss_head(head)
         return head
 
@@ -230,6 +230,7 @@ class AccelTrainerMixin(Updating, Resuming):
         if self.streamed:
             self.args.gradient_accumulation_steps = self.accumulation_steps
         super()._hp_search_setup(trial)
+        self.searched_hyperparameters = dict(trial if isinstance(trial, dict) else getattr(trial, "params", {}))
         self.accumulation_steps = self.args.gradient_accumulation_steps
         if self.streamed:
             self.args.gradient_accumulation_steps = 1
@@ -242,14 +243,14 @@ class AccelTrainerMixin(Updating, Resuming):
 
     def get_train_dataloader(self):
         if self.streamed and self.model_init is not None:  # which has made another model
-            self.head = self._find_head()
+            self.head = self.find_head()
             vars(self).pop("_host_scales_rightly", None)
         given = self.train_dataset
         try:
-            for technique in self._with_hook("prepare_dataset"):
+            for technique in self.with_hook("prepare_dataset"):
                 with self.charge(technique):
                     self.train_dataset = technique.prepare_dataset(self.train_dataset)
-            for technique in self._with_hook("inspect_dataset"):
+            for technique in self.with_hook("inspect_dataset"):
                 with self.charge(technique):
                     technique.inspect_dataset(self.train_dataset)
             if not self.streamed or given is None:
@@ -261,12 +262,15 @@ class AccelTrainerMixin(Updating, Resuming):
             self.stream.load_state_dict(self._resumed["stream"])
         return self.stream
 
-    def _make_stream(self, dataset: Any) -> StepStream:
-        args, collator = self.args, self.data_collator
+    def without_unused_columns(self, dataset: Any) -> tuple[Any, Callable]:
+        """A data set and its collator, one of which leaves out what the model does not take."""
         if isinstance(dataset, datasets.Dataset):
-            dataset = self._remove_unused_columns(dataset, description="training")
-        else:
-            collator = self._get_collator_with_removed_columns(collator, description="training")
+            return self._remove_unused_columns(dataset, description="training"), self.data_collator
+        return dataset, self._get_collator_with_removed_columns(self.data_collator, description="training")
+
+    def _make_stream(self, dataset: Any) -> StepStream:
+        args = self.args
+        dataset, collator = self.without_unused_columns(dataset)
         kind: Any = StepStream
         if isinstance(dataset, IterableDataset):
             nominal_examples = args.max_steps * self.nominal_batch_size if args.max_steps > 0 else math.inf
@@ -352,7 +356,7 @@ class AccelTrainerMixin(Updating, Resuming):
             if averages is not None:
                 weights.swap(self.model, averages)
                 stack.callback(weights.swap, self.model, averages)
-            for technique in self._with_hook(hook):
+            for technique in self.with_hook(hook):
                 stack.enter_context(getattr(technique, hook)(self.model))
             yield
 
@@ -502,7 +506,7 @@ def _charging(handler_class: type) -> type:
             given: dict[str, Any] = {name: getattr(self, name) for name in GIVEN_TO_CALLBACKS} | kwargs
             for callback in self.callbacks:  # which may change them, as in Trainer
                 hosted = isinstance(callback, Technique)
-                with callback.host_.charge(callback) if hosted else contextlib.nullcontext():
+                with callback.run_.charge(callback) if hosted else contextlib.nullcontext():
                     control = getattr(callback, event)(args, state, control, **given) or control
             return control
 

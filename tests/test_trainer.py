@@ -308,7 +308,7 @@ def test_a_technique_among_the_callbacks_is_hosted(tmp_path):
         callbacks=[watch],
     )
     trainer.train()
-    assert watch.host_ is trainer and len(watch.seen_) == 16
+    assert watch.run_ is trainer and len(watch.seen_) == 16
 
 
 def test_a_plain_trainer_refuses_what_it_cannot_do(tmp_path):

@@ -73,7 +73,7 @@ class Budget(Technique):
 
     def meters(self) -> Mapping[str, Any]:
         """What counts operations, energy, and the seconds of a job."""
-        limits, args = self.budget(), self.host_.args  # type: ignore[union-attr]
+        limits, args = self.budget(), self.run_.args  # type: ignore[union-attr]
         meters: dict[str, Any] = {}
         if "flops" in limits:
             meters["flops"] = FlopMeter()
@@ -85,11 +85,11 @@ class Budget(Technique):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        host: Any = self.host_
-        clock = host.clock
+        run: Any = self.run_
+        clock = run.clock
         if "flops" in clock.limits:
-            self.peak_ = peak_flops(args.device, _dtype_of(host))
-        if host._resumed is not None:
+            self.peak_ = peak_flops(args.device, _dtype_of(run))
+        if run.resumed:
             over = clock.done or clock.seconds > clock.limits.get("seconds", float("inf"))
             if any(clock.share([float(over)])):
                 raise ValueError(f"{self!r}: the run has spent it already. Give more.")
@@ -98,15 +98,15 @@ class Budget(Technique):
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == 0:
-            host: Any = self.host_
-            taken = host.first_step_cost()
-            if "tokens" in host.clock.limits and not taken["tokens"]:
+            run: Any = self.run_
+            taken = run.first_step_cost()
+            if "tokens" in run.clock.limits and not taken["tokens"]:
                 raise ValueError(f"{self!r}: the batches hold no tokens. Give samples or epochs.")
             self._refuse_too_little(taken)
 
     def _refuse_too_little(self, taken: Mapping[str, float]) -> None:
         """Raise before the first update where it would be late, on every rank."""
-        clock = self.host_.clock  # type: ignore[union-attr]
+        clock = self.run_.clock  # type: ignore[union-attr]
         fits = all(clock.can_afford(unit, amount) for unit, amount in taken.items() if unit in clock.limits)
         if not all(clock.share([float(fits)])):
             raise ValueError(
@@ -114,23 +114,23 @@ class Budget(Technique):
             )
 
     def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        meter = self.host_.meters.get("flops") if scope == "rank" else None  # type: ignore[union-attr]
+        meter = self.run_.meters.get("flops") if scope == "rank" else None  # type: ignore[union-attr]
         return {} if meter is None else {"flops": meter.state_dict()}
 
     def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
         if "flops" in state:
-            self.host_.meters["flops"].load_state_dict(state["flops"])  # type: ignore[union-attr]
+            self.run_.meters["flops"].load_state_dict(state["flops"])  # type: ignore[union-attr]
 
     def report(self) -> Mapping[str, Any]:
         """The share of the budget that was spent, by unit; where operations are counted, the share of what the device
         can do that the model needed."""
-        host: Any = self.host_
-        clock = host.clock
+        run: Any = self.run_
+        clock = run.clock
         spent = clock.spent | {u: clock.spent[u] + a for u, a in clock.excluded_cost.items() if u not in CONTINUOUS}
         spent["seconds"] = clock.seconds
         report = {f"{unit}_share": spent[unit] / limit for unit, limit in clock.limits.items()}
         if "flops" in clock.limits:
-            report["utilization"] = clock.model_flops / (self.peak_ * host.args.world_size * clock.seconds)
+            report["utilization"] = clock.model_flops / (self.peak_ * run.args.world_size * clock.seconds)
         return report
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:
@@ -138,8 +138,8 @@ class Budget(Technique):
         return any(report.get(f"{unit}_share", 0.0) > 0.9 for unit in UNITS)
 
 
-def _dtype_of(host: Any) -> torch.dtype:
+def _dtype_of(run: Any) -> torch.dtype:
     """What matrices are multiplied in."""
-    if host.args.bf16:
+    if run.args.bf16:
         return torch.bfloat16
-    return torch.float16 if host.args.fp16 else next(host.model.parameters()).dtype
+    return torch.float16 if run.args.fp16 else next(run.model.parameters()).dtype

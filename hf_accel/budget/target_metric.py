@@ -19,13 +19,13 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_accel.recipe.technique_syntax import nearest
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 EVERY = 0.05
 """Share of the run between evaluations, where the arguments ask for none."""
@@ -46,6 +46,7 @@ class TargetMetric(Technique):
     greater_is_better: bool | None = None
     fidelity: ClassVar = "exact"
     variations: ClassVar = {"metric": "runtime", "value": 3.5, "greater_is_better": True}
+    counters: ClassVar = ("found",)
 
     def prepare_args(self, args: TrainingArguments) -> TrainingArguments:
         """Without evaluations there would be nothing to stop at."""
@@ -85,13 +86,6 @@ class TargetMetric(Technique):
 
     def _greater_is_better(self) -> bool:
         return not self.metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return dict(self.found_) if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.found_ = dict(state)
 
     def report(self) -> Mapping[str, Any]:
         """The best value of an evaluation, and at which step and progress the target was reached, if it was."""

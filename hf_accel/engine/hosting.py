@@ -16,7 +16,7 @@ from hf_accel.losses import Head
 from hf_accel.receipt import Receipt, Stopwatch
 from hf_accel.recipe import Recipe
 from hf_accel.stream.indexed import StepStream
-from hf_accel.technique import HOOKS, SLOTS, STREAM, Technique
+from hf_accel.technique import HOOKS, SLOTS, STREAM, Technique, check_claims
 
 if TYPE_CHECKING:
     from transformers import Trainer as Host
@@ -69,9 +69,10 @@ class Hosting(Host):
         self.example_loss_func = example_loss_func
         self.requested_micro_batch_size = micro_batch_size
         for technique in self.techniques:
-            technique.host_ = self  # type: ignore[misc]
+            technique.run_ = self  # type: ignore[misc]
         self.technique_names = [f"{i}.{type(t).__name__}" for i, t in enumerate(self.techniques)]
         self._owners = {slot: self._find_owner(slot) for slot in SLOTS}
+        check_claims(self.techniques)
         self._askable = {hook: [t for t in self.techniques if hook in t.implemented_hooks()] for hook in HOOKS}
         self._answered = frozenset(name for t in self.techniques for name in t.implemented_hooks())
         self.streamed = bool(self._answered & STREAM) or micro_batch_size is not None
@@ -90,7 +91,8 @@ class Hosting(Host):
         self.receipt = None
         self.stopwatch = Stopwatch()
         self._resumed: dict[str, Any] | None = None
-        self._micro: MicroBatch | None = None
+        self.searched_hyperparameters: dict[str, Any] = {}
+        self.micro_batch: MicroBatch | None = None
         self._swapped = self._ended = False
         self._made_optimizer = False
         self._parts: Any = None
@@ -102,7 +104,11 @@ class Hosting(Host):
             raise ValueError(f"techniques: {' and '.join(map(repr, owners))} both own the slot {slot!r}. Keep one.")
         return owners[0] if owners else None
 
-    def _with_hook(self, hook: str) -> list[Technique]:
+    def owner(self, slot: str) -> Technique | None:
+        """The technique that owns a slot."""
+        return self._owners[slot]
+
+    def with_hook(self, hook: str) -> list[Technique]:
         """The techniques that answer a hook, in order."""
         return self._askable[hook]
 

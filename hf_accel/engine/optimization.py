@@ -78,7 +78,7 @@ class Updating(Hosting):
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            rules = [t.parameter_rules(name, parameter) for t in self._with_hook("parameter_rules")]
+            rules = [t.parameter_rules(name, parameter) for t in self.with_hook("parameter_rules")]
             lr = self.args.learning_rate * math.prod(rule.get("lr", 1.0) for rule in rules)
             decay = self.args.weight_decay if name in decayed else 0.0
             decay *= math.prod(rule.get("weight_decay", 1.0) for rule in rules)

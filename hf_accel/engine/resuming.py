@@ -258,6 +258,11 @@ class Resuming(Saving):
         own = world_size == here and Path(checkpoint, f"{rank}.json").is_file()
         return ckpt.load_state(checkpoint, rank) if own else {}
 
+    @property
+    def resumed(self) -> bool:
+        """Whether the run began in an earlier process."""
+        return self._resumed is not None
+
     def resumed_state(self, technique: Technique) -> Any:
         """What a technique's ``state_dict("global")`` gave for the checkpoint that the run goes on from, before it is
         loaded; None where there is none."""

@@ -12,7 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -86,7 +86,7 @@ class Stepping(Hosting):
             self.set_micro_batch_size(memory.agree_micro_batch_size(self))
 
     def _transformed(self, batch: StepBatch) -> StepBatch:
-        for technique in self._with_hook("transform_batch"):
+        for technique in self.with_hook("transform_batch"):
             with self.charge(technique):
                 batch = technique.transform_batch(batch)
         return batch
@@ -101,11 +101,11 @@ class Stepping(Hosting):
             for micro in batch.micro_batches:
                 inputs = self._prepare_inputs(_model_inputs(micro))
                 forward = functools.partial(model, **self.head.without_labels(self.model, inputs))
-                outputs = self._counted(inputs, forward, needed=False)
+                outputs = self.count(inputs, forward, needed=False)
                 ids_B, losses_B = _of_examples(self.head.losses(outputs, inputs, len(micro.ids_B)), micro.ids_B)
                 ids_of.append(ids_B)
                 values_of.append(losses_B)
-        ids, values = self._gathered(torch.cat(ids_of), torch.cat(values_of))
+        ids, values = self.gather(torch.cat(ids_of), torch.cat(values_of))
         by_id = dict(zip(ids.tolist(), values.tolist(), strict=True))
         plan = batch.plan
         kept, kept_weights = owner.step_select(plan.ids_N, torch.tensor([by_id[i] for i in plan.ids_N.tolist()]))
@@ -118,7 +118,7 @@ class Stepping(Hosting):
         for technique, scope, state in self.step_states:
             if technique is not owner:
                 technique.load_state_dict(scope, copy.deepcopy(state))  # what is transformed again is counted once
-        return self.read_again(dataclasses.replace(plan, ids_N=plan.ids_N[kept], weights_N=kept_weights))
+        return self.read_again(plan.chosen(kept, kept_weights))
 
     def _num_tokens(self, inputs) -> Tensor | int:
         if "attention_mask" in inputs and inputs["attention_mask"].dim() == 2:
@@ -171,7 +171,7 @@ class Stepping(Hosting):
         if not isinstance(inputs, StepBatch):
             step = functools.partial(super().training_step, model, inputs, num_items_in_batch)
             with self.stopwatch.charge("backward"):  # what is not forward
-                return self._counted(inputs, step)
+                return self.count(inputs, step)
         backward = functools.partial(self._accumulate, model, inputs, num_items_in_batch)
         if (owner := self._owners["objective"]) is None:
             return backward()
@@ -202,20 +202,20 @@ class Stepping(Hosting):
             always = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
             deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
             sync = deepspeed or (synchronized and (last or always))
-            self._micro = micro
+            self.micro_batch = micro
             try:
                 with contextlib.nullcontext() if sync else self.accelerator.no_sync(model):
                     inputs = _model_inputs(micro)
                     step = functools.partial(super().training_step, model, inputs, num_items)
                     with self.stopwatch.charge("backward"):
-                        total = total + self._counted(inputs, step)
+                        total = total + self.count(inputs, step)
             finally:
-                self._micro = None
+                self.micro_batch = None
             if not last:
                 self.control = self.callback_handler.on_substep_end(self.args, self.state, self.control)
         return total
 
-    def _counted(self, inputs: Any, run: Callable[[], Result], *, needed: bool = True) -> Result:
+    def count(self, inputs: Any, run: Callable[[], Result], *, needed: bool = True) -> Result:
         """What ``run``, which computes the model over inputs, returns; operations are counted where they are limited.
 
         Args:
@@ -237,7 +237,7 @@ class Stepping(Hosting):
         norm: Any = super()._get_grad_norm(model, grad_norm)
         self.grad_norm = norm  # before clipping
         self._step_refused = False
-        for technique in self._with_hook("accept_step"):
+        for technique in self.with_hook("accept_step"):
             with self.charge(technique):
                 self._step_refused |= not technique.accept_step(norm)
         if self._step_refused:
@@ -297,7 +297,7 @@ class Stepping(Hosting):
     # The loss -------------------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch: Any = None):
-        micro = self._micro
+        micro = self.micro_batch
         if micro is None or not model.training:
             charge = self.stopwatch.charge("forward") if model.training else contextlib.nullcontext()
             with charge:
@@ -326,14 +326,14 @@ class Stepping(Hosting):
         device = example.losses_BL.device
         weight_B = None if micro.weights_B is None else micro.weights_B.to(device)
         weight_BL = None
-        for technique in self._with_hook("example_weights"):
+        for technique in self.with_hook("example_weights"):
             with self.charge(technique):
                 weight_B = _product(weight_B, technique.example_weights(example, micro.ids_B))
-        for technique in self._with_hook("token_weights"):
+        for technique in self.with_hook("token_weights"):
             with self.charge(technique):
                 weight_BL = _product(weight_BL, technique.token_weights(example, micro.ids_B))
         loss = losses.weighted_mean(example, items_K, weight_B, weight_BL)
-        for technique in self._with_hook("extra_loss"):
+        for technique in self.with_hook("extra_loss"):
             with self.charge(technique):
                 if (extra := technique.extra_loss(model, inputs, outputs)) is not None:
                     loss = loss + extra / items_K.sum()
@@ -345,13 +345,13 @@ class Stepping(Hosting):
         """Tell the techniques the losses of what was trained on, over all ranks."""
         if not self._observed:
             return
-        ids, values = self._gathered(*(torch.cat(column) for column in zip(*self._observed, strict=True)))
+        ids, values = self.gather(*(torch.cat(column) for column in zip(*self._observed, strict=True)))
         self._observed.clear()
-        for technique in self._with_hook("observe"):
+        for technique in self.with_hook("observe"):
             with self.charge(technique):
                 technique.observe(ids, values)
 
-    def _gathered(self, ids_B: Tensor, values_B: Tensor) -> tuple[Tensor, Tensor]:
+    def gather(self, ids_B: Tensor, values_B: Tensor) -> tuple[Tensor, Tensor]:
         """Ids and values of all ranks, on the CPU, without fillers."""
         if self.args.world_size > 1:
             ids_B, values_B = ids_B.to(self.args.device), values_B.to(self.args.device)
@@ -359,6 +359,23 @@ class Stepping(Hosting):
             values_B = self.accelerator.gather(self.accelerator.pad_across_processes(values_B))
         ids_B, values_B = ids_B.cpu(), values_B.detach().cpu()
         return ids_B[ids_B >= 0], values_B[ids_B >= 0]
+
+    @contextlib.contextmanager
+    def unobserved(self) -> Iterator[None]:
+        """Forget the losses that are computed inside."""
+        number = len(self._observed)
+        try:
+            yield
+        finally:
+            del self._observed[number:]
+
+    def prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Inputs on the device, as the model is given them."""
+        return self._prepare_inputs(inputs)
+
+    def add_flops(self, flops: float) -> None:
+        """Add operations, by Trainer's rule, to those of the run."""
+        self.current_flos += flops
 
     def floating_point_ops(self, inputs):
         if isinstance(inputs, StepBatch):

@@ -12,16 +12,19 @@ from hf_accel.batch import MicroBatch, StepPlan
 from hf_accel.technique import Technique
 
 
-def generators(technique: Technique, plan: StepPlan, ids_B: Tensor) -> list[np.random.Generator]:
-    """One for each example, keyed by seed, epoch, example and technique."""
+def generators(technique: Technique, plan: StepPlan, micro: MicroBatch) -> list[np.random.Generator]:
+    """One for each example, keyed by seed, epoch, example, technique and how often the example came before."""
     purpose = zlib.crc32(type(technique).__name__.encode())
-    return [np.random.default_rng((plan.seed, plan.epoch, i % 2**32, purpose)) for i in ids_B.tolist()]
+    keys = [(plan.seed, plan.epoch, i % 2**32, purpose) for i in micro.ids_B.tolist()]
+    if micro.repeats_B is not None:
+        keys = [(*key, repeat) if repeat else key for key, repeat in zip(keys, micro.repeats_B.tolist(), strict=True)]
+    return [np.random.default_rng(key) for key in keys]
 
 
 def strength(technique: Any) -> float:
     """The present share of a technique's full strength: rising from 0 until progress ``ramp``, then 1."""
-    assert technique.host_ is not None
-    return min(technique.host_.clock.progress / technique.ramp, 1.0) if technique.ramp else 1.0
+    assert technique.run_ is not None
+    return min(technique.run_.clock.progress / technique.ramp, 1.0) if technique.ramp else 1.0
 
 
 def refuse_other_than_images(technique: Technique, model: nn.Module | None) -> None:
@@ -34,7 +37,7 @@ def refuse_other_than_images(technique: Technique, model: nn.Module | None) -> N
 
 def images_of(technique: Technique, micro: MicroBatch) -> Tensor:
     """A micro-batch's images, (B, C, H, W), on the device of the model."""
-    assert technique.host_ is not None
+    assert technique.run_ is not None
     images, labels = micro.inputs["pixel_values"], micro.inputs.get("labels")
     if images.dim() != 4 or not images.is_floating_point():
         raise ValueError(
@@ -43,4 +46,4 @@ def images_of(technique: Technique, micro: MicroBatch) -> Tensor:
         )
     if (isinstance(labels, Tensor) and labels.dim() > 2) or not isinstance(labels, Tensor | None):
         raise ValueError(f"{technique!r}: the labels belong to places in the images, not to images. Leave it out.")
-    return images.to(technique.host_.args.device, non_blocking=True)
+    return images.to(technique.run_.args.device, non_blocking=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
@@ -25,26 +25,51 @@ def check_indexable(dataset: Any, asking: Technique) -> None:
         )
 
 
-def column_chunks(dataset: Any, name: str, asking: Technique, rows: int = 10_000) -> Iterator[pa.Array]:
-    """The values of a column, in chunks of so many ``rows``."""
+def column_names(dataset: Any, asking: Technique) -> list[str]:
+    """Names of the columns that the technique may read."""
     check_indexable(dataset, asking)
-    in_arrow = isinstance(dataset, datasets.Dataset)
-    first = {} if in_arrow else dataset[0]
-    if not isinstance(first, Mapping):
+    if _in_arrow(dataset):
+        return dataset.column_names
+    if not isinstance(first := dataset[0], Mapping):
         raise ValueError(f"{asking!r}: its examples ({type(first).__name__}) have no columns. Give mappings.")
-    found = dataset.column_names if in_arrow else list(first)
-    if name not in found:
+    return list(first)
+
+
+def columns_in_chunks(dataset: Any, names: Sequence[str], asking: Technique, rows: int) -> Iterator[list[pa.Array]]:
+    """The values of several columns, in chunks of so many ``rows``."""
+    found = column_names(dataset, asking)
+    for name in set(names) - set(found):
         raise ValueError(
             f"{asking!r}: train_dataset has no column {name!r}, only {', '.join(map(repr, found))}. Name one of these."
         )
-    if in_arrow:
-        chunks: Any = dataset.select_columns([name]).with_format("arrow").iter(batch_size=rows)
+    if _in_arrow(dataset):
+        chunks: Any = dataset.select_columns(list(names)).with_format("arrow").iter(batch_size=rows)
         for chunk in chunks:
-            yield chunk[name].combine_chunks()
+            yield [_storage(chunk[name].combine_chunks()) for name in names]
         return
     for start in range(0, len(dataset), rows):
-        values = (dataset[i][name] for i in range(start, min(start + rows, len(dataset))))
-        yield pa.array([v.tolist() if isinstance(v, Tensor | np.ndarray | np.generic) else v for v in values])
+        examples = [dataset[i] for i in range(start, min(start + rows, len(dataset)))]
+        yield [_array([example.get(name) for example in examples], name, asking) for name in names]
+
+
+def _in_arrow(dataset: Any) -> bool:
+    return isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom"  # a transform makes columns
+
+
+def _storage(values: pa.Array) -> pa.Array:
+    return values.storage if isinstance(values, pa.ExtensionArray) else values
+
+
+def _array(values: list[Any], name: str, asking: Technique) -> pa.Array:
+    try:
+        return pa.array([v.tolist() if isinstance(v, Tensor | np.ndarray | np.generic) else v for v in values])
+    except (pa.ArrowInvalid, pa.ArrowTypeError, OverflowError) as error:
+        raise ValueError(f"{asking!r}: the column {name!r} cannot be read: {error}. Give values of one kind.") from None
+
+
+def column_chunks(dataset: Any, name: str, asking: Technique, rows: int = 10_000) -> Iterator[pa.Array]:
+    """The values of a column, in chunks of so many ``rows``."""
+    return (values for (values,) in columns_in_chunks(dataset, [name], asking, rows))
 
 
 def column(dataset: Any, name: str, asking: Technique) -> list[Any]:

@@ -1,17 +1,29 @@
-"""Examples end to end in one row: made from what the user's collator makes of each, for models that keep them apart."""
+"""Examples end to end in one row: made from what the user's collator makes of each, for models that keep them apart.
+
+Shape suffixes: ``R`` rows, ``L`` positions of a row.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import inspect
+import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from hf_accel.adapters import unwrapped
+from hf_accel.features.truncation import refuse_media_tokens
+from hf_accel.losses import IGNORED, kind_of
 from hf_accel.technique import Technique
+
+Result = TypeVar("Result")
 
 BORDER = 6
 """Length of the first of the two examples that are tried; the second is longer by one."""
@@ -20,18 +32,35 @@ BLOCKS = 8
 """Blocks of the copy that is tried where the model itself cannot be: among so many are all kinds that a model mixes."""
 
 
-def unpadded(examples: Sequence[Mapping[str, Tensor]], asking: Technique) -> list[dict[str, Tensor]]:
-    """Examples that are rows (1, L) each, without what an ``attention_mask`` hides, with ``position_ids`` from 0."""
+class Layout(NamedTuple):
+    """How examples lie in a row, so that a model trains on them as on examples apart."""
+
+    first: int = 0
+    """Position of an example's first token."""
+    shift: bool = True
+    """Whether each token predicts the next one, so that none predicts an example's first."""
+    masked: bool = False
+    """Whether the model needs `tell_apart`, because it does not look where ``position_ids`` start again."""
+
+
+CAUSAL = Layout()
+
+
+def unpadded(
+    examples: Sequence[Mapping[str, Tensor]], asking: Technique, layout: Layout = CAUSAL
+) -> list[dict[str, Tensor]]:
+    """Examples that are rows (1, L) each, without what an ``attention_mask`` hides, with ``position_ids``."""
     rows = []
     for example in examples:
-        ids_1L = example["input_ids"]
+        if (ids_1L := example.get("input_ids")) is None:
+            raise ValueError(f"{asking!r}: the batch ({', '.join(example)}) has no input_ids. Leave it out.")
         if len(ids_1L) != 1:
             raise ValueError(
                 f"{asking!r}: the collator makes {len(ids_1L)} rows of one example, which belong together. "
                 "Leave it out."
             )
         seen_1L = example.get("attention_mask", torch.ones_like(ids_1L)).bool()
-        row = {"position_ids": torch.arange(int(seen_1L.sum()))[None]}
+        row = {"position_ids": layout.first + torch.arange(int(seen_1L.sum()))[None]}
         for name, value in example.items():
             if name == "attention_mask":
                 continue
@@ -41,8 +70,8 @@ def unpadded(examples: Sequence[Mapping[str, Tensor]], asking: Technique) -> lis
                     f"{tuple(ids_1L.shape)}, so it cannot be flattened. Drop it from the data, or pad."
                 )
             row[name] = value[seen_1L][None]
-        if "labels" in row:
-            row["labels"][:, :1] = -100  # no example predicts the first token of the next
+        if "labels" in row and layout.shift:
+            row["labels"][:, :1] = IGNORED  # no example predicts the first token of the next
         rows.append(row)
     return rows
 
@@ -52,25 +81,95 @@ def end_to_end(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {name: torch.cat([row[name] for row in rows], 1) for name in rows[0]}
 
 
-@torch.no_grad()
-def flattening_fault(model: Any, num_rows: int = 1, host: Any = None) -> str | None:
+# Encoders -------------------------------------------------------------------------------------------------------------
+
+_handles: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
+
+
+def tell_apart(model: nn.Module) -> None:
+    """From now on, give the model the mask that ``position_ids`` mean, where it gets no other."""
+    if model not in _handles:
+        _handles[model] = model.register_forward_pre_hook(_with_mask, with_kwargs=True)
+
+
+def stop_telling_apart(model: nn.Module) -> None:
+    """Undo `tell_apart`, where it was done."""
+    if (handle := _handles.pop(model, None)) is not None:
+        handle.remove()
+
+
+def _with_mask(model: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    positions_RL = inputs.get("position_ids")
+    if positions_RL is None or inputs.get("attention_mask") is not None:
+        return None
+    example_RL = F.pad(positions_RL[:, 1:] <= positions_RL[:, :-1], (1, 0)).cumsum(1)
+    mask = (example_RL[:, :, None] == example_RL[:, None, :])[:, None]
+    if model.config._attn_implementation == "eager":  # adds it to the scores
+        mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
+    return args, inputs | {"attention_mask": mask}
+
+
+def _layouts(model: Any, num_rows: int) -> list[Layout]:
+    """What is tried: for encoders that take a mask of pairs as it is, this mask as well, and RoBERTa's positions."""
+    made_by = vars(sys.modules[type(model.base_model).__module__])
+    takes_pairs = "create_bidirectional_mask" in made_by and "create_bidirectional_sliding_window_mask" not in made_by
+    encodes = kind_of(model) in ("masked LM", "token classification") and not getattr(model.config, "is_decoder", False)
+    if num_rows > 1 or not encodes or not takes_pairs or model.config._attn_implementation not in ("sdpa", "eager"):
+        return [CAUSAL]
+    beyond_padding = getattr(model.config, "pad_token_id", None) or 0
+    return [CAUSAL, Layout(masked=True), Layout(first=beyond_padding + 1, masked=True)]
+
+
+# What a model does with them ------------------------------------------------------------------------------------------
+
+
+def check_kept_apart(model: Any, asking: Technique, num_rows: int = 1) -> Layout:
+    """The layout in which a model keeps the examples of a row apart; ValueError where there is none."""
+    base, run = unwrapped(model), asking.run_
+    if not isinstance(base, PreTrainedModel):
+        raise ValueError(f"{asking!r}: {type(base).__name__} is not a model of transformers. Leave it out.")
+    refuse_media_tokens(asking, base)
+    if run is not None and run.args.use_cache:
+        raise ValueError(f"{asking!r}: with a cache, a model does not look where examples begin. Set use_cache=False.")
+    model.config.use_cache = False  # as Trainer sets it, but not for every model of a ``model_init``
+    faults = []
+    for layout in _layouts(base, num_rows):
+        if (fault := flattening_fault(model, num_rows, run, layout)) is None:
+            return layout._replace(shift=not _tried(model, run, layout, _predicts_itself))
+        faults.append(fault)
+    raise ValueError(
+        f"{asking!r}: {type(model).__name__} with {model.config._attn_implementation!r} attention: {faults[0]}, "
+        "so flattened examples would not train as padded ones. Pad, and group examples by length."
+    )
+
+
+def flattening_fault(model: Any, num_rows: int = 1, run: Any = None, layout: Layout = CAUSAL) -> str | None:
     """Why flattened rows would not train as their examples do apart; None where they would.
 
-    Tried on ``num_rows`` equal rows, on the device and in the precision of ``host``, the trainer.  Leaves the model as
+    Tried on ``num_rows`` equal rows, on the device and in the precision of ``run``, the trainer.  Leaves the model as
     found.
     """
+    return _tried(model, run, layout, lambda tried: _fault(tried, tried, num_rows, layout)) or None
+
+
+@torch.no_grad()
+def _tried(model: Any, run: Any, layout: Layout, trial: Callable[[Any], Result]) -> Result:
+    """What a trial finds out about a model, or about one of its kind where its weights are elsewhere."""
     modes = [(module, module.training) for module in model.modules()]
-    device = next(model.parameters()).device if host is None else host.args.device
-    accelerator = getattr(host, "accelerator", None)  # a quantized model is asked before there is one
+    device = next(model.parameters()).device if run is None else run.args.device
+    accelerator = getattr(run, "accelerator", None)  # a quantized model is asked before there is one
     precision = contextlib.nullcontext() if accelerator is None else accelerator.autocast()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
-            tried = model if _can_run(model, device) else _fresh(model).to(device)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
+        tried = model if _can_run(model, device) else _fresh(model).to(device)
+        try:
             tried.eval()
-            return _fault(tried, tried, num_rows) or None
-    finally:
-        for module, mode in modes:
-            module.training = mode
+            if layout.masked:
+                tell_apart(tried)
+            return trial(tried)
+        finally:
+            stop_telling_apart(tried)
+            for module, mode in modes:
+                module.training = mode
 
 
 def _can_run(model: Any, device: torch.device) -> bool:
@@ -96,19 +195,24 @@ def _fresh(model: Any) -> Any:
     return type(base)(config).to(base.dtype)
 
 
-def _fault(model: Any, forward: Callable, num_rows: int) -> str:
+def _fault(model: Any, forward: Callable, num_rows: int, layout: Layout) -> str:
     if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
         return "it is not a decoder of token ids"
     accepted = inspect.signature(model.forward).parameters.values()
     if not any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in accepted):
         return "its forward takes no position_ids"
+    if kind_of(unwrapped(model)) in ("classification", "one of several", "question answering"):
+        return "it has no output for each token"
     device = next(model.parameters()).device
     generator = torch.Generator().manual_seed(0)
     vocab_size = model.get_input_embeddings().weight.shape[0]
     ids_RL = torch.randint(vocab_size, (1, 2 * BORDER + 1), generator=generator).repeat(num_rows, 1).to(device)
+    padding = getattr(model.config, "pad_token_id", None)
+    ids_RL[ids_RL == padding] = 0 if padding else 1
     others_RL = ids_RL.clone()
     others_RL[:, :BORDER] = (others_RL[:, :BORDER] + 1) % vocab_size
     positions_RL = torch.cat([torch.arange(BORDER), torch.arange(BORDER + 1)]).repeat(num_rows, 1).to(device)
+    positions_RL += layout.first
 
     def logits(ids: Tensor, **kwargs: Tensor) -> Tensor:
         outputs = forward(input_ids=ids, **kwargs)
@@ -126,28 +230,23 @@ def _fault(model: Any, forward: Callable, num_rows: int) -> str:
     if would_change == 0 and forward is model:
         # Freshly initialized projections may be zero and hide all: look at weights that are not.
         noisy = {name: _noisy(p, generator) for name, p in model.named_parameters() if p.is_floating_point()}
-        return _fault(model, lambda **kwargs: torch.func.functional_call(model, noisy, (), kwargs), num_rows)
+        return _fault(model, lambda **kwargs: torch.func.functional_call(model, noisy, (), kwargs), num_rows, layout)
     if (flat - logits(others_RL, position_ids=positions_RL))[:, BORDER:].norm() > 0.1 * would_change:
         return "what it computes of one example depends on the one before"
     apart = torch.cat([joined(ids_RL[:, :BORDER]), joined(ids_RL[:, BORDER:])], 1)
     if (flat - apart).norm() > 0.1 * (one - apart).norm():
-        return "it does not count positions from 0"
-    labels_RL = torch.full_like(ids_RL, -100)
-    labels_RL[:, 0] = 0
-    loss = forward(input_ids=ids_RL, labels=labels_RL).get("loss")
-    if loss is not None and loss > 0:  # nan where tokens predict the next one: nobody predicts the first
-        return "its loss predicts each token itself and not the next one"
+        return f"it does not count positions from {layout.first}"
     return ""
+
+
+def _predicts_itself(model: Any) -> bool:
+    """Whether the loss is of each token itself and not of the next one: a label of the first token counts."""
+    ids_1L = torch.ones(1, BORDER, dtype=torch.long, device=next(model.parameters()).device)
+    labels_1L = torch.full_like(ids_1L, IGNORED)
+    labels_1L[:, 0] = 0
+    loss = model(input_ids=ids_1L, labels=labels_1L).get("loss")
+    return loss is not None and bool(loss > 0)  # nan where no label counts
 
 
 def _noisy(parameter: Tensor, generator: torch.Generator) -> Tensor:
     return parameter + 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)
-
-
-def check_kept_apart(model: Any, asking: Technique, num_rows: int = 1) -> None:
-    """Raise ValueError where a model would mix examples of a row."""
-    if (fault := flattening_fault(model, num_rows, asking.host_)) is not None:
-        raise ValueError(
-            f"{asking!r}: {type(model).__name__} with {model.config._attn_implementation!r} attention: {fault}, "
-            "so flattened examples would not train as padded ones. Pad, and group examples by length."
-        )

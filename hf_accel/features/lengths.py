@@ -1,51 +1,154 @@
-"""How long the examples of a training set are."""
+"""Lengths of the examples of a training set.
+
+Shape suffixes: ``N`` examples, ``R`` rows: one for each example, or one for each choice of a multiple-choice example.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
-import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from hf_accel.features.columns import column_names, columns_in_chunks
 from hf_accel.technique import Technique
 
+CHUNK = 1000
+"""Examples that are read at once."""
 
-def example_lengths(dataset: Any, *columns: str, asking: Technique, remedy: str) -> Tensor:
-    """Length of each example, from the first of ``columns`` that exists: of sequences, or of their lengths; (N,).
+LONGEST = 2**40
+"""Longest length that is taken for real, so that sums over a training set fit into 64 bits."""
 
-    ``remedy`` says what to do where there is none.
+
+class Lengths(NamedTuple):
+    """Lengths of examples: int64, or float64 where a column of lengths holds fractions, such as seconds."""
+
+    longest_N: Tensor
+    """Tokens of an example's longest row, without the padding that its ``attention_mask`` hides."""
+    tokens_N: Tensor
+    """Tokens of all rows of an example."""
+    width_N: Tensor
+    """Positions of an example's longest row, padding included."""
+    rows_N: Tensor
+    """Number of an example's rows."""
+
+
+def example_lengths(dataset: Any, *columns: str, asking: Technique, remedy: str) -> Lengths:
+    """Measure each example by the first of ``columns`` that exists: one of token ids, or of lengths.
+
+    ``remedy`` says what to do where none exists.
     """
     if isinstance(dataset, IterableDataset):
         raise ValueError(
             f"{asking!r}: how long the examples of train_dataset ({type(dataset).__name__}) are is not known before "
             f"they are read. {remedy}"
         )
-    in_arrow = isinstance(dataset, datasets.Dataset)
-    found = dataset.column_names if in_arrow else list(dataset[0])
+    found = column_names(dataset, asking)
     column = next((column for column in columns if column in found), None)
     if column is None:
         raise ValueError(
             f"{asking!r}: train_dataset has no column {' or '.join(map(repr, columns))}, only "
             f"{', '.join(map(repr, found))}. {remedy}"
         )
-    if in_arrow:
-        chunks: Any = dataset.select_columns([column]).with_format("arrow").iter(batch_size=1000)
-        return torch.cat([_arrow_lengths(chunk[column]) for chunk in chunks])
-    values = [dataset[i][column] for i in range(len(dataset))]
-    return torch.tensor([int(value) if torch.as_tensor(value).dim() == 0 else len(value) for value in values])
+    parts: list[Lengths] = []
+    for values, mask in _chunks(dataset, column, found, asking):
+        if _is_list(values.type):
+            part = _of_rows(values, mask, column, asking)
+        else:
+            numbers_N = _whole(_numbers(values, column, asking))
+            part = Lengths(numbers_N, numbers_N, numbers_N, torch.ones(len(values), dtype=torch.int64))
+        parts.append(part)
+    return Lengths(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def _arrow_lengths(values: pa.ChunkedArray) -> Tensor:
-    return torch.tensor(
-        (values if pa.types.is_integer(values.type) else pc.call_function("list_value_length", [values])).to_numpy()
-    ).long()
+def token_rows(dataset: Any, asking: Technique) -> Iterator[np.ndarray]:
+    """The token ids of each example, (tokens,), without the padding that its ``attention_mask`` hides."""
+    for values, mask in _chunks(dataset, "input_ids", column_names(dataset, asking), asking):
+        ids_T, lengths_R, example_R = _flat(values, "input_ids", asking)
+        example_T = example_R.repeat_interleave(lengths_R)
+        if (seen_T := _seen(mask, lengths_R)) is not None:
+            ids_T, example_T = ids_T.filter(pa.array(seen_T.numpy())), example_T[seen_T]
+        borders_N = torch.bincount(example_T, minlength=len(values)).cumsum(0)[:-1]
+        yield from np.split(ids_T.to_numpy(zero_copy_only=False), borders_N.tolist())
 
 
-def padding_share(lengths_N: Tensor, batch_size: int) -> float:
-    """Share of the positions that is padding when consecutive batches are padded to their longest example."""
-    batches = lengths_N.split(batch_size)
-    return 1 - float(lengths_N.sum()) / sum(float(batch.max()) * len(batch) for batch in batches)
+def padding_share(lengths: Lengths, ids_N: Tensor, batch_size: int) -> float:
+    """Share of the positions that is padding when consecutive batches are padded to their longest row."""
+    batches = ids_N.split(batch_size)
+    positions = sum(float(lengths.width_N[ids].max()) * float(lengths.rows_N[ids].sum()) for ids in batches)
+    return 1 - float(lengths.tokens_N[ids_N].sum()) / positions if positions else 0.0
+
+
+def _chunks(dataset: Any, column: str, found: list[str], asking: Technique) -> Iterator[tuple[pa.Array, Any]]:
+    """Chunks of a column, and of ``attention_mask`` where the column is token ids that have one."""
+    if column == "input_ids" and "attention_mask" in found:
+        for values, mask in columns_in_chunks(dataset, [column, "attention_mask"], asking, CHUNK):
+            yield values, mask
+    else:
+        for (values,) in columns_in_chunks(dataset, [column], asking, CHUNK):
+            yield values, None
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def _flat(values: pa.Array, column: str, asking: Technique) -> tuple[pa.Array, Tensor, Tensor]:
+    """All items of lists or of lists of lists; the lengths of the innermost lists, and the example of each, (R,)."""
+    example_R = torch.arange(len(values))
+    while True:
+        lengths_R = torch.tensor(_numbers(pc.call_function("list_value_length", [values]), column, asking)).long()
+        values = pc.call_function("list_flatten", [values])
+        if not _is_list(values.type):
+            return values, lengths_R, example_R
+        example_R = example_R.repeat_interleave(lengths_R)
+
+
+def _of_rows(values: pa.Array, mask: pa.Array | None, column: str, asking: Technique) -> Lengths:
+    _, width_R, example_R = _flat(values, column, asking)
+    tokens_R = width_R
+    if (seen_T := _seen(mask, width_R)) is not None:
+        row_T = torch.arange(len(width_R)).repeat_interleave(width_R)
+        tokens_R = torch.bincount(row_T[seen_T], minlength=len(width_R))
+    none_N = torch.zeros(len(values), dtype=torch.int64)
+    return Lengths(
+        none_N.scatter_reduce(0, example_R, tokens_R, "amax"),
+        none_N.scatter_add(0, example_R, tokens_R),
+        none_N.scatter_reduce(0, example_R, width_R, "amax"),
+        torch.bincount(example_R, minlength=len(values)),
+    )
+
+
+def _seen(mask: pa.Array | None, lengths_R: Tensor) -> Tensor | None:
+    """Which items an attention mask shows; None where it is not one of the same rows."""
+    if mask is None or mask.null_count or not _is_list(mask.type):
+        return None
+    while _is_list(mask.type):
+        mask = pc.call_function("list_flatten", [mask])
+    if len(mask) != int(lengths_R.sum()) or not pa.types.is_primitive(mask.type):
+        return None
+    return torch.tensor(mask.to_numpy(zero_copy_only=False).astype(bool))
+
+
+def _numbers(values: pa.Array, column: str, asking: Technique) -> np.ndarray:
+    """Numbers of a length column, or lengths of lists, each from 0 to `LONGEST`."""
+    kind = values.type
+    if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
+        raise ValueError(f"{asking!r}: the column {column!r} holds {kind}, no lengths. Name a column of lengths.")
+    numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+    wrong = ~((numbers >= 0) & (numbers <= LONGEST))  # nan where there is none
+    if wrong.any():
+        raise ValueError(
+            f"{asking!r}: the column {column!r} holds {values[int(wrong.argmax())].as_py()!r}, which is no length. "
+            "Correct or remove such examples."
+        )
+    return numbers
+
+
+def _whole(numbers: np.ndarray) -> Tensor:
+    return torch.tensor(numbers.astype(np.int64) if (numbers == numbers.round()).all() else numbers)

@@ -22,7 +22,7 @@ def prepare_soft_labels(technique: Technique, model: Any) -> None:
     """Refuse what does not tell images of one class each; and say in ``config.problem_type`` that the model does,
     which the labels of a batch would else settle, as soft ones the wrong way."""
     refuse_other_than_images(technique, model)
-    head = technique.host_.head  # type: ignore[union-attr]
+    head = technique.run_.head  # type: ignore[union-attr]
     single = "single_label_classification"
     problems = (model.config.problem_type, getattr(head, "problem", None))
     if not isinstance(head, ClassHead) or model.config.num_labels < 2 or not {*problems} <= {None, single}:
@@ -40,7 +40,7 @@ def partners(technique: Technique, batch: StepBatch) -> list[tuple[Tensor, Tenso
     partner is on another rank or in a micro-batch of another one, the step is read once more, whole, and goes through
     the techniques before this one; with micro-batches of even size that happens in the last step of an epoch at most.
     """
-    host: Any = technique.host_
+    run: Any = technique.run_
     plan, micros = batch.plan, batch.micro_batches
     number = len(plan.ids_N)
     rows = split_step(number, plan.micro_batch_size, plan.rank, plan.world)
@@ -48,8 +48,8 @@ def partners(technique: Technique, batch: StepBatch) -> list[tuple[Tensor, Tenso
     held = [position for row in rows for position in row]
     sources = [micro for micro, row in zip(micros, rows, strict=True) if row]
     if not {position for row in wanted for position in row} <= set(held):
-        whole = host.stream.read(dataclasses.replace(plan, rank=0, world=1, micro_batch_size=number))
-        for earlier in host.techniques[: host.techniques.index(technique)]:
+        whole = run.stream.read(dataclasses.replace(plan, rank=0, world=1, micro_batch_size=number))
+        for earlier in run.techniques[: run.techniques.index(technique)]:
             whole = earlier.transform_batch(whole)
         held, sources = list(range(number)), whole.micro_batches
     if not sources:  # this rank has only a filler
@@ -71,7 +71,7 @@ def with_soft_labels(
     technique: Technique, micro: MicroBatch, images_B: Tensor, partner_labels_B: Tensor, shares_B: Tensor
 ) -> MicroBatch:
     """A micro-batch of mixed images, whose labels are those of the examples and their partners by their shares."""
-    num_labels = technique.host_.model.config.num_labels  # type: ignore[union-attr]
+    num_labels = technique.run_.model.config.num_labels  # type: ignore[union-attr]
     own_BV, others_BV = (_soft(technique, labels, num_labels) for labels in (micro.inputs["labels"], partner_labels_B))
     inputs = {**micro.inputs, "pixel_values": images_B, "labels": torch.lerp(others_BV, own_BV, shares_B[:, None])}
     # With weights the loss is made from those of the examples; the model's own does not know soft labels.

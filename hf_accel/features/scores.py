@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from hf_accel.batch import StepPlan
 from hf_accel.features.columns import column
-from hf_accel.losses import ExampleLosses, Head
+from hf_accel.losses import IGNORED, ExampleLosses, Head
 from hf_accel.preserve import random_state_kept
 from hf_accel.stream.reader import StepReader
 from hf_accel.technique import Technique
@@ -41,16 +41,16 @@ def score_examples(
 
     Ranks share the work.  ``model``, or the trainer's, is in evaluation mode meanwhile.
     """
-    host: Any = technique.host_
+    run: Any = technique.run_
     check_whole_weights(technique)
-    model, args = host.model if model is None else model, host.args
+    model, args = run.model if model is None else model, run.args
     rank, world, size = args.process_index, args.world_size, batch_size or args.eval_batch_size
-    reader = reader_for(host, dataset)
+    reader = reader_for(run, dataset)
     ids, values = [], []
     modes = [(module, module.training) for module in model.modules()]
     steps = range(0, len(dataset), size * world)
-    bar = tqdm(steps, desc=type(technique).__name__, disable=args.disable_tqdm or not host.is_world_process_zero())
-    with random_state_kept(args.device), host.accelerator.autocast():
+    bar = tqdm(steps, desc=type(technique).__name__, disable=args.disable_tqdm or not run.is_world_process_zero())
+    with random_state_kept(args.device), run.accelerator.autocast():
         model.eval()
         for start in bar:
             ids_N = torch.arange(start, min(start + size * world, len(dataset)))
@@ -61,33 +61,31 @@ def score_examples(
                 values.append(score(inputs, len(micro.ids_B)).float())
         for module, mode in modes:
             module.training = mode
-    ids_N, values_N = host._gathered(torch.cat(ids), torch.cat(values))
+    ids_N, values_N = run.gather(torch.cat(ids), torch.cat(values))
     return values_N[ids_N.argsort()]
 
 
 def check_whole_weights(technique: Technique) -> None:
     """Raise ValueError where the model's weights are not on the device before training."""
-    host: Any = technique.host_
-    if host.is_fsdp_enabled or host.is_deepspeed_enabled:
+    run: Any = technique.run_
+    if run.is_fsdp_enabled or run.is_deepspeed_enabled:
         raise ValueError(
             f"{technique!r}: {WHOLE_WEIGHTS['zero']}. Judge them on one device, and give the result as a column."
         )
 
 
-def reader_for(host: Any, dataset: Any) -> StepReader:
+def reader_for(run: Any, dataset: Any) -> StepReader:
     """Reads examples as the trainer does, without techniques."""
-    if isinstance(dataset, datasets.Dataset):
-        return StepReader(host._remove_unused_columns(dataset, description="training"), host.data_collator)
-    return StepReader(dataset, host._get_collator_with_removed_columns(host.data_collator, description="training"))
+    return StepReader(*run.without_unused_columns(dataset))
 
 
 def head_for(technique: Technique) -> Head:
     """The kind of loss that the trainer's model has."""
-    host: Any = technique.host_
-    head = host.head or host._find_head()
+    run: Any = technique.run_
+    head = run.head or run.find_head()
     if head is None:
         raise ValueError(
-            f"{technique!r} needs a loss for each example, and {type(host.model).__name__}'s is not known. "
+            f"{technique!r} needs a loss for each example, and {type(run.model).__name__}'s is not known. "
             "Give example_loss_func=."
         )
     return head
@@ -98,7 +96,20 @@ def losses_and_outputs(
 ) -> tuple[ExampleLosses, Any]:
     """The losses of a batch's examples, and the outputs they are of."""
     outputs = model(**head.without_labels(model, inputs))
+    check_classes(outputs.get("logits"), inputs.get("labels"))
     return head.losses(outputs, inputs, num_examples), outputs
+
+
+def check_classes(logits: Tensor | None, labels: Tensor | None) -> None:
+    """Raise ValueError where a label is a class that the model does not have."""
+    if logits is None or labels is None or labels.is_floating_point():
+        return
+    wrong = (labels >= logits.shape[-1]) | ((labels < 0) & (labels != IGNORED))
+    if wrong.any():
+        raise ValueError(
+            f"labels: {int(labels[wrong][0])} is not a class of the model, which has 0 to {logits.shape[-1] - 1}. "
+            "Correct the labels, or num_labels of the model."
+        )
 
 
 def mean_losses(head: Head, model: nn.Module, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
@@ -155,5 +166,5 @@ def refuse_lost_classes(dataset: Any, ids_K: Tensor, technique: Technique) -> No
     classes = column(dataset, name, technique)
     if lost := set(classes) - {classes[i] for i in ids_K.tolist()}:
         raise ValueError(
-            f"{technique!r}: it would keep no example of class {min(lost)!r}. Keep more, or balance={name!r}."
+            f"{technique!r}: it would keep no example of class {min(lost, key=repr)!r}. Keep more, or balance={name!r}."
         )

@@ -95,15 +95,15 @@ def attend_as_before(model: Any) -> None:
         model.set_attn_implementation("sdpa")
 
 
-def can_attend_by_segment(model: Any, num_rows: int = 1, host: Any = None) -> bool:
-    """Whether a model with ``sdpa`` attention stays on a CPU, where ``host``, the trainer, trains it, and keeps
+def can_attend_by_segment(model: Any, num_rows: int = 1, run: Any = None) -> bool:
+    """Whether a model with ``sdpa`` attention stays on a CPU, where ``run``, the trainer, trains it, and keeps
     examples apart in this way; tried, and undone."""
     config = model.config
-    on_cpu = next(model.parameters()).device.type == "cpu" and (host is None or host.args.device.type == "cpu")
+    on_cpu = next(model.parameters()).device.type == "cpu" and (run is None or run.args.device.type == "cpu")
     if not on_cpu or config._attn_implementation != "sdpa" or config.sub_configs:
         return False
     attend_by_segment(model)
     try:
-        return config._attn_implementation == NAME and flattening_fault(model, num_rows, host) is None
+        return config._attn_implementation == NAME and flattening_fault(model, num_rows, run) is None
     finally:
         attend_as_before(model)

@@ -10,18 +10,64 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_accel.batch import MicroBatch
+from hf_accel.features.choices import folded
 from hf_accel.losses import IGNORED, examples_of
+from hf_accel.technique import Technique
+
+BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
+"""What tells kernels where the examples of a row begin; made again of ``position_ids`` after a cut."""
+
+BY_PAIRS = ("perm_mask", "target_mapping")
+"""Inputs for pairs of positions (XLNet), which a cut would have to follow twice."""
+
+
+def check_cuttable(inputs: Mapping[str, Any], asking: Technique) -> None:
+    """Raise ValueError where a cut would leave behind something that belongs to what is cut off."""
+    ids = inputs.get("input_ids")
+    if ids is None or inputs.get("labels") is None:
+        raise ValueError(
+            f"{asking!r} does not support batches without input_ids and labels (here: {', '.join(inputs)}) because a "
+            "cut might take what the loss is of: an answer, or what a reference model has read. Leave it out."
+        )
+    for name, value in inputs.items():
+        if not isinstance(value, Tensor) or (name in BORDERS and "position_ids" in inputs):
+            continue
+        aligned = value.shape == ids.shape if name == "attention_mask" else not value.dim() or len(value) == len(ids)
+        if name in (*BORDERS, *BY_PAIRS) or not aligned:
+            raise ValueError(
+                f"{asking!r} does not support {name} of shape {tuple(value.shape)} because it cannot be cut along with "
+                f"input_ids of shape {tuple(ids.shape)}. Leave one of them out."
+            )
+
+
+def refuse_media_tokens(asking: Technique, model: Any) -> None:
+    """Raise ValueError where tokens stand for images or sounds, so that none of them may be missing."""
+    config = getattr(model, "config", None)
+    names = [f"{kind}_token_{key}" for kind in ("image", "video", "audio") for key in ("id", "index")]
+    if (name := next((name for name in names if getattr(config, name, None) is not None), None)) is not None:
+        raise ValueError(
+            f"{asking!r} does not support {type(model).__name__} because each {name} in a text stands for a part of "
+            "an image or a sound. Train the text model alone, or leave it out."
+        )
 
 
 def truncate(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
     """The first ``length`` tokens of each example, in every tensor that begins with the shape of ``input_ids``.
 
     Padding on the left stays there; examples that are packed are truncated one by one, and what is left of a row is
-    moved to its left.  Where no label to predict would be left, the inputs stay whole.
+    moved to its left.  Choices are truncated one by one, too.  Where no label to predict would be left, the inputs
+    stay whole.
     """
+    if (shape := inputs["input_ids"].shape)[2:]:
+        shorter = truncate(folded(inputs), length)
+        return {
+            name: value.unflatten(0, shape[:2]) if value is not inputs[name] else value
+            for name, value in shorter.items()
+        }
     ids_RL = inputs["input_ids"]
     mask_RL = inputs.get("attention_mask", torch.ones_like(ids_RL)).bool()
     if (used_RL := _used_of_packed(inputs, mask_RL)) is None:
@@ -30,10 +76,10 @@ def truncate(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
         first_R = mask_RL.long().argmax(1).clamp(max=ids_RL.shape[1] - length)
         columns_RL = first_R[:, None] + torch.arange(length)
     else:
-        kept_RL = (inputs["position_ids"] < length) & used_RL
+        kept_RL = (inputs["position_ids"] - _first(inputs, used_RL) < length) & used_RL
         columns_RL = (~kept_RL).long().argsort(dim=1, stable=True)[:, : int(kept_RL.sum(1).max())]
     shorter = {
-        name: value[torch.arange(len(ids_RL))[:, None], columns_RL] if _by_position(value, ids_RL) else value
+        name: value[torch.arange(len(ids_RL))[:, None], columns_RL] if _by_position(name, value, ids_RL) else value
         for name, value in inputs.items()
     }
     if kept_RL is not None:
@@ -41,19 +87,20 @@ def truncate(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
     labels = shorter.get("labels")
     if labels is not None and labels.dim() > 1 and labels[:, 1:].eq(IGNORED).all():
         return dict(inputs)
-    return shorter
+    return _with_borders(shorter)
 
 
-def rechunk(micro: MicroBatch, length: int) -> MicroBatch:
+def rechunk(micro: MicroBatch, length: int, shift: bool = True) -> MicroBatch:
     """Each example in pieces of ``length`` tokens, the last one shorter; a piece counts as an example with the id and
     the weight of the one that it is of.  Pieces without a label are left out, unless no other is there.
 
-    Attention does not cross from piece to piece, and the first token of a piece is not predicted.
+    Attention does not cross from piece to piece.  With ``shift``, where each token predicts the next one, the first
+    token of a piece is not predicted.
     """
     inputs, ids_RL = micro.inputs, micro.inputs["input_ids"]
     mask_RL = inputs.get("attention_mask", torch.ones_like(ids_RL)).bool()
     if (used_RL := _used_of_packed(inputs, mask_RL)) is not None:
-        return _rechunk_packed(micro, used_RL, length)
+        return _rechunk_packed(micro, used_RL, length, shift)
     pieces = -(-ids_RL.shape[1] // length)
     columns_RL = mask_RL.long().argmax(1)[:, None] + torch.arange(pieces * length)
     there_RL = columns_RL < ids_RL.shape[1]
@@ -61,9 +108,9 @@ def rechunk(micro: MicroBatch, length: int) -> MicroBatch:
     rows = torch.arange(len(ids_RL))[:, None]
     cut = {"attention_mask": mask_RL.to(ids_RL.dtype)} | inputs
     for name, value in cut.items():
-        if _by_position(value, ids_RL):
+        if _by_position(name, value, ids_RL):
             cut[name] = value[rows, columns_RL].reshape(len(ids_RL) * pieces, length, *value.shape[2:])
-        elif isinstance(value, Tensor):
+        elif isinstance(value, Tensor) and name not in BORDERS:
             cut[name] = value.repeat_interleave(pieces, 0)
     there_RL = there_RL.reshape(-1, length)
     cut["attention_mask"] = cut["attention_mask"] * there_RL
@@ -73,29 +120,54 @@ def rechunk(micro: MicroBatch, length: int) -> MicroBatch:
     taught_R = cut["labels"].ne(IGNORED).any(1)
     kept_R = taught_R if taught_R.any() else torch.arange(len(taught_R)) == 0
     of_R = torch.arange(len(micro.ids_B)).repeat_interleave(pieces)[kept_R]
-    kept = {name: value[kept_R] if isinstance(value, Tensor) else value for name, value in cut.items()}
-    return _pieces_of(micro, kept, of_R)
+    kept = {
+        name: value[kept_R] if isinstance(value, Tensor) and name not in BORDERS else value
+        for name, value in cut.items()
+    }
+    return _pieces_of(micro, _with_borders(kept), of_R)
 
 
-def _rechunk_packed(micro: MicroBatch, used_RL: Tensor, length: int) -> MicroBatch:
+def _rechunk_packed(micro: MicroBatch, used_RL: Tensor, length: int, shift: bool) -> MicroBatch:
     """Packed rows keep their shape; positions begin anew with every piece."""
     example_RL = examples_of(micro.inputs, len(micro.ids_B))
     rows = dict(micro.inputs)
-    rows["position_ids"] = rows["position_ids"] % length
+    first = _first(rows, used_RL)
+    rows["position_ids"] = (rows["position_ids"] - first) % length + first
     _refill(rows, used_RL)
-    starts_RL = (rows["position_ids"] == 0) & used_RL
-    rows["labels"] = rows["labels"].masked_fill(starts_RL, IGNORED)
-    return _pieces_of(micro, rows, example_RL[starts_RL])
+    starts_RL = (rows["position_ids"] == first) & used_RL
+    if shift:
+        rows["labels"] = rows["labels"].masked_fill(starts_RL, IGNORED)
+    return _pieces_of(micro, _with_borders(rows), example_RL[starts_RL])
 
 
-def _by_position(value: Any, ids_RL: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape[:2] == ids_RL.shape
+def _by_position(name: str, value: Any, ids_RL: Tensor) -> bool:
+    """Whether a tensor has something for each position; labels that are numbers are of whole examples."""
+    if not isinstance(value, Tensor) or (name == "labels" and value.is_floating_point()):
+        return False
+    return value.shape[:2] == ids_RL.shape
+
+
+def _with_borders(rows: dict[str, Any]) -> dict[str, Any]:
+    """Rows whose `BORDERS` are those that ``position_ids`` say, where they have any."""
+    if not rows.keys() & {*BORDERS}:
+        return rows
+    positions_RL = rows["position_ids"]
+    starts_RL = torch.ones_like(positions_RL, dtype=torch.bool)
+    starts_RL[:, 1:] = positions_RL[:, 1:] <= positions_RL[:, :-1]
+    borders = F.pad(starts_RL.flatten().nonzero().flatten(), (0, 1), value=starts_RL.numel())
+    fresh: dict[str, Any] = {"seq_idx": starts_RL.cumsum(1) - 1}
+    for side in "qk":
+        fresh[f"cu_seq_lens_{side}"], fresh[f"max_length_{side}"] = borders, borders.diff().max()
+    for name in fresh.keys() & rows.keys():
+        given = rows[name]
+        rows[name] = fresh[name].to(given) if isinstance(given, Tensor) else type(given)(fresh[name])
+    return rows
 
 
 def _pieces_of(micro: MicroBatch, inputs: dict[str, Tensor], of_B: Tensor) -> MicroBatch:
     """A micro-batch of pieces, each of one of the examples of another one."""
-    weights_B = None if micro.weights_B is None else micro.weights_B[of_B]
-    return MicroBatch(inputs, micro.ids_B[of_B], weights_B)
+    columns = (micro.ids_B, micro.weights_B, micro.repeats_B)
+    return MicroBatch(inputs, *(None if column is None else column[of_B] for column in columns))
 
 
 def _used_of_packed(inputs: Mapping[str, Tensor], mask_RL: Tensor) -> Tensor | None:
@@ -107,6 +179,12 @@ def _used_of_packed(inputs: Mapping[str, Tensor], mask_RL: Tensor) -> Tensor | N
     used_RL = mask_RL.cummax(1).values & mask_RL.flip(1).cummax(1).values.flip(1)
     anew_RL = (positions_RL[:, 1:] <= positions_RL[:, :-1]) & used_RL[:, 1:] & used_RL[:, :-1]
     return used_RL if anew_RL.any() else None
+
+
+def _first(inputs: Mapping[str, Tensor], used_RL: Tensor) -> int:
+    """The position of an example's first token: 0, or what RoBERTa and its like have, beyond their padding token."""
+    first = int(inputs["position_ids"][used_RL].min())
+    return first if first > 1 else 0
 
 
 def _refill(rows: dict[str, Tensor], kept_RL: Tensor) -> None:

@@ -9,8 +9,8 @@ loss.
 A model's class (``MODEL_FOR_*_MAPPING_NAMES``) and its ``forward``, which calls ``self.loss_function``, tell its loss.
 Unknown losses are refused; nothing is guessed.
 
-Shape suffixes: ``B`` examples, ``R`` rows of the batch (fewer than examples where rows are packed), ``L`` positions,
-``V`` classes, ``K`` terms of the loss, ``BL`` items: rows x positions, rows x outputs or rows x terms.
+Shape suffixes: ``B`` examples, ``R`` rows of the batch (fewer than examples if rows are packed), ``L`` positions, ``V``
+classes, ``K`` terms of the loss.  ``BL`` are items: rows x positions, rows x outputs or rows x terms.
 """
 
 from __future__ import annotations

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
+from accelerate.utils import is_deepspeed_available
 from transformers import TrainingArguments
 
 from hf_accel.host.arguments import non_default_arguments
@@ -133,6 +134,8 @@ class Recipe:
     def training_arguments(self, kind: type[Arguments] = TrainingArguments) -> Arguments:
         """Build the arguments of the run."""
         check_fields("args", self.args, kind)
+        if self.args.get("deepspeed") and not is_deepspeed_available():
+            raise RecipeError("args.deepspeed: needs deepspeed. Install it with: pip install 'hf-accel[deepspeed]'.")
         try:
             return kind(**self.args)
         except (ValueError, TypeError) as error:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from hf_accel.batch import StepBatch, StepPlan
+from hf_accel.batch import StepBatch, StepPlan, earlier_occurrences
 from hf_accel.preserve import keyed_random
 from hf_accel.stream.reader import StepReader
 from hf_accel.technique import Technique
@@ -152,7 +152,7 @@ class StepStream:
     def draw(self) -> Iterator[StepPlan]:
         """Yield the plans of the remaining steps of this epoch."""
         assert self.ids_N is not None
-        position = self.consumed
+        position, repeats_N = self.consumed, earlier_occurrences(self.ids_N)
         while position < len(self.ids_N):
             upcoming_N = self.ids_N[position:]
             if self._replay:
@@ -172,6 +172,7 @@ class StepStream:
                 self.rank,
                 self.world,
                 self.seed,
+                None if repeats_N is None else repeats_N[position:end].clone(),
             )
             position = end
 
@@ -264,7 +265,7 @@ class _Collate:
 
     def __getstate__(self) -> dict[str, Any]:
         owner = copy.copy(self.owner)
-        vars(owner).pop("host_", None)  # the trainer stays where it is
+        vars(owner).pop("run_", None)  # the trainer stays where it is
         return {"owner": owner, "collator": self.collator}
 
     def __call__(self, features: list[Any]) -> Mapping[str, Any]:

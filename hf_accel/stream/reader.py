@@ -19,8 +19,8 @@ from hf_accel.preserve import keyed_random, seed_all
 class StepReader(Dataset):
     """Read and collate the examples of a plan; runs in loader workers.
 
-    Random transforms and collators draw from generators keyed by (seed, epoch, first example), and the global ones keep
-    their state.  So the result does not depend on workers, prefetching or draws of the model.
+    Random transforms and collators draw from generators keyed by (seed, epoch, first example, its repeats), and the
+    global ones keep their state.  So the result does not depend on workers, prefetching or draws of the model.
     """
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]]):
@@ -30,22 +30,24 @@ class StepReader(Dataset):
 
     def __getitem__(self, plan: StepPlan) -> StepBatch:
         with keyed_random():
-            return StepBatch(plan, [self._read(plan, ids_B, weights_B) for ids_B, weights_B in plan.micro_batches()])
+            return StepBatch(plan, [self._read(plan, *columns) for columns in plan.micro_batches()])
 
-    def _read(self, plan: StepPlan, ids_B: Tensor, weights_B: Tensor | None) -> MicroBatch:
+    def _read(self, plan: StepPlan, ids_B: Tensor, weights_B: Tensor | None, repeats_B: Tensor | None) -> MicroBatch:
+        repeats = [0] * len(ids_B) if repeats_B is None else repeats_B.tolist()
         ids = [i if i >= 0 else int(plan.ids_N[0]) for i in ids_B.tolist()]
         if self.reads_rows:
             features = self.dataset.__getitems__(ids)
         else:
             features = []
-            for i in ids:
-                seed_all(plan.seed, plan.epoch, i)
+            for i, repeat in zip(ids, repeats, strict=True):
+                seed_all(plan.seed, plan.epoch, i, repeat)
                 features.append(self.dataset[i])
-        seed_all(plan.seed, plan.epoch, ids[0])
+        seed_all(plan.seed, plan.epoch, ids[0], repeats[0])
         inputs = dict(self.collate(features))
         if (order_B := inputs.pop(ORDER, None)) is not None:
-            ids_B, weights_B = ids_B[order_B], None if weights_B is None else weights_B[order_B]
-        return MicroBatch(inputs, ids_B, weights_B)
+            columns = (ids_B, weights_B, repeats_B)
+            return MicroBatch(inputs, *(None if column is None else column[order_B] for column in columns))
+        return MicroBatch(inputs, ids_B, weights_B, repeats_B)
 
 
 def _has_transform(dataset: Any) -> bool:

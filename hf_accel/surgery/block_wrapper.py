@@ -80,7 +80,7 @@ class ExampleSeeds:
     """
 
     def __init__(self, technique: Technique, args: TrainingArguments, step: int):
-        self.host: Any = technique.host_
+        self.run: Any = technique.run_
         self.of_step = args.seed, step
         self.first_row = args.process_index * args.per_device_train_batch_size
         self.rows_of_a_pass = args.world_size * args.per_device_train_batch_size
@@ -89,11 +89,11 @@ class ExampleSeeds:
     @property
     def streamed(self) -> bool:
         """Return whether the ids of examples are known."""
-        return self.host is not None and self.host.stream is not None
+        return self.run is not None and self.run.stream is not None
 
     def of_examples(self, model: Any, inputs: Mapping[str, Any]) -> list[int] | None:
         """Return a key for each example of the next pass; None in evaluation and in scoring passes."""
-        if not model.training or (self.streamed and self.host._micro is None):
+        if not model.training or (self.streamed and self.run.micro_batch is None):
             return None
         if self.streamed:
             return self.of_micro_batch()
@@ -104,7 +104,7 @@ class ExampleSeeds:
 
     def of_micro_batch(self) -> list[int]:
         """Return a key for each example of the stream's current micro-batch."""
-        return [i % 2**32 for i in self.host._micro.ids_B.tolist()]
+        return [i % 2**32 for i in self.run.micro_batch.ids_B.tolist()]
 
 
 def refuse_other_shape(technique: Technique, before: Tensor, after: Tensor) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 
@@ -33,12 +34,42 @@ def block_lists(model: Any) -> dict[str, nn.ModuleList]:
 
 
 def block_stacks(model: Any) -> list[list[nn.Module]]:
-    """Return the blocks that follow each other, stack by stack; raise ValueError if there are none.
+    """Return the blocks that follow each other, stack by stack: an encoder and a decoder are two stacks.
 
-    An encoder and a decoder are two stacks, and all stages of a vision model are one.
+    Raise ValueError if there are no blocks, or several towers, as in a model of text and images.  Towers see other rows
+    than the batch has, and the number of blocks decides which hidden states one tower hands to the other.
     """
-    lists = [list(blocks) for blocks in block_lists(model).values()]
-    return lists if getattr(model.config, "is_encoder_decoder", False) else [[b for blocks in lists for b in blocks]]
+    stacks = stacks_of(model)
+    if len(stacks) > 1 and not model.config.is_encoder_decoder:
+        raise ValueError(
+            f"{type(model).__name__} has several towers ({', '.join(stacks)}). Remove the technique for this model."
+        )
+    return [[model.get_submodule(path) for path in paths] for paths in stacks.values()]
+
+
+def stacks_of(model: Any) -> dict[str, list[str]]:
+    """Return the paths of the blocks in each stack, in order, by the path of the outermost list.
+
+    The stages of a vision model are one stack.
+    """
+    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
+    stacks: dict[str, list[str]] = {}
+    for path, blocks in block_lists(model).items():
+        outermost = next(outer for outer in lists if f"{path}.".startswith(f"{outer}."))
+        stacks.setdefault(outermost, []).extend(f"{path}.{i}" for i in range(len(blocks)))
+    return stacks
+
+
+def embedding_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers between tokens and hidden states, if any: input embeddings and output head."""
+    base: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
+    if base is None:
+        return []
+    try:
+        inputs = base.get_input_embeddings()
+    except (NotImplementedError, AttributeError):  # models of images and speech
+        inputs = None
+    return [layer for layer in (inputs, base.get_output_embeddings()) if layer is not None]
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
@@ -62,7 +93,7 @@ def residual_projections(model: Any) -> dict[str, Any]:
     if norms := _last_batch_norms(model):
         return norms
     found: dict[str, Any] = {}
-    width = getattr(model.config, "hidden_size", None)
+    width = getattr(getattr(model, "config", None), "hidden_size", None)
     if has_experts(model):
         raise ValueError(
             f"{type(model).__name__} has experts instead of linear layers. Remove the technique for this model."

@@ -1,9 +1,9 @@
 """Name the axes of a transformer's parameters: width of the residual stream, heads, key-value heads, MLP.
 
 Models of one family and of different widths differ only in the lengths of these axes.  So values can be copied from
-one to the other axis by axis.  An axis *reads* where a parameter sums over it, as a linear layer sums over its inputs.  A
-head that shares its weights with the embeddings reads through the norm before it.  The norm's scale (and shift) stands
-for it.
+one to the other axis by axis.  An axis *reads* where a parameter sums over it, as a linear layer sums over its inputs.
+A head that shares its weights with the embeddings reads through the norm before it.  The norm's scale (and shift)
+stands for it.
 
     axes_of(model)["model.layers.0.self_attn.o_proj.weight"]
     (Axis("width"), Axis("heads", reads=True))

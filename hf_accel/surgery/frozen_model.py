@@ -25,8 +25,8 @@ def load_frozen(technique: Technique, source: str) -> PreTrainedModel:
 
     ``source`` is a folder, a model id or ``package.module:function``, a function that returns a model.
     """
-    host: Any = technique.host_
-    student = unwrapped(host.model)
+    run: Any = technique.run_
+    student = unwrapped(run.model)
     if is_deepspeed_zero3_enabled():
         raise ValueError(
             f"{technique!r} does not support ZeRO-3 because {source!r} would be sharded and never gathered. Use ZeRO-2."
@@ -36,9 +36,9 @@ def load_frozen(technique: Technique, source: str) -> PreTrainedModel:
         model = called(source) if by_function else _load(source, student.dtype)
     except ValueError as error:
         raise ValueError(f"{technique!r}: {error}") from None
-    check_same_classes(technique, source, model, student)
-    _check_same_tokens(technique, source, host.processing_class)
-    return freeze(model).to(host.args.device)  # type: ignore[arg-type]
+    check_same_classes(technique, source, model, student, run.processing_class)
+    _check_same_tokens(technique, source, run.processing_class)
+    return freeze(model).to(run.args.device)  # type: ignore[arg-type]
 
 
 def freeze(model: Any) -> Any:
@@ -46,8 +46,12 @@ def freeze(model: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def check_same_classes(technique: Technique, source: str, model: Any, student: Any) -> None:
-    """Raise ValueError unless two models have the same kind of loss and the same classes."""
+def check_same_classes(technique: Technique, source: str, model: Any, student: Any, tokenizer: Any = None) -> None:
+    """Raise ValueError unless two models have the same kind of loss and the same classes.
+
+    Vocabularies may be padded to different lengths: all tokens of ``tokenizer`` must be known to both, and the source
+    must have the same tokenizer.
+    """
     kind, ours = kind_of(model), kind_of(student)
     if kind != ours:
         raise ValueError(
@@ -55,11 +59,15 @@ def check_same_classes(technique: Technique, source: str, model: Any, student: A
             f"{type(student).__name__} is. Give one of the same kind."
         )
     tokens = kind in LANGUAGE
-    theirs, ours = (_num_classes(m.config, tokens) for m in (model, student))
-    if theirs != ours:
+    theirs, ours = (num_classes(m) for m in (model, student))
+    if theirs != ours and not (tokens and _has_tokenizer(source, tokenizer) and len(tokenizer) <= min(theirs, ours)):
         raise ValueError(
             f"{technique!r}: {source!r} has {theirs} {'tokens' if tokens else 'labels'}, and the model has {ours}. "
-            f"Give one with the same {'vocabulary' if tokens else 'labels'}."
+            + (
+                "Give one with the same vocabulary, or both with the same tokenizer."
+                if tokens
+                else "Give one with the same labels."
+            )
         )
     names, own = model.config.id2label, student.config.id2label
     if not tokens and names != own and set(names.values()) == set(own.values()):
@@ -69,14 +77,26 @@ def check_same_classes(technique: Technique, source: str, model: Any, student: A
 @torch.no_grad()
 def judge(technique: Technique, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
     """Return the outputs of a frozen model, and add its FLOPs to the trainer's, 2 per parameter and position."""
-    host: Any = technique.host_
-    host.current_flos += 2 * inputs[model.main_input_name].numel() * model.num_parameters(exclude_embeddings=True)
-    with host.accelerator.autocast():  # as around the forward pass of the model that is trained
-        return model(**host.head.without_labels(model, inputs))
+    run: Any = technique.run_
+    run.add_flops(2 * inputs[model.main_input_name].numel() * model.num_parameters(exclude_embeddings=True))
+    with run.accelerator.autocast():  # as around the forward pass of the trained model
+        return model(**run.head.without_labels(model, inputs))
 
 
-def _num_classes(config: Any, tokens: bool) -> int:
-    return config.get_text_config().vocab_size if tokens else config.num_labels
+def num_classes(model: Any) -> int:
+    """Return the number of classes that a model chooses from: tokens or labels."""
+    tokens = kind_of(model) in LANGUAGE
+    return model.config.get_text_config().vocab_size if tokens else model.config.num_labels
+
+
+def _has_tokenizer(source: str, tokenizer: Any) -> bool:
+    """Return whether the tokenizer of a source is this one."""
+    if not isinstance(tokenizer, PreTrainedTokenizerBase) or ":" in source:
+        return False
+    try:
+        return AutoTokenizer.from_pretrained(source).get_vocab() == tokenizer.get_vocab()
+    except (OSError, ValueError):
+        return False
 
 
 def _load(source: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -51,12 +51,12 @@ def load_donor(technique: Technique, source: str | None, model: Any) -> tuple[An
         if type(donor) is not type(model):
             raise ValueError(f"{source!r} returns a {type(donor).__name__}. It must return a {type(model).__name__}.")
         return donor.to("cpu", model.dtype), ()
-    host: Any = technique.host_
+    run: Any = technique.run_
     try:
         theirs, ours = AutoConfig.from_pretrained(source).model_type, model.config.model_type
         if theirs != ours:
             raise ValueError(f"its model_type is {theirs!r}, and the model has {ours!r}")
-        with torch.random.fork_rng(devices=[]), _not_sharded(host.args):
+        with torch.random.fork_rng(devices=[]), _not_sharded(run.args):
             donor, found = type(model).from_pretrained(source, dtype=model.dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]

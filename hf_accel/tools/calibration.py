@@ -39,10 +39,10 @@ class Timing(Technique):
 
     def on_step_begin(self, args, state, control, **kwargs):
         if not self.moments_:
-            self.moments_.append(self.host_.clock.seconds)
+            self.moments_.append(self.run_.clock.seconds)
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.moments_.append(self.host_.clock.seconds)
+        self.moments_.append(self.run_.clock.seconds)
 
     def step_seconds(self) -> float:
         """Return the mean duration of a step, without the first steps if there are enough."""

@@ -95,10 +95,10 @@ class Watch(Technique):
         self.before_: dict[str, float] = {}
         self.steps_: list[float] = []
         self.began_ = time.perf_counter()
-        self.host_.stopwatch.synchronizes = True  # type: ignore[union-attr]
+        self.run_.stopwatch.synchronizes = True  # type: ignore[union-attr]
 
     def on_step_begin(self, args, state, control, **kwargs):
-        host: Any = self.host_
+        host: Any = self.run_
         self.mode_.close()
         if state.global_step == 1:
             self.mode_.enter_context(Waits(self.waits_))
@@ -110,7 +110,7 @@ class Watch(Technique):
         self.began_ = now
 
     def on_train_end(self, args, state, control, **kwargs):
-        host: Any = self.host_
+        host: Any = self.run_
         self.hook_.remove()
         self.mode_.close()
         steps = max(state.global_step - WARM, 1)

@@ -224,6 +224,15 @@ def test_a_machine_that_slows_down_is_late_by_a_step_and_half_an_evaluation_at_m
     assert trainer.receipt.final_learning_rate == 0.0
 
 
+def test_more_is_kept_back_on_a_machine_that_is_slower_than_when_it_last_evaluated(tmp_path):
+    trainer = tiny_trainer([Budget("60s")], tmp_path, **EVALUATED | {"eval_steps": 0.5})
+    Machine(trainer, step=0.5, batch=0.25, slower=2.0, since=35)  # it has evaluated at about 28
+    trainer.train()
+    evaluations = [e for e in trainer.state.log_history if "eval_loss" in e]
+    assert len(evaluations) == 2 and evaluations[-1]["step"] == trainer.state.global_step
+    assert 60 * 0.95 < trainer.clock.seconds <= 60 + 2 * 0.5  # the last evaluation takes 8
+
+
 def test_seconds_of_a_run_that_was_stopped_and_resumed_are_kept(tmp_path):
     class Stops(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs):

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from hf_accel import Recipe
@@ -140,6 +140,30 @@ def test_a_recipe_decides_what_a_greedy_soup_keeps(tmp_path):
 
     refused = run(*line[:3], tmp_path / "other", "--greedy", "--recipe", tmp_path / "recipe.yaml", "--metric", "bleu")
     assert refused.exit_code == 2 and "metric('bleu'): the evaluation does not report it." in refused.stderr
+
+
+def test_a_greedy_soup_keeps_what_is_more_accurate(tmp_path):
+    for name, labels in (("train", ["a", "b"] * 4), ("validation", ["b"] * 8)):
+        rows = [f"text {i},{label}\n" for i, label in enumerate(labels)]
+        (tmp_path / f"{name}.csv").write_text("text,label\n" + "".join(rows))
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Recipe(
+        task="sequence-classification",
+        model={"config": {"model_type": "bert", **sizes}},
+        data={name: str(tmp_path / f"{name}.csv") for name in ("train", "validation")},
+        args={"output_dir": str(tmp_path / "out"), "use_cpu": True},
+    ).save(tmp_path / "recipe.yaml")
+    model = BertForSequenceClassification(BertConfig(vocab_size=259, num_labels=2, **sizes))
+    torch.nn.init.zeros_(model.classifier.weight)
+    for name, bias in (("wrong", [1.0, -1.0]), ("right", [-1.0, 1.0])):  # the first class wherever they are equal
+        model.classifier.bias.data = torch.tensor(bias)
+        model.save_pretrained(tmp_path / name)
+    line = [tmp_path / "wrong", tmp_path / "right", "--out", tmp_path / "soup", "--greedy"]
+    result = run(*line, "--recipe", tmp_path / "recipe.yaml", "--metric", "accuracy")
+    assert result.exit_code == 0, result.output
+    assert "Greedy soup: accuracy 1" in result.output and "The mean of 1 is in" in result.output
+    kept = BertForSequenceClassification.from_pretrained(tmp_path / "soup")
+    assert kept.classifier.bias.tolist() == [-1.0, 1.0]
 
 
 def test_bad_input_ends_in_one_sentence_and_exit_code_2(tmp_path):

@@ -77,6 +77,18 @@ def test_the_bound_of_a_miss_has_the_doubt_of_interpolation():
     assert math.log(result.high) == pytest.approx(logs.mean() + half + 2 / 3 * doubt, rel=1e-5)
 
 
+def test_the_doubt_of_interpolation_widens_the_interval():
+    costs, losses = np.tile(HORIZONS, (3, 1)), np.tile(1 + 0.3 / HORIZONS, (3, 1))
+    between = 1 + 0.3 / 0.35
+    doubt = fit_curve(HORIZONS, losses[0]).log_cost(between)[1]
+    result = speed_up(costs, losses, [0.25, 0.2, 0.22], [between] * 3)
+    logs = np.log(result.per_seed)
+    half = 4.302653 * logs.std(ddof=1) / math.sqrt(3)  # t(0.975, 2), from a table
+    assert result.kind == "measured" and doubt > 0.001
+    assert math.log(result.low) == pytest.approx(logs.mean() - half - doubt, abs=1e-6)
+    assert math.log(result.high) == pytest.approx(logs.mean() + half + doubt, abs=1e-6)
+
+
 @pytest.mark.parametrize("cost, loss", [(math.inf, 2.0), (0.5, math.nan), (0.5, math.inf), (math.nan, math.nan)])
 def test_a_failed_run_is_a_miss(cost, loss):
     result = speed_up(*baseline(), [0.5, 0.5, cost], [logarithmic(1.0)] * 2 + [loss])

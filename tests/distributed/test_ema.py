@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from hf_accel.optim import ExponentialMovingAverage
 from hf_accel.weights import gather, local_parameters
 
+pytestmark = [pytest.mark.distributed, pytest.mark.ci]
+
 HALF_LIFE = 2.0
 
 
@@ -48,7 +50,7 @@ def test_average_over_ranks_is_the_weighted_mean_and_resumes_anywhere(backend, t
 
     def rank():
         technique, recording = ExponentialMovingAverage(HALF_LIFE), Recording()
-        technique.host_ = Host()
+        technique.run_ = Host()
         args = TrainingArguments(
             output_dir=str(tmp_path),
             max_steps=3,
@@ -77,7 +79,7 @@ def test_average_over_ranks_is_the_weighted_mean_and_resumes_anywhere(backend, t
         assert not torch.equal(average, iterates[-1][name])
 
     alone = ExponentialMovingAverage(HALF_LIFE)
-    alone.host_ = Host()
+    alone.run_ = Host()
     alone.on_train_begin(None, TrainerState(global_step=3), None, model=tiny_llama())
     alone.load_state_dict("global", state)
     assert all(torch.equal(average, state["averages"][name]) for name, average in alone.averaging().items())

@@ -8,10 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ranks import run_on_ranks
+from transformers import Trainer
 
 from hf_accel import SequenceLengthWarmup, Technique
 from hf_accel.technique import HOOKS, SLOTS
-from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_trainer, weights_of
+from hf_accel.testing import (
+    CountingText,
+    collate_padded,
+    largest_difference,
+    losses_of,
+    tiny_llama,
+    tiny_trainer,
+    weights_of,
+)
 
 EXACT: dict[str, Any] = {"dropout": 0.0, "dtype": torch.float64}
 
@@ -80,6 +89,14 @@ def test_weights_multiply_and_sums_add(size, tmp_path):
     _, found = first_gradient([ByExample(), ByToken()], tmp_path, micro_batch_size=size)
     expected = by_hand(lambda i, t: i / 10 * (t + 1), tmp_path)
     assert largest_difference(found, expected) < 1e-6
+
+
+def test_a_model_that_takes_no_number_of_items_has_the_same_step(tmp_path):
+    """Trainer divides such a model's loss by the micro-batches; that of a weighted step is divided already."""
+    model = tiny_llama(**EXACT)
+    model.accepts_loss_kwargs = False
+    _, found = first_gradient([ByExample()], tmp_path, micro_batch_size=3, model=model)
+    assert largest_difference(found, by_hand(lambda i, t: i / 10, tmp_path)) < 1e-6
 
 
 def test_extra_losses_are_added(tmp_path):
@@ -219,6 +236,29 @@ class Watch(Quiet):
         pass
 
 
+def test_nothing_is_observed_of_a_rank_without_examples(tmp_path):
+    """Of 65 examples in steps of 8, the last step has one, and the other rank a filler."""
+
+    class See(Quiet):
+        seen = ()
+
+        def observe(self, ids_B, losses_B):
+            self.seen = [*self.seen, *zip(ids_B.tolist(), losses_B.tolist(), strict=True)]
+
+    def observed(size):
+        args = {"per_device_train_batch_size": size, "num_train_epochs": 1, "learning_rate": 0.0}
+        trainer = tiny_trainer([see := See()], tmp_path, **args, **EXACT)
+        trainer.train_dataset = CountingText(65)
+        trainer.train()
+        return see.seen
+
+    one, two = dict(observed(8)), run_on_ranks(observed, 4)
+    assert len(one) == 65
+    for seen in two:
+        assert sorted(i for i, _ in seen) == list(range(65))
+        assert dict(seen) == pytest.approx(one)
+
+
 class Shout(Quiet):
     """Sees each step batch, doubled labels and all."""
 
@@ -270,6 +310,21 @@ def test_losses_are_those_of_the_weighted_step(tmp_path):
     assert set(weights_of(trainer)) == set(model.state_dict())
 
 
+class Ones(Quiet):
+    def example_weights(self, losses, ids_B):
+        return torch.ones(len(ids_B))
+
+
+def test_under_weights_labels_are_smoothed_as_trainer_smooths_them(tmp_path):
+    settings = {"label_smoothing_factor": 0.1, "max_steps": 3, **EXACT}
+    plain = tiny_trainer([], tmp_path, trainer_class=Trainer, **settings)
+    weighted = tiny_trainer([Ones()], tmp_path, **settings)
+    for trainer in (plain, weighted):
+        trainer.train()
+    assert losses_of(weighted) == pytest.approx(losses_of(plain), rel=1e-6)
+    assert largest_difference(weights_of(weighted), weights_of(plain)) < 1e-6
+
+
 def test_an_example_in_pieces_is_observed_once_by_the_mean_of_its_tokens(tmp_path):
     class Watch(Technique):
         """Keeps what each example lost."""
@@ -288,7 +343,7 @@ def test_an_example_in_pieces_is_observed_once_by_the_mean_of_its_tokens(tmp_pat
     def see(module, args, inputs, output):
         logits, labels = output.logits[:, :-1].detach(), inputs["labels"][:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        rows = zip(trainer._micro.ids_B.tolist(), losses, labels != -100, strict=True)
+        rows = zip(trainer.micro_batch.ids_B.tolist(), losses, labels != -100, strict=True)
         pieces.extend((i, loss[there].tolist()) for i, loss, there in rows)
 
     trainer.model.register_forward_hook(see, with_kwargs=True)

@@ -26,7 +26,7 @@ class Watch(Technique):
         self.seen_ += ids_B.tolist()
 
     def transform_batch(self, batch):
-        self.rows_[self.host_.state.global_step] = [len(micro.ids_B) for micro in batch.micro_batches]
+        self.rows_[self.run_.state.global_step] = [len(micro.ids_B) for micro in batch.micro_batches]
         return batch
 
 

@@ -58,7 +58,7 @@ def test_outputs_and_gradients_are_those_of_masked_attention():
 
 def test_models_that_will_be_trained_elsewhere_are_left_alone():
     hosts = [SimpleNamespace(args=SimpleNamespace(device=torch.device(kind))) for kind in ("cpu", "cuda")]
-    assert [can_attend_by_segment(tiny_llama(), host=host) for host in hosts] == [True, False]
+    assert [can_attend_by_segment(tiny_llama(), run=host) for host in hosts] == [True, False]
 
 
 def test_models_with_another_attention_are_left_alone():

@@ -1,8 +1,10 @@
 import pytest
 import torch
+from transformers import DataCollatorWithFlattening
 
+from hf_accel import SequenceLengthWarmup
 from hf_accel.batch import MicroBatch
-from hf_accel.features.truncation import rechunk, truncate
+from hf_accel.features.truncation import check_cuttable, rechunk, truncate
 from hf_accel.losses import examples_of
 
 ROWS = [[11, 12, 13, 14, 15], [21, 22], [31, 32, 33, 34, 35, 36, 37, 38], [41, 42, 43, 44]]
@@ -121,3 +123,78 @@ def test_packed_examples_begin_anew_with_every_piece():
     assert cut.inputs["labels"].tolist() == [[-100, 12, -100, -100, 22, -100, 24], [-100, 32, -100, 34] + [-100] * 3]
     assert cut.ids_B.tolist() == [4, 4, 5, 5, 6, 6, 6]
     assert examples_of(cut.inputs, len(cut.ids_B))[0].tolist() == [0, 0, 1, 2, 2, 3, 3]
+
+
+def flattened(**more):
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True, return_seq_idx=True, **more)
+    return collate([{"input_ids": row, "labels": row} for row in ROWS])
+
+
+@pytest.mark.parametrize("first", [0, 2])
+def test_borders_of_flattened_examples_follow_the_cut(first):
+    inputs = flattened(position_ids_start=first)
+    check_cuttable(inputs, SequenceLengthWarmup())
+    shorter = truncate(inputs, 3)
+    assert shorter["input_ids"].tolist() == [[t for row in ROWS for t in row[:3]]]
+    for side in "qk":
+        assert shorter[f"cu_seq_lens_{side}"].tolist() == [0, 3, 5, 8, 11]
+        assert shorter[f"cu_seq_lens_{side}"].dtype == inputs[f"cu_seq_lens_{side}"].dtype
+        assert shorter[f"max_length_{side}"] == 3 and type(shorter[f"max_length_{side}"]) is int
+    assert shorter["seq_idx"].tolist() == [[0, 0, 0, 1, 1, 2, 2, 2, 3, 3, 3]]
+    assert shorter["position_ids"].tolist() == [[first + i for row in ROWS for i in range(len(row[:3]))]]
+
+    cut = rechunk(MicroBatch(inputs, torch.arange(4), None), 3).inputs
+    assert cut["cu_seq_lens_q"].tolist() == [0, 3, 5, 7, 10, 13, 15, 18, 19] and cut["max_length_k"] == 3
+    assert cut["seq_idx"].max() == 7
+    assert cut["position_ids"].tolist() == [[first + i % 3 for row in ROWS for i in range(len(row))]]
+
+
+def test_the_borders_of_a_single_example_follow_the_cut():
+    collate = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    shorter = truncate(collate([{"input_ids": ROWS[2], "labels": ROWS[2]}]), 3)
+    assert shorter["cu_seq_lens_q"].tolist() == [0, 3] and shorter["max_length_q"] == 3
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_choices_are_cut_one_by_one(side):
+    rows = {name: value[:, None] for name, value in padded(side).items() if name != "kind"}
+    inputs = {name: torch.cat([value[:2], value[2:]], 1) for name, value in rows.items()}  # two choices each
+    inputs["labels"] = torch.tensor([1, 0])
+    shorter = truncate(inputs, 3)
+    assert shorter["input_ids"].shape == (2, 2, 3) and shorter["embedding"].shape == (2, 2, 3, 3)
+    flat = {name: shorter[name].flatten(0, 1) for name in ("input_ids", "attention_mask")}
+    assert tokens(flat) == [row[:3] for row in (ROWS[0], ROWS[2], ROWS[1], ROWS[3])]
+    assert shorter["labels"].tolist() == [1, 0]
+
+
+def test_labels_of_as_many_classes_as_positions_stay_whole():
+    inputs = padded() | {"labels": torch.rand(4, 8)}
+    assert torch.equal(truncate(inputs, 3)["labels"], inputs["labels"])
+
+
+def test_pieces_of_encoders_keep_their_first_label():
+    flat = {name: value for name, value in flattened().items() if name in ("input_ids", "labels", "position_ids")}
+    cut = rechunk(MicroBatch(flat, torch.arange(4), None), 3, shift=False)
+    assert torch.equal(cut.inputs["labels"], flat["labels"])
+
+
+@pytest.mark.parametrize(
+    ("more", "gone", "said"),
+    [
+        ({"perm_mask": torch.zeros(4, 8, 8)}, None, "perm_mask"),
+        ({"target_mapping": torch.zeros(4, 8, 8)}, None, "target_mapping"),
+        ({"attention_mask": torch.ones(4, 1, 8, 8)}, None, "attention_mask"),
+        ({"pixel_values": torch.zeros(3, 3, 8, 8)}, None, "pixel_values"),
+        ({"position_ids": torch.zeros(3, 4, 8)}, None, "position_ids"),
+        ({"cu_seq_lens_q": torch.tensor([0, 8, 16, 24, 32])}, None, "cu_seq_lens_q"),
+        ({"ref_chosen_logps": torch.zeros(2)}, None, "ref_chosen_logps"),
+        ({"start_positions": torch.zeros(4)}, "labels", "start_positions"),
+        ({"completion_mask": torch.ones(4, 8)}, "labels", "completion_mask"),
+        ({"chosen_input_ids": torch.ones(4, 8)}, "input_ids", "chosen_input_ids"),
+    ],
+)
+def test_what_a_cut_would_leave_behind_is_refused(more, gone, said):
+    inputs = padded() | more
+    inputs.pop(gone, None)
+    with pytest.raises(ValueError, match=rf"SequenceLengthWarmup\(.*\) does not support .*{said}"):
+        check_cuttable(inputs, SequenceLengthWarmup())

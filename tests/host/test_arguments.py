@@ -329,7 +329,7 @@ def test_honored(name, shown):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in UNSEEN])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.ci) if n in SLOW else n for n in UNSEEN])
 def test_honored_without_a_trace(name, shown):
     value, beside = UNSEEN[name]
     plain = run(Trainer, **beside, **{name: value})
@@ -458,7 +458,7 @@ class Shrinking(Technique):
 
     def transform_batch(self, batch):
         self.steps_.append([len(micro.ids_B) for micro in batch.micro_batches])
-        self.rates_.append((self.host_.clock.progress, self.host_._get_learning_rate()))
+        self.rates_.append((self.run_.clock.progress, self.run_._get_learning_rate()))
         return batch
 
 

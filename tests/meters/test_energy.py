@@ -69,7 +69,7 @@ class Metered(Budget):
     folder = None
 
     def meters(self):
-        return {"joules": EnergyMeter(self.host_.args.device, powercap=self.folder)}
+        return {"joules": EnergyMeter(self.run_.args.device, powercap=self.folder)}
 
 
 @dataclass(eq=False)

@@ -75,7 +75,7 @@ def test_ranks_share_a_step_without_loss_or_repetition(n, micro, world):
 def test_every_rank_knows_whether_some_rank_has_a_filler(micro, world):
     for n in range(1, 3 * micro * world):
         plans = [StepPlan(0, torch.arange(n), None, micro, rank, world) for rank in range(world)]
-        filled = any(int(ids[0]) < 0 for plan in plans for ids, _ in plan.micro_batches())
+        filled = any(int(ids[0]) < 0 for plan in plans for ids, *_ in plan.micro_batches())
         assert all(plan.has_dummy_micro_batches is filled for plan in plans), n
 
 
@@ -156,6 +156,16 @@ def test_randomness_does_not_depend_on_ranks_or_micro_batches():
         }
 
     assert noises() == noises(micro_batch_size=2) == noises(world=2) == noises(loader={"num_workers": 1})
+
+
+def test_every_epoch_draws_anew_for_every_example():
+    def noises(number):
+        batches = epoch(stream(micro_batch_size=1), number)
+        return {i: noise for b in batches for m in b for i, noise in zip(m["ids"], m["noise"], strict=True)}
+
+    first, second = noises(0), noises(1)
+    assert first == noises(0) and first.keys() == second.keys()
+    assert all(first[i] != second[i] for i in first) and len(set(first.values())) == len(first)
 
 
 def test_epochs_count_as_trainer_counts_them():

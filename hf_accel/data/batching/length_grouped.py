@@ -23,14 +23,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import annotated_types as at
 import torch
 from torch import Tensor
+from transformers.utils import logging
 
 from hf_accel.features.lengths import example_lengths, padding_share
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
+
+logger = logging.get_logger(__name__)
 
 
 def group_by_length(
@@ -50,7 +53,7 @@ def group_by_length(
     # The last batch may be smaller: moved, it would shift the borders of all batches behind it.
     batches = [batches[i] for i in torch.randperm(len(batches), generator=generator)]
     if batches:
-        longest = max(range(len(batches)), key=lambda i: int(lengths_N[batches[i]].max()))
+        longest = max(range(len(batches)), key=lambda i: float(lengths_N[batches[i]].max()))
         batches[0], batches[longest] = batches[longest], batches[0]
     return torch.cat([*batches, last, shuffled_N[whole:]])
 
@@ -67,35 +70,33 @@ class LengthGrouped(Technique):
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"mega_batch": 1}
     variations: ClassVar = {"mega_batch": 2}
+    counters: ClassVar = ("padding",)
 
     def inspect_dataset(self, dataset: Any) -> None:
         """Read the lengths, from ``args.length_column_name`` if the data set has that column, else of ``input_ids``."""
-        host: Any = self.host_
-        column = host.args.length_column_name
+        run: Any = self.run_
+        column = run.args.length_column_name
         remedy = f"Tokenize it before training, or add a column {column!r} with the lengths."
-        self.lengths_N_ = example_lengths(dataset, column, "input_ids", asking=self, remedy=remedy)
+        self.lengths_ = lengths = example_lengths(dataset, column, "input_ids", asking=self, remedy=remedy)
+        if (width := lengths.width_N).eq(width[0]).all() and lengths.tokens_N.sum() < (width * lengths.rows_N).sum():
+            logger.warning(
+                f"{self!r}: all examples are padded to {int(width[0])} positions before they are grouped, so grouping "
+                "saves nothing. Tokenize with padding=False, and let the data collator pad."
+            )
         self.padding_ = {"padding": 0.0, "padding_shuffled": 0.0}
 
     def order(self, ids_N: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
         """Batches of similar length, in random order."""
-        lengths_N = self.lengths_N_[ids_N]
+        lengths_N = self.lengths_.longest_N[ids_N]
         shuffled_N = torch.randperm(len(ids_N), generator=torch.Generator().set_state(generator.get_state()))
-        host: Any = self.host_
-        drop_last = host.args.dataloader_drop_last
+        run: Any = self.run_
+        drop_last = run.args.dataloader_drop_last
         order_N = group_by_length(lengths_N, batch_size, self.mega_batch, generator, drop_last)
         self.padding_ = {
-            "padding": padding_share(lengths_N[order_N], batch_size),
-            "padding_shuffled": padding_share(lengths_N[shuffled_N], batch_size),
+            "padding": padding_share(self.lengths_, ids_N[order_N], batch_size),
+            "padding_shuffled": padding_share(self.lengths_, ids_N[shuffled_N], batch_size),
         }
         return ids_N[order_N]
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """Numbers for the report; the order itself depends on seed and epoch only."""
-        return dict(self.padding_) if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.padding_ = dict(state)
 
     def report(self) -> Mapping[str, Any]:
         """Share of padding in the last epoch, were each step one padded batch; and the same of a shuffled order."""

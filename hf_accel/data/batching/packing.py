@@ -31,7 +31,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 import datasets
@@ -41,10 +41,10 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from hf_accel.batch import ORDER
-from hf_accel.features.flattening import check_kept_apart, end_to_end, unpadded
+from hf_accel.features.flattening import CAUSAL, Layout, check_kept_apart, end_to_end, unpadded
 from hf_accel.features.lengths import example_lengths
 from hf_accel.features.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -95,11 +95,14 @@ class Packing(Technique):
     max_length: Annotated[int, at.Ge(2)] | None = None
     fidelity: ClassVar = "exact"
     variations: ClassVar = {"max_length": 48}
+    layout_: ClassVar[Layout] = CAUSAL
+    rank_counters: ClassVar = ("counts",)
 
     def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps packed examples apart."""
-        check_kept_apart(model, self, num_rows=1 if "flash" in model.config._attn_implementation else 2)
-        self.by_segment_ = can_attend_by_segment(model, num_rows=2, host=self.host_)
+        flash = "flash" in getattr(getattr(model, "config", None), "_attn_implementation", "")
+        self.layout_ = check_kept_apart(model, self, num_rows=1 if flash else 2)
+        self.by_segment_ = can_attend_by_segment(model, num_rows=2, run=self.run_)
         return model
 
     def inspect_dataset(self, dataset: Any) -> None:
@@ -107,7 +110,7 @@ class Packing(Technique):
         self.width_ = self.max_length or 0
         if self.max_length is not None and not _has_token_ids(dataset):
             return  # the longest one comes to light when it is read
-        lengths_N = example_lengths(dataset, "input_ids", asking=self, remedy="Give max_length=.")
+        lengths_N = example_lengths(dataset, "input_ids", asking=self, remedy="Give max_length=.").longest_N
         self._check_fits(longest := int(lengths_N.max()))
         self.width_ = self.max_length or longest
 
@@ -130,7 +133,7 @@ class Packing(Technique):
 
     def collate(self, features: Sequence[Mapping[str, Any]], collator: Callable) -> dict[str, Any]:
         """Each example as the collator makes it alone, in rows."""
-        examples = unpadded([collator([feature]) for feature in features], self)
+        examples = unpadded([collator([feature]) for feature in features], self, self.layout_)
         lengths = [example["input_ids"].shape[1] for example in examples]
         self._check_fits(max(lengths))
         width = max(self.width_, *lengths)
@@ -151,13 +154,6 @@ class Packing(Technique):
             self.counts_["tokens"] += int(mask_RL.sum())
             self.counts_["positions"] += mask_RL.numel()
         return batch
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return dict(self.counts_) if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.counts_ = dict(state)
 
     def report(self) -> Mapping[str, Any]:
         """Examples of a row, and the share of the positions that is padding, on this rank."""

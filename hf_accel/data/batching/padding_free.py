@@ -29,21 +29,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from hf_accel.features.flattening import check_kept_apart, end_to_end, unpadded
+from hf_accel.features.flattening import (
+    CAUSAL,
+    Layout,
+    check_kept_apart,
+    end_to_end,
+    stop_telling_apart,
+    tell_apart,
+    unpadded,
+)
 from hf_accel.features.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
 
 
-def flatten(examples: Sequence[Mapping[str, Tensor]], asking: Technique) -> dict[str, Tensor]:
+def flatten(examples: Sequence[Mapping[str, Tensor]], asking: Technique, layout: Layout = CAUSAL) -> dict[str, Tensor]:
     """One row, (1, T), of examples that are rows (1, L) each; what an ``attention_mask`` hides is left out."""
-    return end_to_end(unpadded(examples, asking))
+    return end_to_end(unpadded(examples, asking, layout))
 
 
 @dataclass(eq=False)
@@ -51,40 +59,38 @@ class PaddingFree(Technique):
     """Trains on flattened micro-batches of a causal language model, without padding."""
 
     fidelity: ClassVar = "exact"
+    layout_: ClassVar[Layout] = CAUSAL
+    rank_counters: ClassVar = ("tokens", "padded")
 
     def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps flattened examples apart."""
-        check_kept_apart(model, self)
-        self.by_segment_ = can_attend_by_segment(model, host=self.host_)
+        self.layout_ = check_kept_apart(model, self)
+        self.by_segment_ = can_attend_by_segment(model, run=self.run_)
         return model
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if self.by_segment_ and not args.torch_compile:
             attend_by_segment(model)
+        if self.layout_.masked:
+            tell_apart(model)
         self.tokens_, self.padded_ = 0, 0
 
     def on_train_end(self, args, state, control, model: Any = None, **kwargs):
         attend_as_before(model)
+        stop_telling_apart(model)
 
     def collate(self, features: Sequence[Mapping[str, Any]], collator: Callable) -> dict[str, Any]:
         """Each example as the collator makes it alone, end to end."""
-        return flatten([collator([feature]) for feature in features], self)
+        return flatten([collator([feature]) for feature in features], self, self.layout_)
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
         """Counts the positions that padding would have added."""
         for micro in batch.micro_batches:
             positions_1L = micro.inputs["position_ids"]
             self.tokens_ += positions_1L.numel()
-            self.padded_ += len(micro.ids_B) * (int(positions_1L.max()) + 1)
+            self.padded_ += len(micro.ids_B) * (int(positions_1L.max()) + 1 - self.layout_.first)
         return batch
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"tokens": self.tokens_, "padded": self.padded_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.tokens_, self.padded_ = state["tokens"], state["padded"]
 
     def report(self) -> Mapping[str, Any]:
         """The share of positions that padded micro-batches would have spent on padding, on this rank."""

@@ -22,15 +22,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
-import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from hf_accel.features.lengths import example_lengths
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -53,21 +52,28 @@ class TokensPerBatch(Technique):
     tokens: Annotated[int, at.Ge(1)] | None = None
     fidelity: ClassVar = "lossy"
     variations: ClassVar = {"tokens": 60}
+    counters: ClassVar = ("counts",)
 
     def inspect_dataset(self, dataset: Any) -> None:
         """Read the lengths, from ``args.length_column_name`` if the data set has that column, else of ``input_ids``."""
-        host: Any = self.host_
+        run: Any = self.run_
         self.lengths_N_ = None
         if isinstance(dataset, IterableDataset) and self.tokens is not None:
             self.tokens_, self.most_ = self.tokens, None
             return
-        column = host.args.length_column_name
+        column = run.args.length_column_name
         remedy = f"Tokenize it before training, or add a column {column!r} with the lengths."
         if isinstance(dataset, IterableDataset):
             remedy = "Give tokens=."
-        self.lengths_N_ = lengths_N = example_lengths(dataset, column, "input_ids", asking=self, remedy=remedy)
+        lengths_N = example_lengths(dataset, column, "input_ids", asking=self, remedy=remedy).tokens_N
+        if lengths_N.is_floating_point():
+            raise ValueError(
+                f"{self!r}: the column {column!r} holds lengths that are no whole numbers of tokens. Set "
+                "args.length_column_name to a column of token counts."
+            )
+        self.lengths_N_ = lengths_N
         longest, mean = int(lengths_N.max()), float(lengths_N.double().mean())
-        self.tokens_ = self.tokens or max(round(mean * host.nominal_batch_size), longest)
+        self.tokens_ = self.tokens or max(round(mean * run.nominal_batch_size), longest, 1)
         self.most_ = self.tokens_ // max(int(lengths_N.min()), 1) + 1
         if self.tokens_ < longest:
             raise ValueError(f"{self!r}: the longest example has {longest} tokens. Give at least that, or truncate it.")
@@ -84,9 +90,10 @@ class TokensPerBatch(Technique):
     def _lengths(self, ids_N: Tensor) -> Tensor:
         if self.lengths_N_ is not None:
             return self.lengths_N_[ids_N]
-        assert self.host_ is not None
-        examples = self.host_.stream.reader.dataset
-        return torch.tensor([len(examples[i]["input_ids"]) for i in ids_N.tolist()])
+        assert self.run_ is not None
+        examples = self.run_.stream.reader.dataset
+        upcoming = [examples[i] for i in ids_N.tolist()]
+        return example_lengths(upcoming, "input_ids", asking=self, remedy="Tokenize the stream.").tokens_N
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
         """Looks at what was drawn; a step that is read again, whole or in part, is the same step."""
@@ -95,21 +102,14 @@ class TokensPerBatch(Technique):
         return batch
 
     def on_step_end(self, args, state, control, **kwargs):
-        assert self.lengths_of_step_ is not None and self.host_ is not None
+        assert self.lengths_of_step_ is not None and self.run_ is not None
         tokens, counts = int(self.lengths_of_step_.sum()), self.counts_
-        if not self.host_.stream.epoch_is_over:
+        if not self.run_.stream.epoch_is_over:
             counts["steps"] += 1
             counts["tokens"] += tokens
             counts["furthest"] = max(counts["furthest"], abs(tokens - self.tokens_))
         counts["longest"] = max(counts["longest"], int(self.lengths_of_step_.max()))
         self.lengths_of_step_ = None
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return dict(self.counts_) if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.counts_ = dict(state)
 
     def report(self) -> Mapping[str, Any]:
         """Mean tokens of a step, by how many one was off, both without the last step of an epoch; the longest one."""

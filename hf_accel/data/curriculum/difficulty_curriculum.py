@@ -32,16 +32,17 @@ from __future__ import annotations
 import functools
 import heapq
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 import annotated_types as at
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
 
+from hf_accel.features.columns import column, column_names
+from hf_accel.features.lengths import example_lengths, token_rows
 from hf_accel.features.scores import head_for, mean_losses, score_examples
 from hf_accel.technique import Fraction, State, Technique
 
@@ -78,24 +79,24 @@ def lay_out(difficulty_N: Tensor, admitted_N: Tensor, generator: torch.Generator
 def difficulties(dataset: Any, kind: str, asking: Technique) -> Tensor:
     """How difficult each example is; see the module's text."""
     name = "input_ids" if kind in ("length", "rarity", "compression") else kind
-    names = list(dataset[0])
+    names = column_names(dataset, asking)
     if name not in names:
         raise ValueError(
             f"{asking!r}: train_dataset has no column {name!r}, only {', '.join(map(repr, names))}. "
             "Choose one of them, 'length', 'rarity', 'compression' or 'loss'."
         )
     if kind == "length":
-        values = [float(len(row)) for row in _column(dataset, name)]
+        return example_lengths(dataset, name, asking=asking, remedy="").tokens_N.double()
     elif kind == "rarity":
-        rows = [np.asarray(row, dtype=np.int64) for row in _column(dataset, name)]
+        rows = list(token_rows(dataset, asking))
         counts = np.bincount(np.concatenate(rows))
         log_share = np.log(np.maximum(counts, 1) / counts.sum())
         values = [float(-log_share[row].sum()) for row in rows]
     elif kind == "compression":
-        texts = [np.asarray(row, dtype=np.int32).tobytes() for row in _column(dataset, name)]
+        texts = [row.astype(np.int32).tobytes() for row in token_rows(dataset, asking)]
         values = [len(zlib.compress(text)) / max(len(text), 1) for text in texts]
     else:
-        values = list(_column(dataset, name))
+        values = column(dataset, name, asking)
     try:
         difficulty_N = torch.tensor([float(value) for value in values], dtype=torch.float64)
     except (TypeError, ValueError):
@@ -104,14 +105,6 @@ def difficulties(dataset: Any, kind: str, asking: Technique) -> Tensor:
         bad = int((~difficulty_N.isfinite()).nonzero()[0])
         raise ValueError(f"{asking!r}: the column {name!r} is {values[bad]} at example {bad}. Fill it in.")
     return difficulty_N
-
-
-def _column(dataset: Any, name: str) -> Iterator[Any]:
-    if isinstance(dataset, datasets.Dataset) and dataset.format["type"] != "custom":
-        for rows in dataset.select_columns([name]).iter(batch_size=1000):
-            yield from rows[name]  # type: ignore[index]
-    else:  # a transform may make one column of others
-        yield from (dataset[i][name] for i in range(len(dataset)))
 
 
 @dataclass(eq=False)
@@ -133,22 +126,22 @@ class DifficultyCurriculum(Technique):
 
     def inspect_dataset(self, dataset: Any) -> None:
         """Measure the difficulty of each example; the loss only once, by the model before training."""
-        assert self.host_ is not None
+        assert self.run_ is not None
         if self.difficulty != "loss":
             self.difficulty_N_ = difficulties(dataset, self.difficulty, self)
-        elif (state := self.host_.resumed_state(self)) is not None:
+        elif (state := self.run_.resumed_state(self)) is not None:
             self.difficulty_N_ = state["difficulty_N"]
         else:
-            score = functools.partial(mean_losses, head_for(self), self.host_.model)
+            score = functools.partial(mean_losses, head_for(self), self.run_.model)
             self.difficulty_N_ = score_examples(self, dataset, score)
         self.first_ = None
 
     def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """All examples; which of them come, and how often, is decided with their order."""
-        host: Any = self.host_
-        progress = host.clock.progress
-        if host.nominal_steps:
-            share = host.steps_per_epoch / host.nominal_steps
+        run: Any = self.run_
+        progress = run.clock.progress
+        if run.nominal_steps:
+            share = run.steps_per_epoch / run.nominal_steps
         else:
             share = progress / epoch if epoch else 1.0
         self.progress_N_ = progress + share * torch.arange(num_examples) / num_examples

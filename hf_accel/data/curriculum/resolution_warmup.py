@@ -25,14 +25,14 @@ import inspect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 import torch.nn.functional as F
 
 from hf_accel.adapters import unwrapped
 from hf_accel.features.augmentation import images_of, refuse_other_than_images
-from hf_accel.technique import Fraction, State, Technique
+from hf_accel.technique import Fraction, Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -71,6 +71,7 @@ class ResolutionWarmup(Technique):
     multiple: Annotated[int, at.Ge(1)] = 4  # Composer's
     modality: ClassVar = "image"
     neutral: ClassVar = {"start": 1.0}
+    rank_counters: ClassVar = ("trained", "read")
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -89,8 +90,8 @@ class ResolutionWarmup(Technique):
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
         """Every image at the present size."""
-        assert self.host_ is not None
-        scale = scale_at(self.host_.clock.progress, start=self.start, delay=self.delay, end=self.end)
+        assert self.run_ is not None
+        scale = scale_at(self.run_.clock.progress, start=self.start, delay=self.delay, end=self.end)
         micros = []
         for micro in batch.micro_batches:
             images_B = images_of(self, micro)
@@ -106,13 +107,6 @@ class ResolutionWarmup(Technique):
                 micro = micro._replace(inputs=inputs)
             micros.append(micro)
         return dataclasses.replace(batch, micro_batches=micros)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"trained": self.trained_, "read": self.read_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.trained_, self.read_ = state["trained"], state["read"]
 
     def report(self) -> Mapping[str, Any]:
         """The share of the pixels that was trained on, on this rank."""

@@ -30,8 +30,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import annotated_types as at
 
 from hf_accel.features.lengths import example_lengths
-from hf_accel.features.truncation import rechunk, truncate
-from hf_accel.technique import State, Technique
+from hf_accel.features.truncation import check_cuttable, rechunk, refuse_media_tokens, truncate
+from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import MicroBatch, StepBatch
@@ -66,16 +66,19 @@ class SequenceLengthWarmup(Technique):
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"start": 1.0}
     variations: ClassVar = {"max_length": 16}
+    rank_counters: ClassVar = ("counts",)
 
     def inspect_dataset(self, dataset: Any) -> None:
         """Find the longest example."""
-        self.full_length_ = self.max_length or int(
-            example_lengths(dataset, "input_ids", asking=self, remedy="Give max_length=.").max()
-        )
+        self.full_length_ = self.max_length
+        if self.full_length_ is None:
+            lengths = example_lengths(dataset, "input_ids", asking=self, remedy="Give max_length=.")
+            self.full_length_ = max(int(lengths.longest_N.max()), 1)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        if model.config.is_encoder_decoder:
+        refuse_media_tokens(self, model)
+        if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(
                 f"{self!r}: {type(model).__name__} reads inputs and labels of different length. Leave it out."
             )
@@ -83,17 +86,19 @@ class SequenceLengthWarmup(Technique):
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
         """Every micro-batch at the present length."""
-        assert self.host_ is not None
+        assert self.run_ is not None
         ramp = {"start": self.start, "end": self.end, "multiple": self.multiple}
-        length = warmed_up_length(self.host_.clock.progress, self.full_length_, **ramp)
+        length = warmed_up_length(self.run_.clock.progress, self.full_length_, **ramp)
         micros = batch.micro_batches
+        for micro in micros:
+            check_cuttable(micro.inputs, self)
         if self.cut == "rechunk" and any(micro.inputs["labels"].dim() < 2 for micro in micros):
             raise ValueError(f"{self!r}: only language models learn from pieces of a text. Choose cut='truncate'.")
         self._count(micros, "read", "examples")
-        longer = self.max_length and any(micro.inputs["input_ids"].shape[1] > self.max_length for micro in micros)
+        longer = self.max_length and any(micro.inputs["input_ids"].shape[-1] > self.max_length for micro in micros)
         cuts = length < self.full_length_ or longer
         if cuts and self.cut == "rechunk":
-            micros = [rechunk(micro, length) for micro in micros]
+            micros = [rechunk(micro, length, shift=getattr(self.run_.head, "shift", True)) for micro in micros]
         elif cuts:
             micros = [micro._replace(inputs=truncate(micro.inputs, length)) for micro in micros]
         self._count(micros, "trained", "pieces")
@@ -102,13 +107,6 @@ class SequenceLengthWarmup(Technique):
     def _count(self, micros: list[MicroBatch], positions: str, rows: str) -> None:
         self.counts_[positions] += sum(micro.inputs["input_ids"].numel() for micro in micros)
         self.counts_[rows] += sum(len(micro.ids_B) for micro in micros)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return dict(self.counts_) if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.counts_ = dict(state)
 
     def report(self) -> Mapping[str, Any]:
         """The share of the positions that was trained on, and pieces of an example, on this rank."""

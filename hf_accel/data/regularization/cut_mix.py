@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 import numpy as np
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from hf_accel.features.augmentation import generators, images_of, strength
 from hf_accel.features.mixing import partners, prepare_soft_labels, with_soft_labels
-from hf_accel.technique import Fraction, State, Technique
+from hf_accel.technique import Fraction, Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -74,6 +74,7 @@ class CutMix(Technique):
     ramp: Fraction = 0.0
     modality: ClassVar = "image"
     neutral: ClassVar = {"alpha": 0.0}
+    rank_counters: ClassVar = ("pasted", "seen")
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -90,18 +91,11 @@ class CutMix(Technique):
         for micro, (partners_B, labels_B) in zip(batch.micro_batches, partners(self, batch), strict=True):
             images_B = images_of(self, micro)
             size = images_B.shape[-2:]
-            boxes = [draw_box(generator, alpha, *size) for generator in generators(self, batch.plan, micro.ids_B)]
+            boxes = [draw_box(generator, alpha, *size) for generator in generators(self, batch.plan, micro)]
             images_B, shares_B = paste(images_B, partners_B, boxes)
             micros.append(with_soft_labels(self, micro, images_B, labels_B, shares_B))
             self.pasted_ += float((1 - shares_B).sum())
         return dataclasses.replace(batch, micro_batches=micros)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"pasted": self.pasted_, "seen": self.seen_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.pasted_, self.seen_ = state["pasted"], state["seen"]
 
     def report(self) -> Mapping[str, Any]:
         """The mean share of the pixels that are another image's, on this rank."""

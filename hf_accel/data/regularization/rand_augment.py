@@ -26,14 +26,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 import torch
 from torch import Tensor
 
 from hf_accel.features.augmentation import generators, images_of, refuse_other_than_images, strength
-from hf_accel.technique import Fraction, State, Technique
+from hf_accel.technique import Fraction, Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -93,6 +93,7 @@ class RandAugment(Technique):
     ramp: Fraction = 0.0
     modality: ClassVar = "image"
     neutral: ClassVar = {"num_ops": 0}
+    rank_counters: ClassVar = ("changed", "seen")
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -120,7 +121,7 @@ class RandAugment(Technique):
                     "processor whose image_mean and image_std they were normalized with."
                 )
             images_B = images_B.clamp(0, 1)
-            drawn = generators(self, batch.plan, micro.ids_B)
+            drawn = generators(self, batch.plan, micro)
             for _ in range(self.num_ops):
                 chosen_B = torch.tensor([int(generator.integers(len(NAMES))) for generator in drawn])
                 levels_B = torch.tensor([level * (1 - 2 * int(generator.integers(2))) for generator in drawn])
@@ -131,13 +132,6 @@ class RandAugment(Technique):
                     images_B[rows] = self.operations_[NAMES[operation]](images_B[rows], levels).to(images_B)
             micros.append(micro._replace(inputs={**micro.inputs, "pixel_values": (images_B - mean) / std}))
         return dataclasses.replace(batch, micro_batches=micros)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"changed": self.changed_, "seen": self.seen_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.changed_, self.seen_ = state["changed"], state["seen"]
 
     def report(self) -> Mapping[str, Any]:
         """How many changes each image underwent on average, on this rank."""

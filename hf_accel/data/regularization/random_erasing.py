@@ -22,14 +22,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 import numpy as np
 from torch import Tensor
 
 from hf_accel.features.augmentation import generators, images_of, refuse_other_than_images, strength
-from hf_accel.technique import Fraction, State, Technique
+from hf_accel.technique import Fraction, Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -85,6 +85,7 @@ class RandomErasing(Technique):
     ramp: Fraction = 0.0
     modality: ClassVar = "image"
     neutral: ClassVar = {"probability": 0.0}
+    rank_counters: ClassVar = ("erased", "seen")
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -101,18 +102,11 @@ class RandomErasing(Technique):
         for micro in batch.micro_batches:
             images_B = images_of(self, micro)
             size = images_B.shape[-2:]
-            drawn = generators(self, batch.plan, micro.ids_B)
+            drawn = generators(self, batch.plan, micro)
             boxes = [draw_rectangle(generator, probability, self.largest, *size) for generator in drawn]
             micros.append(micro._replace(inputs={**micro.inputs, "pixel_values": blank(images_B, boxes)}))
             self.erased_ += sum(box is not None for box in boxes)
         return dataclasses.replace(batch, micro_batches=micros)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"erased": self.erased_, "seen": self.seen_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.erased_, self.seen_ = state["erased"], state["seen"]
 
     def report(self) -> Mapping[str, Any]:
         """The share of the images that lost a rectangle, on this rank."""

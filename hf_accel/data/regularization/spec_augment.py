@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 import numpy as np
@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from hf_accel.features.augmentation import generators, strength
-from hf_accel.technique import Fraction, State, Technique
+from hf_accel.technique import Fraction, Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -71,6 +71,7 @@ class SpecAugment(Technique):
     modality: ClassVar = "speech"
     neutral: ClassVar = {"frequency_masks": 0, "time_masks": 0}
     variations: ClassVar = {"time_width": 0.5}
+    rank_counters: ClassVar = ("blank", "seen")
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -99,7 +100,7 @@ class SpecAugment(Technique):
             masked_B = features_B.clone()
             frames_first = features_B.shape[2] == self.bands_
             lengths_B = self._lengths(micro.inputs, features_B.shape[1 if frames_first else 2], len(features_B))
-            drawn = generators(self, batch.plan, micro.ids_B)
+            drawn = generators(self, batch.plan, micro)
             for masked, length, generator in zip(masked_B, lengths_B, drawn, strict=True):
                 spectrogram_TF = masked if frames_first else masked.T
                 self._blank(spectrogram_TF[:length], generator)
@@ -123,13 +124,6 @@ class SpecAugment(Technique):
         if mask is None or mask.shape != (num_examples, num_frames):
             return [num_frames] * num_examples
         return torch.where(mask.bool(), torch.arange(1, num_frames + 1), 0).amax(1).tolist()
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"blank": self.blank_, "seen": self.seen_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.blank_, self.seen_ = state["blank"], state["seen"]
 
     def report(self) -> Mapping[str, Any]:
         """The share of the spectrograms that was blank, on this rank."""

@@ -25,7 +25,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 import numpy as np
@@ -33,24 +33,26 @@ import torch
 from torch import Tensor
 
 from hf_accel.features.augmentation import generators, strength
+from hf_accel.features.choices import folded
+from hf_accel.features.truncation import refuse_media_tokens
 from hf_accel.losses import examples_of
-from hf_accel.technique import Fraction, State, Technique
+from hf_accel.technique import Fraction, Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
 
 
-def draw_cuts(examples_RL: Tensor, seen_RL: Tensor, share: float, drawn: list[np.random.Generator]) -> Tensor:
-    """Which positions are cut, (R, L): of each example, some between its first and its last token.
+def draw_cuts(texts_RL: Tensor, seen_RL: Tensor, share: float, drawn: list[np.random.Generator]) -> Tensor:
+    """Which positions are cut, (R, L): of each text, some between its first and its last token.
 
     Args:
-        examples_RL: which example each position belongs to, from 0.
+        texts_RL: which text each position belongs to, from 0: an example, or one of its choices.
         seen_RL: which positions are tokens and not padding.
-        drawn: a generator for each example.
+        drawn: a generator for each text.
     """
     cut_RL = torch.zeros_like(seen_RL)
-    for example, generator in enumerate(drawn):
-        inner = (seen_RL & (examples_RL == example)).flatten().nonzero().flatten()[1:-1]
+    for text, generator in enumerate(drawn):
+        inner = (seen_RL & (texts_RL == text)).flatten().nonzero().flatten()[1:-1]
         chosen = generator.permutation(len(inner))[: round(share * len(inner))]
         cut_RL.view(-1)[inner[torch.from_numpy(chosen)]] = True
     return cut_RL
@@ -68,11 +70,13 @@ class TokenCutoff(Technique):
     share: Annotated[float, at.Interval(ge=0, lt=1)] = 0.1  # the paper tunes it for each task
     ramp: Fraction = 0.0
     neutral: ClassVar = {"share": 0.0}
+    rank_counters: ClassVar = ("cut", "seen")
 
     def on_train_begin(self, args, state, control, model=None, processing_class=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if (name := getattr(model, "main_input_name", None)) != "input_ids":
             raise ValueError(f"{self!r}: {type(model).__name__} reads {name}, not text (input_ids). Leave it out.")
+        refuse_media_tokens(self, model)
         pad_ids = [getattr(owner, "pad_token_id", None) for owner in (processing_class, model.config)]
         self.pad_id_ = next((i for i in pad_ids if i is not None), None)
         if self.pad_id_ is None:
@@ -96,24 +100,25 @@ class TokenCutoff(Technique):
             self.seen_ += int(seen_RL.sum())
             if share > 0:
                 assert self.pad_id_ is not None
-                examples_RL = examples_of({**micro.inputs, "labels": ids_RL}, len(micro.ids_B))
-                cut_RL = draw_cuts(examples_RL, seen_RL, share, generators(self, batch.plan, micro.ids_B))
-                inputs = {**micro.inputs, "input_ids": ids_RL.masked_fill(cut_RL, self.pad_id_)}
+                drawn = generators(self, batch.plan, micro)
+                cut = self._cuts(micro.inputs, seen_RL, share, drawn).view_as(ids_RL)
+                inputs = {**micro.inputs, "input_ids": ids_RL.masked_fill(cut, self.pad_id_)}
                 if "attention_mask" in inputs:
-                    inputs["attention_mask"] = inputs["attention_mask"].masked_fill(cut_RL, 0)
+                    inputs["attention_mask"] = inputs["attention_mask"].masked_fill(cut, 0)
                 elif len(ids_RL) == len(micro.ids_B):  # each row is an example
-                    inputs["attention_mask"] = (~cut_RL).to(ids_RL.dtype)
+                    inputs["attention_mask"] = (~cut).to(ids_RL.dtype)
                 micro = micro._replace(inputs=inputs)
-                self.cut_ += int(cut_RL.sum())
+                self.cut_ += int(cut.sum())
             micros.append(micro)
         return dataclasses.replace(batch, micro_batches=micros)
 
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"cut": self.cut_, "seen": self.seen_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.cut_, self.seen_ = state["cut"], state["seen"]
+    def _cuts(self, inputs: Mapping[str, Tensor], seen: Tensor, share: float, drawn: list) -> Tensor:
+        """What is cut of each row; the choices of an example draw from its generator in turn."""
+        rows = folded(inputs)
+        choices = len(rows["input_ids"]) // len(seen)
+        texts = [generator for generator in drawn for _ in range(choices)]
+        texts_RL = examples_of({**rows, "labels": rows["input_ids"]}, len(texts))
+        return draw_cuts(texts_RL, seen.view_as(rows["input_ids"]), share, texts)
 
     def report(self) -> Mapping[str, Any]:
         """The share of the tokens that was cut, on this rank."""

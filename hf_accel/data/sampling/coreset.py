@@ -27,9 +27,11 @@ import annotated_types as at
 import torch
 from torch import Tensor
 from tqdm.auto import trange
+from transformers import PreTrainedModel
 
 from hf_accel.adapters import unwrapped
 from hf_accel.data.sampling.static_subset import StaticSubset
+from hf_accel.features.choices import folded
 from hf_accel.features.columns import column
 from hf_accel.features.scores import WHOLE_WEIGHTS, head_for, score_examples
 from hf_accel.losses import Head
@@ -67,22 +69,32 @@ class Coreset(StaticSubset):
 
     def choose(self, dataset: Any) -> Tensor:
         """The centers."""
-        host: Any = self.host_
+        run: Any = self.run_
         if self.keep == 1:
             return torch.arange(len(dataset))
         if self.column is None:
             points_ND = score_examples(self, dataset, functools.partial(self._embed, head_for(self)))
         else:
-            points_ND = torch.tensor(column(dataset, self.column, self), dtype=torch.float32).reshape(len(dataset), -1)
+            points = column(dataset, self.column, self)
+            try:
+                points_ND = torch.tensor(points, dtype=torch.float32).reshape(len(dataset), -1)
+            except (TypeError, ValueError):
+                raise ValueError(
+                    f"{self!r}: the column {self.column!r} holds no points, numbers or lists of so many numbers. "
+                    "Name one that does."
+                ) from None
         if not_finite := int((~points_ND.isfinite()).any(1).sum()):
             raise ValueError(f"{self!r}: {not_finite} of {len(dataset)} points are not finite. Give numbers.")
         num_centers = max(round(self.keep * len(dataset)), 1)
-        quiet = host.args.disable_tqdm or not host.is_world_process_zero()
-        return k_center(points_ND.to(host.args.device), num_centers, quiet).sort().values
+        quiet = run.args.disable_tqdm or not run.is_world_process_zero()
+        return k_center(points_ND.to(run.args.device), num_centers, quiet).sort().values
 
     def _embed(self, head: Head, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
         """The mean of the last hidden states over an example's positions, (B, D)."""
-        model: Any = unwrapped(self.host_.model)
+        model: Any = unwrapped(self.run_.model)
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(f"{self!r}: {type(model).__name__} is not a model of transformers. Give column=.")
+        inputs = folded(inputs)
         outputs = model.base_model(**head.without_labels(model, inputs))
         states = outputs.get("encoder_last_hidden_state", outputs.get("last_hidden_state"))
         if states is None:
@@ -91,6 +103,9 @@ class Coreset(StaticSubset):
             return states.float().mean((2, 3))
         mask_BL = inputs.get("attention_mask")
         if mask_BL is None or mask_BL.shape != states.shape[:2]:
-            return states.float().mean(1)
-        weights_BL = mask_BL.float()
-        return torch.einsum("bld,bl->bd", states.float(), weights_BL) / weights_BL.sum(1, keepdim=True).clamp(min=1)
+            means_RD = states.float().mean(1)
+        else:
+            weights_BL = mask_BL.float()
+            sums_RD = torch.einsum("bld,bl->bd", states.float(), weights_BL)
+            means_RD = sums_RD / weights_BL.sum(1, keepdim=True).clamp(min=1)
+        return means_RD.unflatten(0, (num_examples, -1)).mean(1)

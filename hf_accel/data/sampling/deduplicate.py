@@ -25,7 +25,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import annotated_types as at
 import numpy as np
@@ -38,7 +38,7 @@ from tqdm.auto import tqdm
 
 from hf_accel.data.sampling.static_subset import StaticSubset, rows_of
 from hf_accel.features.columns import column_chunks
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 HASHES = 128
 RECALL = 0.99
@@ -164,6 +164,7 @@ class Deduplicate(StaticSubset):
     ngram: Annotated[int, at.Ge(1)] = 5
     fidelity: ClassVar = "lossy"
     variations: ClassVar = {"column": "text"}
+    counters: ClassVar = (*StaticSubset.counters, "equal", "alike")
 
     def choose(self, dataset: Any) -> Tensor:
         """The first of those that are alike."""
@@ -198,21 +199,12 @@ class Deduplicate(StaticSubset):
         return pairs[np.array(reached, dtype=bool)]
 
     def _read(self, dataset: Any, purpose: str) -> Iterator[tuple[Hashes, NDArray[np.int64]]]:
-        host: Any = self.host_
-        quiet = host.args.disable_tqdm or not host.is_world_process_zero()
+        run: Any = self.run_
+        quiet = run.args.disable_tqdm or not run.is_world_process_zero()
         with tqdm(total=len(dataset), desc=f"Deduplicate: {purpose}", disable=quiet) as bar:
             for chunk in column_chunks(dataset, self.column, self, ROWS):
                 yield tokens_of(chunk, self)
                 bar.update(len(chunk))
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        state = {**super().state_dict(scope), "equal": self.equal_, "alike": self.alike_}
-        return state if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        super().load_state_dict(scope, state)
-        if scope == "global":
-            self.equal_, self.alike_ = state["equal"], state["alike"]
 
     def report(self) -> Mapping[str, Any]:
         """The share of the examples that is kept; how many were equal to an earlier one, and how many only alike."""

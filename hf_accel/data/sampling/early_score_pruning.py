@@ -34,7 +34,7 @@ from torch import Tensor
 
 from hf_accel.features.columns import check_indexable, column
 from hf_accel.features.scores import keep_by_score
-from hf_accel.technique import Fraction, State, Technique
+from hf_accel.technique import Fraction, Technique
 
 
 @dataclass(eq=False)
@@ -55,6 +55,7 @@ class EarlyScorePruning(Technique):
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"keep": 1.0}
     variations: ClassVar = {"score": "forgetting", "after": 0.5, "balance": "label"}
+    counters: ClassVar = ("sums_N", "counts_N", "learned_N", "forgotten_N", "ids_N")
 
     def inspect_dataset(self, dataset: Any) -> None:
         """Read the classes."""
@@ -72,12 +73,12 @@ class EarlyScorePruning(Technique):
 
     def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """All, until the scores are final; then always the same share."""
-        assert self.host_ is not None
+        assert self.run_ is not None
         if len(self.sums_N_) == 0:
             self.sums_N_, self.counts_N_ = torch.zeros(num_examples).double(), torch.zeros(num_examples)
             self.learned_N_, self.forgotten_N_ = torch.zeros(num_examples).bool(), torch.zeros(num_examples)
         scored = self.counts_N_.sum() > 0
-        if self.keep < 1 and scored and not len(self.ids_N_) and self.host_.clock.progress >= self.after:
+        if self.keep < 1 and scored and not len(self.ids_N_) and self.run_.clock.progress >= self.after:
             self.ids_N_ = keep_by_score(self.scores(), self.keep, "hard", generator, self.classes_, self)
         return self.ids_N_ if len(self.ids_N_) else torch.arange(num_examples), None
 
@@ -98,22 +99,6 @@ class EarlyScorePruning(Technique):
         if self.score == "forgetting":
             return self.forgotten_N_.double().masked_fill(~self.learned_N_ & (self.forgotten_N_ == 0), math.inf)
         return (self.sums_N_ / self.counts_N_).nan_to_num(nan=math.inf)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """What the scores are made of, and what was chosen."""
-        if scope == "rank":
-            return {}
-        return {
-            "sums_N": self.sums_N_,
-            "counts_N": self.counts_N_,
-            "learned_N": self.learned_N_,
-            "forgotten_N": self.forgotten_N_,
-            "ids_N": self.ids_N_,
-        }
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        for name, value in state.items():
-            setattr(self, f"{name}_", value.clone())
 
     def report(self) -> Mapping[str, Any]:
         """The share of the examples that later epochs trained on; 1 where none began after ``after``."""

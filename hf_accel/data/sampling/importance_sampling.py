@@ -32,13 +32,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import annotated_types as at
 import torch
 from torch import Tensor
 
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 
 def importances(losses_B: Tensor) -> Tensor:
@@ -70,6 +70,7 @@ class ImportanceSampling(Technique):
     check_every: Annotated[int, at.Ge(1)] = 10
     fidelity: ClassVar = "unbiased"
     variations: ClassVar = {"threshold": 0.0}
+    counters: ClassVar = ("tau", "judged", "sampled")
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -85,12 +86,12 @@ class ImportanceSampling(Technique):
         return (1 / self.keep + 3) / 3 if self.threshold is None else self.threshold
 
     def needs_step_losses(self) -> bool:
-        assert self.host_ is not None
-        return self._samples or self.host_.state.global_step % self.check_every == 0
+        assert self.run_ is not None
+        return self._samples or self.run_.state.global_step % self.check_every == 0
 
     def step_select(self, ids_B: Tensor, losses_B: Tensor) -> tuple[Tensor, Tensor | None]:
         """A share of the step by importance; all of it where that does not pay."""
-        host: Any = self.host_
+        run: Any = self.run_
         p_B = importances(losses_B)
         tau = math.sqrt(len(p_B) * float(p_B.square().sum()))
         self.tau_ = 0.9 * self.tau_ + 0.1 * tau if self.judged_ else tau
@@ -98,16 +99,8 @@ class ImportanceSampling(Technique):
         if not self._samples:
             return torch.arange(len(ids_B)), None
         self.sampled_ += 1
-        generator = torch.Generator().manual_seed((host.stream.seed * 1_000_003 + host.state.global_step) * 2)
+        generator = torch.Generator().manual_seed((run.stream.seed * 1_000_003 + run.state.global_step) * 2)
         return draw_by_importance(p_B, max(round(self.keep * len(ids_B)), 1), generator)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """The average of tau, and counts for the report."""
-        return {"tau": self.tau_, "judged": self.judged_, "sampled": self.sampled_} if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.tau_, self.judged_, self.sampled_ = state["tau"], state["judged"], state["sampled"]
 
     def report(self) -> Mapping[str, Any]:
         """How many steps were judged by a forward pass, how many of them sampled from, tau and what it must exceed."""

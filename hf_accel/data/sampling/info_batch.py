@@ -28,13 +28,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import annotated_types as at
 import torch
 from torch import Tensor
 
-from hf_accel.technique import Fraction, State, Technique
+from hf_accel.technique import Fraction, Technique
 
 
 def prune_learned(scores_N: Tensor, keep: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -66,6 +66,7 @@ class InfoBatch(Technique):
     end: Fraction = 0.875
     fidelity: ClassVar = "unbiased"
     neutral: ClassVar = {"keep": 1.0}
+    counters: ClassVar = ("scores", "kept", "offered")
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -74,11 +75,11 @@ class InfoBatch(Technique):
 
     def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Choose all high-loss examples and a random share of the others."""
-        assert self.host_ is not None
+        assert self.run_ is not None
         if len(self.scores_) == 0:
             self.scores_ = torch.full((num_examples,), float("nan"))
         ids_N, weights_N = torch.arange(num_examples), None
-        if self.keep < 1 and self.host_.clock.progress < self.end:
+        if self.keep < 1 and self.run_.clock.progress < self.end:
             ids_N, weights_N = prune_learned(self.scores_, self.keep, generator)
         self.kept_ += len(ids_N)
         self.offered_ += num_examples
@@ -87,14 +88,6 @@ class InfoBatch(Technique):
     def observe(self, ids_B: Tensor, losses_B: Tensor) -> None:
         """Store the last loss of each example as its score."""
         self.scores_[ids_B] = losses_B.to(self.scores_.dtype)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """Save the scores, and the counts for the report."""
-        return {"scores": self.scores_, "kept": self.kept_, "offered": self.offered_} if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.scores_, self.kept_, self.offered_ = state["scores"].clone(), state["kept"], state["offered"]
 
     def report(self) -> Mapping[str, Any]:
         """Report the share of examples that epochs chose; an unfinished epoch counts with its full choice."""

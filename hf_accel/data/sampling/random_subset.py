@@ -20,34 +20,56 @@ choosing examples has to beat.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import annotated_types as at
 import torch
 from torch import Tensor
 
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 
 def subset_of_epoch(epoch: int, num_examples: int, size: int, seed: int) -> Tensor:
-    """Ids, ascending, of the ``size`` examples of an epoch: its part of the rounds, one after another."""
-    first, last = epoch * size // num_examples, ((epoch + 1) * size - 1) // num_examples
-    rest_N = torch.empty(0, dtype=torch.int64)  # of the last round, for the epoch that ends it
-    # A round that begins with an epoch does not depend on those before it.
-    begin = first - first % (size // math.gcd(size, num_examples))
-    for number in range(begin, last + 1):
-        generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * 2 + 1)
-        shuffled_N = torch.randperm(num_examples, generator=generator)
-        fresh_N = shuffled_N[~torch.isin(shuffled_N, rest_N)][: -number * num_examples % size]
-        round_N = torch.cat([fresh_N, shuffled_N[~torch.isin(shuffled_N, fresh_N)]])
-        if number == last > first:
-            return torch.cat([rest_N, fresh_N]).sort().values
-        rest_N = round_N[num_examples - (number + 1) * num_examples % size :]
-    start = epoch * size - first * num_examples
-    return round_N[start : start + size].sort().values
+    """Ids, ascending, of the ``size`` examples of an epoch: its part of the rounds, one after another.
+
+    An epoch takes two permutations at most, because a round ends as its own permutation does, however it began.
+    """
+    if size == num_examples:
+        return torch.arange(size)
+    if 2 * size > num_examples:  # what epochs leave out goes round
+        left_out_K = _part_of_rounds(epoch, num_examples, num_examples - size, seed)
+        return torch.ones(num_examples).index_fill(0, left_out_K, 0).nonzero().squeeze(1)
+    return _part_of_rounds(epoch, num_examples, size, seed).sort().values
+
+
+def _part_of_rounds(epoch: int, num_examples: int, size: int, seed: int) -> Tensor:
+    """Ids of an epoch's part of the rounds; ``size`` is at most half of the examples."""
+    number, start = divmod(epoch * size, num_examples)
+    beyond = start + size - num_examples
+    if beyond > 0:  # the epoch ends this round and begins the next one
+        tail_K = _permutation(number, num_examples, seed)[start:]
+        return torch.cat([tail_K, _round(number + 1, tail_K, num_examples, size, seed)[:beyond]])
+    shared = -number * num_examples % size
+    before_N = _permutation(number - 1, num_examples, seed) if shared else torch.empty(0, dtype=torch.int64)
+    return _round(number, before_N[shared - size :], num_examples, size, seed)[start : start + size]
+
+
+def _round(number: int, tail_K: Tensor, num_examples: int, size: int, seed: int) -> Tensor:
+    """The examples of a round in their order; ``tail_K`` ended the round before, in the epoch that begins this one."""
+    shuffled_N = _permutation(number, num_examples, seed)
+    if len(tail_K) == 0:
+        return shuffled_N
+    end = num_examples - (number + 1) * num_examples % size
+    body_K = shuffled_N[:end]
+    head_K = body_K[~torch.isin(body_K, tail_K)][: size - len(tail_K)]
+    return torch.cat([head_K, body_K[~torch.isin(body_K, head_K)], shuffled_N[end:]])
+
+
+def _permutation(number: int, num_examples: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed((seed * 1_000_003 + number) * 2 + 1)
+    return torch.randperm(num_examples, generator=generator)
 
 
 @dataclass(eq=False)
@@ -61,6 +83,7 @@ class RandomSubset(Technique):
     keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5
     fidelity: ClassVar = "unbiased"
     neutral: ClassVar = {"keep": 1.0}
+    counters: ClassVar = ("kept",)
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -68,18 +91,10 @@ class RandomSubset(Technique):
 
     def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """The epoch's part of its round."""
-        assert self.host_ is not None
+        assert self.run_ is not None
         size = max(round(self.keep * num_examples), 1)
         self.kept_ = size / num_examples
-        return subset_of_epoch(epoch, num_examples, size, self.host_.stream.seed), None
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """The share for the report; the choice itself depends on seed and epoch only."""
-        return {"kept": self.kept_} if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.kept_ = state["kept"]
+        return subset_of_epoch(epoch, num_examples, size, self.run_.stream.seed), None
 
     def report(self) -> Mapping[str, Any]:
         """The share of the examples that an epoch trains on."""

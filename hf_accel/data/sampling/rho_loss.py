@@ -25,7 +25,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import annotated_types as at
 import torch
@@ -46,7 +46,7 @@ from hf_accel.features.scores import (
 )
 from hf_accel.losses import weighted_mean
 from hf_accel.preserve import random_state_kept
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 
 def highest(values_B: Tensor, keep: float) -> Tensor:
@@ -60,7 +60,7 @@ def shallower(model: Any, depth: float) -> Any:
     small = copy.deepcopy(model)
     small._forward_pre_hooks.clear()  # who watches the model's passes is not to see those of the copy
     small._forward_hooks.clear()
-    number = getattr(small.config, "num_hidden_layers", 0)
+    number = getattr(getattr(small, "config", None), "num_hidden_layers", 0)
     kept = max(round(depth * number), 1)
     for blocks in [m for m in small.modules() if isinstance(m, nn.ModuleList) and len(m) == number]:
         if len({tuple(p.shape for p in block.parameters()) for block in blocks}) == 1:
@@ -97,14 +97,15 @@ class RHOLoss(Technique):
         "where one process has the model's own, in float32: weights differ by 7e-7"
     }
     variations: ClassVar = {"keep": 0.5, "column": "score"}
+    counters: ClassVar = ("irreducible_N", "judged", "kept")
 
     def prepare_dataset(self, dataset: Any) -> Any:
         """Hold out what the smaller copy is trained on."""
-        host: Any = self.host_
+        run: Any = self.run_
         check_indexable(dataset, self)
         if self.keep == 1 or self.column is not None:
             return dataset
-        shuffled_N = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(host.args.seed))
+        shuffled_N = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(run.args.seed))
         held = max(round(self.holdout * len(dataset)), 1)
         if held == len(dataset):
             raise ValueError(f"{self!r}: nothing is left of {len(dataset)} examples. Hold out fewer.")
@@ -119,7 +120,7 @@ class RHOLoss(Technique):
             return
         if self.column is not None:
             self.irreducible_N_ = numbers(dataset, self.column, self).float()
-        elif (state := self.host_.resumed_state(self)) is not None:
+        elif (state := self.run_.resumed_state(self)) is not None:
             self.load_state_dict("global", state)
         else:
             head, small = head_for(self), self._train_small(self.held_)
@@ -133,16 +134,16 @@ class RHOLoss(Technique):
 
     def _train_small(self, held: Any) -> nn.Module:
         """The smaller copy, trained on what is held out; every rank trains the same one."""
-        host: Any = self.host_
+        run: Any = self.run_
         check_whole_weights(self)
-        args, head, reader = host.args, head_for(self), reader_for(host, held)
-        small = shallower(host.model, self.depth)
+        args, head, reader = run.args, head_for(self), reader_for(run, held)
+        small = shallower(run.model, self.depth)
         small.train()
         parameters = [p for p in small.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(parameters, lr=args.learning_rate, weight_decay=args.weight_decay)
-        size, rows = host.nominal_batch_size, min(host.micro_batch_size, host._train_batch_size)
+        size, rows = run.nominal_batch_size, min(run.micro_batch_size, run.args.train_batch_size)
         # Gradients in float16 would need a scaler.
-        precision = contextlib.nullcontext if args.fp16 else host.accelerator.autocast
+        precision = contextlib.nullcontext if args.fp16 else run.accelerator.autocast
         steps = math.ceil(len(held) / size) * self.epochs
         decay = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
         with random_state_kept(args.device):
@@ -175,16 +176,6 @@ class RHOLoss(Technique):
         positions = highest(losses_B - self.irreducible_N_[ids_B], self.keep)
         self.judged_, self.kept_ = self.judged_ + len(ids_B), self.kept_ + len(positions)
         return positions, None
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """The irreducible losses, and counts for the report."""
-        state = {"irreducible_N": self.irreducible_N_, "judged": self.judged_, "kept": self.kept_}
-        return state if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.irreducible_N_ = state["irreducible_N"].clone()
-            self.judged_, self.kept_ = state["judged"], state["kept"]
 
     def report(self) -> Mapping[str, Any]:
         """The share of the drawn examples that was trained on, and the mean of the irreducible losses."""

@@ -49,7 +49,6 @@ from hf_accel.features.scores import (
     score_examples,
 )
 from hf_accel.losses import ClassHead, ExampleLosses, Head, TokenHead, weighted_mean
-from hf_accel.technique import State
 
 PASSES = ("el2n", "grand", "loss", "perplexity")
 
@@ -80,6 +79,7 @@ class ScorePruning(StaticSubset):
     neutral: ClassVar = {"keep": 1.0}
     refused_backends: ClassVar = WHOLE_WEIGHTS
     variations: ClassVar = {"score": "column:score", "balance": "label"}
+    counters: ClassVar = (*StaticSubset.counters, "edge")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -95,9 +95,9 @@ class ScorePruning(StaticSubset):
             return torch.arange(len(dataset))
         scores_N = self._scores(dataset)
         check_scores(scores_N, len(dataset), self)
-        host: Any = self.host_
+        run: Any = self.run_
         classes = None if self.balance is None else column(dataset, self.balance, self)
-        generator = torch.Generator().manual_seed(host.args.seed)
+        generator = torch.Generator().manual_seed(run.args.seed)
         ids_K = keep_by_score(scores_N, self.keep, self.prefer, generator, classes, self)
         refuse_lost_classes(dataset, ids_K, self)
         kept_K = scores_N[ids_K]
@@ -117,13 +117,13 @@ class ScorePruning(StaticSubset):
         return score_examples(self, dataset, score, batch_size=1 if kind == "grand" else None)
 
     def _loss(self, head: Head, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
-        return mean_losses(head, self.host_.model, inputs, num_examples)
+        return mean_losses(head, self.run_.model, inputs, num_examples)
 
     def _perplexity(self, head: Head, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
         return self._loss(head, inputs, num_examples).exp()
 
     def _el2n(self, head: Head, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
-        losses, outputs = losses_and_outputs(head, self.host_.model, inputs, num_examples)
+        losses, outputs = losses_and_outputs(head, self.run_.model, inputs, num_examples)
         one_label = (
             isinstance(head, ClassHead) and (head.problem or head.config.problem_type) == "single_label_classification"
         )
@@ -132,21 +132,13 @@ class ScorePruning(StaticSubset):
         return error_norms(outputs["logits"], losses).per_example(num_examples)
 
     def _grand(self, head: Head, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
-        model = self.host_.model
+        model = self.run_.model
         parameters = [p for p in model.parameters() if p.requires_grad]
         with torch.enable_grad():
             losses, _ = losses_and_outputs(head, model, inputs, num_examples)
             loss = weighted_mean(losses, head.count(inputs, num_examples))
             gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         return torch.stack([g.float().square().sum() for g in gradients if g is not None]).sum().sqrt()[None]
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {**super().state_dict(scope), "edge": self.edge_} if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        super().load_state_dict(scope, state)
-        if scope == "global":
-            self.edge_ = state["edge"]
 
     def report(self) -> Mapping[str, Any]:
         """The share of the examples that is kept, and the score at its edge."""

@@ -22,13 +22,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import annotated_types as at
 import torch
 from torch import Tensor
 
-from hf_accel.technique import Fraction, State, Technique
+from hf_accel.technique import Fraction, Technique
 
 
 def draw_high_losses(losses_B: Tensor, keep: float, generator: torch.Generator) -> Tensor:
@@ -58,31 +58,24 @@ class SelectiveBackprop(Technique):
     plain_every: Annotated[int, at.Ge(0)] = 2
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"keep": 1.0}
+    counters: ClassVar = ("judged", "kept")
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         self.judged_, self.kept_ = 0, 0
 
     def needs_step_losses(self) -> bool:
-        host: Any = self.host_
-        plain = self.plain_every > 0 and (host.state.global_step + 1) % self.plain_every == 0
-        return self.keep < 1 and self.start <= host.clock.progress < self.end and not plain
+        run: Any = self.run_
+        plain = self.plain_every > 0 and (run.state.global_step + 1) % self.plain_every == 0
+        return self.keep < 1 and self.start <= run.clock.progress < self.end and not plain
 
     def step_select(self, ids_B: Tensor, losses_B: Tensor) -> tuple[Tensor, Tensor | None]:
         """A share of the step, by the ranks of the losses."""
-        host: Any = self.host_
-        generator = torch.Generator().manual_seed((host.stream.seed * 1_000_003 + host.state.global_step) * 2)
+        run: Any = self.run_
+        generator = torch.Generator().manual_seed((run.stream.seed * 1_000_003 + run.state.global_step) * 2)
         positions = draw_high_losses(losses_B, self.keep, generator)
         self.judged_, self.kept_ = self.judged_ + len(ids_B), self.kept_ + len(positions)
         return positions, None
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """Counts for the report."""
-        return {"judged": self.judged_, "kept": self.kept_} if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.judged_, self.kept_ = state["judged"], state["kept"]
 
     def report(self) -> Mapping[str, Any]:
         """How many examples were judged, and the share of these that was trained on."""

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar
 
 import datasets
-import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from hf_accel.features.columns import check_indexable
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 
 class Rows(Dataset):
@@ -37,6 +36,8 @@ def rows_of(dataset: Any, ids_N: Tensor) -> Any:
 class StaticSubset(Technique):
     """Trains on the examples that `choose` names, once, before training."""
 
+    counters: ClassVar = ("ids_N", "offered")
+
     def choose(self, dataset: Any) -> Tensor:
         """The ids of what is kept, ascending."""
         raise NotImplementedError
@@ -45,8 +46,8 @@ class StaticSubset(Technique):
         """Choose; in a run that goes on, what was chosen in its first part: the model that would judge has been trained
         since."""
         check_indexable(dataset, self)
-        assert self.host_ is not None
-        if (state := self.host_.resumed_state(self)) is None:
+        assert self.run_ is not None
+        if (state := self.run_.resumed_state(self)) is None:
             self.offered_, self.ids_N_ = len(dataset), self.choose(dataset)
         else:
             self.load_state_dict("global", state)
@@ -56,14 +57,6 @@ class StaticSubset(Technique):
                 f"{len(dataset)}. Resume with the same data."
             )
         return dataset if len(self.ids_N_) == len(dataset) else rows_of(dataset, self.ids_N_)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """What was chosen, and of how many."""
-        return {"ids_N": self.ids_N_, "offered": self.offered_} if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.ids_N_, self.offered_ = torch.as_tensor(state["ids_N"]).clone(), state["offered"]
 
     def report(self) -> Mapping[str, Any]:
         """The share of the examples that is kept."""

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from hf_accel.features.columns import column
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 
 def draw_with_replacement(weights_N: Tensor, num_draws: int, generator: torch.Generator) -> Tensor:
@@ -56,6 +56,7 @@ class WeightedSampling(Technique):
     weights: Literal["balanced", "column"] | Mapping[Any, float] = "balanced"
     fidelity: ClassVar = "lossy"
     variations: ClassVar = {"by": "score", "weights": {0: 0.8, 1: 0.1, 2: 0.1}}
+    counters: ClassVar = ("drawn", "distinct")
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -80,6 +81,8 @@ class WeightedSampling(Technique):
                 raise ValueError(
                     f"{self!r}: the column {self.by!r} holds {type(values[0]).__name__}s. Name one of single values."
                 ) from None
+            if None in counts:
+                raise ValueError(f"{self!r}: the column {self.by!r} holds None. Fill it in, or remove such examples.")
             shares = self.weights if isinstance(self.weights, Mapping) else dict.fromkeys(counts, 1.0)
             for value in counts.keys() - shares.keys():
                 raise ValueError(f"{self!r}: weights has no share of {value!r}, a value of the column. Give one, or 0.")
@@ -101,14 +104,6 @@ class WeightedSampling(Technique):
         ids_N = draw_with_replacement(self.weights_N_, num_examples, generator)
         self.drawn_, self.distinct_ = self.drawn_ + num_examples, self.distinct_ + len(ids_N.unique())
         return ids_N, None
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """Counts for the report."""
-        return {"drawn": self.drawn_, "distinct": self.distinct_} if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.drawn_, self.distinct_ = state["drawn"], state["distinct"]
 
     def report(self) -> Mapping[str, Any]:
         """Of an epoch's draws, the share of distinct examples; the mean over epochs."""

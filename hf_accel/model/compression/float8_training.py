@@ -79,11 +79,12 @@ class Float8Training(Technique):
     expected_failed_checks: ClassVar = UNEQUAL | {
         "check_every_option_matters": "without emulate=True it takes a GPU that has float8",
     }
+    claims: ClassVar = frozenset({"layer_types"})
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """The same layers, which multiply in another way."""
-        assert self.host_ is not None
-        device = self.host_.args.device
+        assert self.run_ is not None
+        device = self.run_.args.device
         able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
         if not able and not self.emulate:
             name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

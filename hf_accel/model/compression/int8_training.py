@@ -71,6 +71,7 @@ class Int8Training(Technique):
 
     grad_weight: bool = True  # torchao
     expected_failed_checks: ClassVar = UNEQUAL
+    claims: ClassVar = frozenset({"layer_types"})
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """The same layers, which multiply in another way."""

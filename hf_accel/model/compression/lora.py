@@ -6,8 +6,9 @@ The weights W of every linear layer but the head are frozen, and the layer of sh
 
 The optimizer keeps moments of A and B only, and the backward pass makes no gradient of W: two thirds of the operations
 of full fine-tuning, and a fraction of its memory.  `peft` does the work; adapters are saved in its format, which
-``from_pretrained`` loads, and ``trainer.model.merge_and_unload()`` gives an ordinary model with B A multiplied in.  A
-head without pretrained weights, as of a classifier, is trained and saved whole.
+``from_pretrained`` loads.  The ``model.save_pretrained(...)`` of a script does so, too, unless the model was not loaded
+from anywhere: then it is saved whole.  ``trainer.model.merge_and_unload()`` gives an ordinary model with B A multiplied
+in.  A head without pretrained weights, as of a classifier, is trained and saved whole.
 
 Variants: ``rslora`` scales by alpha / sqrt(rank), for ranks of 64 and above; ``dora`` trains the length of each
 output's weights apart from its direction, 26 % slower than ``lora`` in peft's benchmark, and is to be loaded with
@@ -23,7 +24,8 @@ settings are in configs/recipes/qlora.yaml.
 
 The best learning rate of LoRA is about ten times that of full fine-tuning, whatever the rank, and ``lr_factor``
 multiplies ``args.learning_rate`` by that.  So a tuned script of full fine-tuning stays as it is.  A rate that was
-chosen for LoRA wants ``lr_factor=1``, and so does `Muon`, whose steps have the same length for matrices of any kind.
+chosen for LoRA wants ``lr_factor=1``.  Beside `Muon`, set its ``scale="match_rms"``: its default scale lengthens the
+steps of B by sqrt(out / rank).
 
 Reference: Hu et al. (2021), LoRA, https://arxiv.org/abs/2106.09685; all layers and ten times the learning rate:
 Schulman et al. (2025), LoRA without regret, https://thinkingmachines.ai/blog/lora/; Kalajdzievski (2023), rsLoRA,
@@ -39,6 +41,8 @@ more than full fine-tuning; small models, where the extra matrix products cost a
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -127,6 +131,14 @@ def add_adapters(
         return get_peft_model(model, config)  # type: ignore[return-value]
 
 
+def _save_adapters(model: Any, adapted: Any, *args: Any, **kwargs: Any) -> None:
+    """Save the adapters of a model that was loaded from somewhere; else, and once they are merged, the model."""
+    if hasattr(model, "peft_config") and getattr(model, "name_or_path", ""):
+        return adapted.save_pretrained(*args, **kwargs)
+    whole = copy.deepcopy(adapted).merge_and_unload() if hasattr(model, "peft_config") else model
+    type(model).save_pretrained(whole, *args, **kwargs)
+
+
 @dataclass(eq=False)
 class LoRA(Technique):
     """Freezes the model and trains low-rank adapters of its linear layers, with peft.
@@ -147,11 +159,12 @@ class LoRA(Technique):
     lr_factor: Positive = 10.0  # Schulman et al.: 9.8 over 14 models
     lr_ratio: Positive = 1.0  # Hu et al.
     variations: ClassVar = {"rank": 4, "target": r".*\.q_proj"}
+    claims: ClassVar = frozenset({"pretrained_weights", "weight_matrices"})
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Adapters on the layers of ``target``."""
-        assert self.host_ is not None
-        args = self.host_.args
+        assert self.run_ is not None
+        args = self.run_.args
         if hasattr(model, "peft_config") or not hasattr(model, "get_output_embeddings"):
             problem = "has adapters already" if hasattr(model, "peft_config") else "is no model of transformers"
             place = " to AccelTrainer, for other trainers refuse it" if getattr(model, "is_quantized", False) else ""
@@ -173,6 +186,8 @@ class LoRA(Technique):
                 f"{self!r}: rank is above what {smallest} ({out} x {width}) can have. "
                 f"Choose at most {min(out, width)}, or another target."
             )
+        # A script that saves its own model would otherwise write names that no model has.
+        model.save_pretrained = functools.partial(_save_adapters, model, adapted)
         trained, total = adapted.get_nb_trainable_parameters()
         self.layers_, self.trained_share_ = len(layers), trained / total
         if self.lr_factor != 1:

@@ -37,7 +37,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from hf_accel.optim.averaging.lookahead import Lookahead
 from hf_accel.surgery.blocks import linear_layers
 from hf_accel.technique import Fraction, State, Technique
 
@@ -145,6 +144,7 @@ class LowRankTraining(Technique):
         "fsdp2": "matrices are decomposed whole",
         "zero": "matrices are decomposed whole",
     }
+    claims: ClassVar = frozenset({"layer_types", "own_weights", "slow_weights", "weight_matrices"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -153,9 +153,9 @@ class LowRankTraining(Technique):
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """Factors beside the weights, for the optimizer to know them from the start."""
-        assert self.host_ is not None
-        args = self.host_.args
-        if args.deepspeed_plugin is not None or self.host_.is_fsdp_enabled:
+        assert self.run_ is not None
+        args = self.run_.args
+        if args.deepspeed_plugin is not None or self.run_.is_fsdp_enabled:
             raise ValueError(f"{self!r}: matrices are decomposed whole, and FSDP and ZeRO cut them. Use DDP.")
         find_unused = args.ddp_find_unused_parameters
         if args.world_size > 1 and (args.gradient_checkpointing if find_unused is None else not find_unused):
@@ -183,12 +183,6 @@ class LowRankTraining(Technique):
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        for other in self.host_.techniques:
-            if isinstance(other, Lookahead):
-                raise ValueError(
-                    f"{self!r}: the slow weights of {other!r} know nothing of the products before they begin. Leave "
-                    "one of the two out."
-                )
         layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, Factorized)}
         self.layers_ = layers
         if not all(layer.weight.requires_grad for layer in self.layers_.values()):

@@ -9,8 +9,9 @@ Every ``interval`` of progress p, up to ``stop``, ``rigl`` and ``set`` change wh
 
     drop / 2 * (1 + cos(pi * p / stop))
 
-of the living weights that are smallest die, and as many dead ones come alive, at zero and with fresh moments of the
-optimizer: those with the largest gradients (``rigl``), or at random (``set``).  ``magnitude`` begins dense, and
+of the living weights that are smallest die, and as many of all that are not alive now come alive: those with the
+largest gradients (``rigl``), or at random (``set``).  What was dead begins at zero, with fresh moments of the
+optimizer; what comes alive as soon as it died keeps its value.  ``magnitude`` begins dense, and
 sparsity rises to its end, with what is smallest dying each time:
 
     sparsity * (1 - (1 - min(p / stop, 1))^3)
@@ -67,11 +68,12 @@ def largest(values: Tensor, count: int) -> Tensor:
 
 
 def moved(mask: Tensor, weight: Tensor, score: Tensor, fraction: float) -> Tensor:
-    """The mask after the smallest ``fraction`` of the living weights died and the dead with the largest score rose."""
+    """The mask after the smallest ``fraction`` of the living weights died and as many with the largest score rose, of
+    those that just died as well."""
     alive = int(mask.sum())
-    count = min(int(fraction * alive), mask.numel() - alive)
+    count = int(fraction * alive)
     kept = largest(torch.where(mask, weight.abs(), -torch.inf), alive - count)
-    return kept | largest(torch.where(mask, -torch.inf, score), count)
+    return kept | largest(torch.where(kept, -torch.inf, score), count)
 
 
 def dropped_fraction(progress: float, *, drop: float, stop: float) -> float:
@@ -106,6 +108,8 @@ class SparseTraining(Technique):
         "zero": "a mask is of a whole matrix",
     }
     variations: ClassVar = {"interval": 0.5}
+    counters: ClassVar = ("masks", "changes", "risen")
+    claims: ClassVar = frozenset({"own_weights", "weight_matrices"})
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.deepspeed_plugin is not None or args.fsdp or any(isinstance(m, FSDPModule) for m in model.modules()):
@@ -190,13 +194,9 @@ class SparseTraining(Technique):
             self.risen_ += int((mask & ~self.masks_[path]).sum())
             self.masks_[path] = mask
 
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"masks": self.masks_, "changes": self.changes_, "risen": self.risen_} if scope == "global" else {}
-
     def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.masks_ = {path: mask.to(self.weights_[path].device) for path, mask in state["masks"].items()}
-            self.changes_, self.risen_ = state["changes"], state["risen"]
+        super().load_state_dict(scope, state)
+        self.masks_ = {path: mask.to(self.weights_[path].device) for path, mask in self.masks_.items()}
 
     def report(self) -> Mapping[str, Any]:
         """The share of zeros, and how often a dead weight came alive."""

@@ -29,7 +29,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import annotated_types as at
 import numpy as np
@@ -45,7 +45,7 @@ from hf_accel.surgery.block_wrapper import (
     wrap_block,
 )
 from hf_accel.surgery.blocks import block_stacks
-from hf_accel.technique import Positive, State, Technique
+from hf_accel.technique import Positive, Technique
 
 
 def keep_probabilities(progress: float, num_blocks: int, *, keep: float, decay: float) -> np.ndarray:
@@ -68,6 +68,7 @@ class ProgressiveLayerDrop(Technique):
     neutral: ClassVar = {"keep": 1.0}
     probe_fields: ClassVar = {"decay": 10.0}
     refused_backends: ClassVar = {"zero": "what is left out goes on moving in its flat partitions"}
+    counters: ClassVar = ("counts",)
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -143,13 +144,6 @@ class ProgressiveLayerDrop(Technique):
     def flops_key(self) -> Hashable:
         """How many blocks are left out, by their parameters, those that learn apart."""
         return tuple(sorted(Counter(map(_size, self.dropped_)).items()))
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return dict(self.counts_) if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.counts_ = dict(state)
 
     def report(self) -> Mapping[str, Any]:
         """The share of the blocks that were left out, over all steps."""

@@ -46,12 +46,6 @@ import torch
 from torch import Tensor, nn
 
 from hf_accel.adapters import unwrapped
-from hf_accel.model.compression.low_rank_training import LowRankTraining
-from hf_accel.model.compression.sparse_training import SparseTraining
-from hf_accel.model.curriculum.layer_freezing import LayerFreezing
-from hf_accel.model.initialization.expand_from import ExpandFrom
-from hf_accel.model.initialization.shrink_from import ShrinkFrom
-from hf_accel.model.modules.random_token_drop import RandomTokenDrop
 from hf_accel.surgery.block_wrapper import refuse_waiting_ddp, refuse_zero
 from hf_accel.surgery.blocks import residual_projections
 from hf_accel.surgery.depth_growth import (
@@ -64,7 +58,7 @@ from hf_accel.surgery.depth_growth import (
     stacked,
     zero_residual_branches,
 )
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 OPERATORS = {"stacked": stacked, "middle": middle, "interleaved": interleaved, "on_top": on_top}
 
@@ -134,6 +128,10 @@ class ProgressiveStacking(Technique):
     refused_backends: ClassVar = {
         "zero": "weights and moments lie in its flat partitions, where no block can be copied"
     }
+    counters: ClassVar = ("depth", "called", "steps")
+    claims: ClassVar = frozenset(
+        {"block_positions", "early_weights", "frozen_blocks", "initial_blocks", "synchronization", "weight_matrices"}
+    )
 
     def on_train_begin(self, args, state, control, model: Any = None, lr_scheduler: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -148,7 +146,7 @@ class ProgressiveStacking(Technique):
                 residual_projections(self.model_)  # which it will need
         except ValueError as error:
             raise ValueError(f"{self!r}: {error}") from None
-        self._refuse_late_growth(_factor(self.host_, lr_scheduler, state.max_steps))
+        self._refuse_late_growth(_factor(self.run_, lr_scheduler, state.max_steps))
         self.kinds_ = getattr(self.model_.config, "layer_types", None)
         self.called_ = self.steps_ = 0
         self.depth_ = self._depth_at(self.progress(state))
@@ -161,7 +159,7 @@ class ProgressiveStacking(Technique):
 
     def _refuse_what_would_be_lost(self, args: Any, state: Any) -> None:
         """Raise ValueError where the model, the arguments or another technique do not go with growth."""
-        model, blocks, others = self.model_, list(self.blocks_), getattr(self.host_, "techniques", ())
+        model, blocks = self.model_, list(self.blocks_)
         if getattr(model.config, "num_hidden_layers", None) != len(blocks):
             raise ValueError(f"the configuration of {type(model).__name__} has no number of blocks, num_hidden_layers.")
         if hasattr(model, "peft_config"):
@@ -172,17 +170,9 @@ class ProgressiveStacking(Technique):
             raise ValueError("the best checkpoint may be of a model with fewer blocks. Unset load_best_model_at_end.")
         if len({id(p) for block in blocks for p in block.parameters()}) < sum(len([*b.parameters()]) for b in blocks):
             raise ValueError(f"blocks of {type(model).__name__} share parameters, and cannot be copied. Leave it out.")
-        for other in others:
-            if isinstance(other, LayerFreezing | SparseTraining | LowRankTraining | RandomTokenDrop):
-                raise ValueError(f"{other!r} treats blocks by their places, and copies are elsewhere. Leave one out.")
-            if isinstance(other, ExpandFrom | ShrinkFrom):
-                raise ValueError(f"{other!r} gives values to blocks that would be lost. Leave one out.")
-        if self.host_ is not None:
-            average, synchronize = (self.host_._owners[slot] for slot in ("averaging", "synchronize"))
-            if average is not None and getattr(average, "start", 0.0) < self.until:
-                raise ValueError(f"{average!r} averages weights from before the last growth. Leave one of the two out.")
-            if synchronize is not None:
-                raise ValueError(f"{synchronize!r} keeps weights or gradients of before a growth. Leave one out.")
+        average = None if self.run_ is None else self.run_.owner("averaging")
+        if average is not None and getattr(average, "start", 0.0) < self.until:
+            raise ValueError(f"{average!r} averages weights from before the last growth. Remove one of the two.")
 
     def _checked_depths(self) -> list[int]:
         """The depths; ValueError where the operator does not make them of these blocks."""
@@ -255,14 +245,6 @@ class ProgressiveStacking(Technique):
         """How many blocks there are."""
         return self.depth_
 
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        counts = {"depth": self.depth_, "called": self.called_, "steps": self.steps_}
-        return counts if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.depth_, self.called_, self.steps_ = state["depth"], state["called"], state["steps"]
-
     def report(self) -> Mapping[str, Any]:
         """The depths, and the share of calls of blocks over those of the whole model in all steps."""
         return {
@@ -275,10 +257,10 @@ class ProgressiveStacking(Technique):
         return report["called"] < 1 and report["blocks_at_the_end"] == self.depths_[-1]
 
 
-def _factor(host: Any, lr_scheduler: Any, max_steps: int) -> Callable[[float], float] | None:
+def _factor(run: Any, lr_scheduler: Any, max_steps: int) -> Callable[[float], float] | None:
     """The factor on the peak learning rate at a progress; None where it is not known beforehand."""
-    if host is not None and host.learning_rate_factor is not None:
-        return host.learning_rate_factor
+    if run is not None and run.learning_rate_factor is not None:
+        return run.learning_rate_factor
     scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)
     if not hasattr(scheduler, "lr_lambdas"):
         return None

@@ -31,7 +31,7 @@ import inspect
 from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import annotated_types as at
 import numpy as np
@@ -41,7 +41,7 @@ from torch import Tensor, nn
 from hf_accel.adapters import unwrapped
 from hf_accel.surgery.block_wrapper import ExampleSeeds, refuse_other_shape, wrap_block
 from hf_accel.surgery.blocks import block_stacks
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 
 class Place(NamedTuple):
@@ -108,6 +108,7 @@ class StochasticDepth(Technique):
 
     keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5  # the authors'
     neutral: ClassVar = {"keep": 1.0}
+    rank_counters: ClassVar = ("counts",)
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -222,21 +223,14 @@ class StochasticDepth(Technique):
             return None
         if not keys.streamed:
             return (*keys.of_step, keys.passes)
-        if (micro := keys.host._micro) is None:
+        if (micro := keys.run.micro_batch) is None:
             return None
-        drawn_RL = self._draw(keys.of_micro_batch(), len(_main_input(keys.host.model, micro.inputs)))
+        drawn_RL = self._draw(keys.of_micro_batch(), len(_main_input(keys.run.model, micro.inputs)))
         computed = Counter[int]()
         for place in self.places_:
             size = sum(parameter.numel() for parameter in place.block.parameters())
             computed[size] += len(place.rows(drawn_RL[:, place.column]))
         return tuple(sorted(computed.items()))
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return dict(self.counts_) if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.counts_ = dict(state)
 
     def report(self) -> Mapping[str, Any]:
         """The share of the blocks that examples kept, on this rank."""

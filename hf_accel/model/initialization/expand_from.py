@@ -91,9 +91,10 @@ class ExpandFrom(WeightInit):
     noise: Annotated[float, at.Ge(0)] = 0.1
     probe_fields: ClassVar = {"checkpoint": "hf_accel.testing:tiny_smaller"}
     variations: ClassVar = {"checkpoint": "hf_accel.testing:tiny_teacher"}
+    claims: ClassVar = frozenset({"initial_blocks", "initial_weights", "pretrained_weights"})
 
     def write(self, model: Any) -> None:
-        assert self.host_ is not None
+        assert self.run_ is not None
         axes_of(model)
         donor, lacking = load_donor(self, self.checkpoint, model)
         check_alike(model, donor)
@@ -106,7 +107,7 @@ class ExpandFrom(WeightInit):
                     "ShrinkFrom."
                 )
         blocks = DEPTHS[self.depth](*depths)
-        generator = torch.Generator().manual_seed(self.host_.args.seed)
+        generator = torch.Generator().manual_seed(self.run_.args.seed)
         read = functools.partial(shared_out, noise=self.noise, generator=generator)
         self.written_ = write_from(model, donor, lacking, copies(old, new), blocks, read)
         norms_first = model.config.model_type in NORMS_FIRST

@@ -71,10 +71,11 @@ class MuParametrization(WeightInit):
 
     base_width: Annotated[int, at.Ge(1)] = 256  # Tensor Programs V: of what tuned GPT-3 6.7B
     probe_fields: ClassVar = {"base_width": 4}
+    claims: ClassVar = frozenset({"initial_weights", "pretrained_weights"})
 
     def write(self, model: Any) -> None:
-        assert self.host_ is not None
-        optim = OptimizerNames(self.host_.args.optim).value
+        assert self.run_ is not None
+        optim = OptimizerNames(self.run_.args.optim).value
         if not any(part in optim for part in LIKE_ADAM):
             raise ValueError(f"args.optim={optim!r} is not like Adam, which the rates are for. Set 'adamw_torch'.")
         axes_by_name = axes_of(model)
@@ -95,8 +96,8 @@ class MuParametrization(WeightInit):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         refuse_adapters(self, model)
-        assert self.host_ is not None
-        if (owner := self.host_._owners["optimizer"]) is not None:
+        assert self.run_ is not None
+        if (owner := self.run_.owner("optimizer")) is not None:
             logger.warning(f"{self!r}: its rates are for optimizers like Adam. See that {owner!r} is one.")
 
     def report(self) -> Mapping[str, Any]:

@@ -70,6 +70,7 @@ class ShrinkFrom(WeightInit):
     blocks: Literal["first", "interleaved"] = "first"  # Xu et al.
     probe_fields: ClassVar = {"checkpoint": "hf_accel.testing:tiny_larger"}
     variations: ClassVar = {"checkpoint": "hf_accel.testing:tiny_teacher"}
+    claims: ClassVar = frozenset({"initial_blocks", "initial_weights", "pretrained_weights"})
 
     def write(self, model: Any) -> None:
         axes_of(model)

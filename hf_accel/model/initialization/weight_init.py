@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -14,12 +14,10 @@ from hf_accel.technique import Technique
 class WeightInit(Technique):
     """Writes weights before training; alone, and into a model that is whole and that nobody has trained."""
 
+    claims: ClassVar = frozenset({"initial_weights"})
+
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """The model with its first values; resumed runs load theirs afterwards."""
-        assert self.host_ is not None
-        others = [t for t in self.host_.techniques if isinstance(t, WeightInit) and t is not self]
-        if others:
-            raise ValueError(f"{self!r}: {others[0]!r} gives the model its first values, too. Keep one.")
         if name := getattr(model, "name_or_path", ""):
             raise ValueError(
                 f"{self!r}: the model comes from {name!r}, and its weights would be lost. Make it from a "

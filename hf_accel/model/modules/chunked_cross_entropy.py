@@ -29,14 +29,17 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
 from hf_accel.adapters import unwrapped
 from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead
-from hf_accel.technique import State, Technique
+from hf_accel.preserve import evaluation_mode
+from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -160,7 +163,7 @@ class ChunkedTokenHead(TokenHead):
     """A language model's loss from hidden states, which the model gives in the place of logits while it trains."""
 
     projection: nn.Linear
-    host: Any
+    run: Any
 
     def losses(
         self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
@@ -169,7 +172,7 @@ class ChunkedTokenHead(TokenHead):
         if hidden_RLH.shape[-1] == self.projection.out_features:  # of a model in evaluation, or of another one
             return super().losses(outputs, inputs, num_examples, label_smoothing)
         targets_RL = self._targets(inputs).to(hidden_RLH.device)
-        with self.host.accelerator.autocast():  # as around the forward pass, which the projection has left
+        with self.run.accelerator.autocast():  # as around the forward pass, which the projection has left
             losses_N = chunked_cross_entropy(
                 hidden_RLH.flatten(0, -2),
                 self.projection.weight,
@@ -190,13 +193,15 @@ class ChunkedCrossEntropy(Technique):
         "fsdp2": "it needs the weight of the last projection after the forward pass, when it is sharded again",
         "zero": "it needs the weight of the last projection after the forward pass, when it is partitioned again",
     }
+    rank_counters: ClassVar = ("positions", "projected")
+    claims: ClassVar = frozenset({"logits"})
 
     def loss_head(self, head: Head) -> Head:
         """The model's own, from hidden states."""
-        host: Any = self.host_
-        model = unwrapped(host.model)
-        projection = model.get_output_embeddings()
-        for backend, used in (("fsdp2", host.is_fsdp_enabled), ("zero", host.is_deepspeed_enabled)):
+        run: Any = self.run_
+        model = unwrapped(run.model)
+        projection = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+        for backend, used in (("fsdp2", run.is_fsdp_enabled), ("zero", run.is_deepspeed_enabled)):
             if used:
                 raise ValueError(f"{self!r}: {self.refused_backends[backend]}. Leave it out.")
         if not isinstance(head, TokenHead) or type(projection) is not nn.Linear:
@@ -207,13 +212,26 @@ class ChunkedCrossEntropy(Technique):
             raise ValueError(
                 f"{self!r}: hidden states as wide as the vocabulary cannot be told from logits. Leave it out."
             )
-        if not _ends_in(model, projection):
+        if "labels" in head.without_labels(model, {"labels": torch.zeros(1, 2, dtype=torch.long)}):
+            raise ValueError(
+                f"{self!r} does not support {type(model).__name__} because it makes the decoder's inputs together with "
+                "its own loss. Remove ChunkedCrossEntropy."
+            )
+        try:
+            ends = _ends_in(model, projection)
+        except Exception as error:
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise ValueError(
+                f"{self!r} does not support {type(model).__name__} because a trial of its projection failed "
+                f"({problem}). Remove ChunkedCrossEntropy."
+            ) from error
+        if not ends:
             raise ValueError(
                 f"{self!r}: {type(model).__name__} does something to its logits after the projection. Leave it out."
             )
-        if readers := [t for t in host.techniques if "extra_loss" in t.implemented_hooks()]:
-            raise ValueError(f"{self!r}: {readers[0]!r} reads the logits, which are not there. Leave one of them out.")
-        return ChunkedTokenHead(head.kind, head.shift, projection, host)
+        if readers := run.with_hook("extra_loss"):
+            raise ValueError(f"{self!r} does not support {readers[0]!r}: it reads the logits. Remove one of the two.")
+        return ChunkedTokenHead(head.kind, head.shift, projection, run)
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -230,13 +248,6 @@ class ChunkedCrossEntropy(Technique):
             self.positions_ += micro.inputs["labels"].numel()
             self.projected_ += int(micro.inputs["labels"].ne(IGNORED).sum())
         return batch
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"positions": self.positions_, "projected": self.projected_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.positions_, self.projected_ = state["positions"], state["projected"]
 
     def report(self) -> Mapping[str, Any]:
         """The share of the positions that were projected to the vocabulary, on this rank."""
@@ -262,14 +273,17 @@ def _ends_in(model: Any, projection: nn.Module) -> bool:
         given.append(torch.linspace(-100, 100, output.numel(), device=output.device).to(output).view_as(output))
         return given[-1]
 
-    ids_BL = torch.zeros(1, 2, dtype=torch.long, device=next(model.parameters()).device)
-    inputs = {"input_ids": ids_BL} | ({"decoder_input_ids": ids_BL} if model.config.is_encoder_decoder else {})
-    modes = [(module, module.training) for module in model.modules()]
+    example: Any = next(model.parameters())
+    ids_BL = torch.zeros(1, 2, dtype=torch.long, device=example.device)
+    inputs: dict[str, Any] = {"input_ids": ids_BL}
+    if model.config.is_encoder_decoder:  # whose encoder may read speech or images
+        width = getattr(model.config, "encoder", model.config).hidden_size
+        encoded = BaseModelOutput(last_hidden_state=example.new_zeros(1, 2, width))
+        inputs = {"encoder_outputs": encoded, "decoder_input_ids": ids_BL}
     handle = projection.register_forward_hook(replace)
     try:
-        logits = model.eval()(**inputs).logits
+        with evaluation_mode(model):
+            logits = model(**inputs).logits
     finally:
         handle.remove()
-        for module, mode in modes:
-            module.training = mode
     return len(given) == 1 and torch.equal(given[0], logits)

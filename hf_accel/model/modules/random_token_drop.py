@@ -30,7 +30,7 @@ import inspect
 import math
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar
 
 import annotated_types as at
 import numpy as np
@@ -41,7 +41,7 @@ from hf_accel.adapters import unwrapped
 from hf_accel.losses import examples_of
 from hf_accel.surgery.block_wrapper import ExampleSeeds, wrap_block
 from hf_accel.surgery.blocks import block_lists
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 LEVELS = 16
 """Steps in which the share rises from 0 to 1: few enough that few shapes are compiled or counted."""
@@ -124,6 +124,8 @@ class RandomTokenDrop(Technique):
     start: Annotated[float, at.Interval(gt=0, le=1)] = 0.25  # the authors' for BERT: 128 of 512
     end: Annotated[float, at.Interval(gt=0, le=1)] = 0.7  # the authors' for GPT-3
     neutral: ClassVar = {"start": 1.0}
+    rank_counters: ClassVar = ("counts",)
+    claims: ClassVar = frozenset({"block_positions"})
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -179,7 +181,7 @@ class RandomTokenDrop(Technique):
         if self.keys_ is None or (keys := self.keys_.of_examples(model, inputs)) is None:
             return
         if self.keys_.streamed:
-            inputs = self.keys_.host._micro.inputs
+            inputs = self.keys_.run.micro_batch.inputs
         ids_RL = inputs.get("input_ids")
         if ids_RL is None:
             self.batch_ = None, None, keys
@@ -240,13 +242,6 @@ class RandomTokenDrop(Technique):
     def flops_key(self) -> Hashable:
         """The share of the tokens that are kept."""
         return self.share_
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return dict(self.counts_) if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.counts_ = dict(state)
 
     def report(self) -> Mapping[str, Any]:
         """The share of the positions that the middle blocks computed, on this rank."""

@@ -77,7 +77,7 @@ class RegionalCompile(Technique):
             raise ValueError(f"{self!r}: under FSDP2, {self.refused_backends['fsdp2']}. Use DDP, or leave it out.")
         self.compilations_ = 0
         self.compiling_ = contextlib.ExitStack()
-        steps = state.max_steps if self.host_ is None or not self.host_.paced else self.host_.nominal_steps
+        steps = state.max_steps if self.run_ is None or not self.run_.paced else self.run_.nominal_steps
         self.short_ = steps is not None and steps < self.min_steps
         self.blocks_ = [] if self.short_ else [block for blocks in lists.values() for block in blocks]
         if self.short_:
@@ -93,8 +93,8 @@ class RegionalCompile(Technique):
 
     def _begin(self, compilation: Any) -> None:
         self.compilations_ += 1
-        if self.host_ is not None:
-            self.compiling_.enter_context(self.host_.charge(self))
+        if self.run_ is not None:
+            self.compiling_.enter_context(self.run_.charge(self))
 
     def _end(self, compilation: Any) -> None:
         self.compiling_.close()

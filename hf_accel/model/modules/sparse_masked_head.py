@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +30,8 @@ from transformers.utils import ModelOutput
 
 from hf_accel.adapters import unwrapped
 from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead
-from hf_accel.technique import State, Technique
+from hf_accel.preserve import evaluation_mode
+from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -70,17 +71,18 @@ class SparseMaskedHead(Technique):
 
     fidelity: ClassVar = "exact"
     modality: ClassVar = "masked text"
+    rank_counters: ClassVar = ("positions", "projected")
 
     def loss_head(self, head: Head) -> Head:
         """The model's own, from logits at labeled positions."""
-        host: Any = self.host_
-        model = unwrapped(host.model)
+        run: Any = self.run_
+        model = unwrapped(run.model)
         if not isinstance(head, TokenHead) or head.kind != "masked LM":
             raise ValueError(
                 f"{self!r}: {type(model).__name__} is no masked language model ({head.kind}). Leave it out."
             )
         for hook in ("loss_head", "extra_loss"):
-            if others := [t for t in host.techniques if t is not self and hook in t.implemented_hooks()]:
+            if others := [technique for technique in run.with_hook(hook) if technique is not self]:
                 raise ValueError(f"{self!r}: {others[0]!r} reads the outputs as well. Leave one of them out.")
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ValueError(
@@ -126,13 +128,6 @@ class SparseMaskedHead(Technique):
             self.projected_ += int(micro.inputs["labels"].ne(IGNORED).sum())
         return batch
 
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"positions": self.positions_, "projected": self.projected_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.positions_, self.projected_ = state["positions"], state["projected"]
-
     def report(self) -> Mapping[str, Any]:
         """The share of the positions that was projected to the vocabulary, on this rank."""
         return {"projected": self.projected_ / self.positions_ if self.positions_ else 1.0}
@@ -147,16 +142,12 @@ def _is_by_position(model: Any) -> bool:
     device = next(model.parameters()).device
     ids_BL = torch.arange(8, device=device).view(2, 4) % model.config.vocab_size
     chosen_BL = torch.tensor([[False, True, True, False], [True, False, False, False]], device=device)
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        every_BLV = model.eval()(input_ids=ids_BL).logits
+    with evaluation_mode(model):
+        every_BLV = model(input_ids=ids_BL).logits
         hook = model.base_model.register_forward_hook(lambda module, args, output: rows_at(output, chosen_BL))
         try:
             some_1NV = model(input_ids=ids_BL).logits
         finally:
             hook.remove()
-    finally:
-        for module, mode in modes:
-            module.training = mode
     expected_1NV = every_BLV[chosen_BL][None]
     return some_1NV.shape == expected_1NV.shape and torch.allclose(some_1NV, expected_1NV, rtol=1e-2, atol=1e-3)

@@ -10,7 +10,7 @@ that weights of the distant past, when the loss was much higher, are out of it a
 At a learning rate that still makes progress, the mean is where the weights would come to if the rate were decayed now.
 So a target is reached earlier, by about 12 % of GPU hours over the workloads of AlgoPerf (1).
 
-The snapshots lie in the memory of the host, sharded as the weights are, in their dtype; the accelerator needs no memory
+The snapshots lie in the memory of the run, sharded as the weights are, in their dtype; the accelerator needs no memory
 for them, except for the mean while it is evaluated or saved.  Checkpoints hold all of them.
 
 Reference: (1) Ajroldi, Orvieto, Geiping (2025), When, Where and Why to Average Weights?,
@@ -66,6 +66,7 @@ class LatestWeightAveraging(Technique):
     """The mean of the weights of the last step alone."""
 
     variations: ClassVar = {"every": 0.1}
+    claims: ClassVar = frozenset({"early_weights"})
 
     snapshots_ = list[dict[str, Tensor]]()
 

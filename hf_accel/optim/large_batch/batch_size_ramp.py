@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 import annotated_types as at
 from torch import Tensor
 
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -69,6 +69,7 @@ class BatchSizeRamp(Technique):
     shape: Literal["linear", "doubling"] = "linear"
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"start": 1.0}
+    counters: ClassVar = ("steps", "examples", "first")
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -76,8 +77,8 @@ class BatchSizeRamp(Technique):
 
     def batch(self, upcoming_ids_N: Tensor, batch_size: int) -> int:
         """The batch size of the present progress, over all ranks."""
-        assert self.host_ is not None
-        progress = self.host_.clock.progress
+        assert self.run_ is not None
+        progress = self.run_.clock.progress
         return ramped_batch_size(progress, batch_size, start=self.start, end=self.end, shape=self.shape)
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
@@ -86,14 +87,6 @@ class BatchSizeRamp(Technique):
         self.examples_ += batch.num_examples
         self.first_ = self.first_ or batch.num_examples
         return batch
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        counts = {"steps": self.steps_, "examples": self.examples_, "first": self.first_}
-        return counts if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.steps_, self.examples_, self.first_ = state["steps"], state["examples"], state["first"]
 
     def report(self) -> Mapping[str, Any]:
         """The first and the mean number of examples of a step."""

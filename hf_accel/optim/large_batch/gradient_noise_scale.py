@@ -34,14 +34,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from transformers.utils import logging
 
 from hf_accel.batch import MicroBatch
-from hf_accel.technique import Positive, State, Technique
+from hf_accel.technique import Positive, Technique
 
 logger = logging.get_logger(__name__)
 
@@ -79,23 +79,24 @@ class GradientNoiseScale(Technique):
         "fsdp2": "it exchanges gradients before they can be seen",
         "zero": "it exchanges gradients before they can be seen",
     }
+    counters: ClassVar = ("means", "values")
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        host: Any = self.host_
-        if host.is_deepspeed_enabled or host.is_fsdp_enabled:
+        run: Any = self.run_
+        if run.is_deepspeed_enabled or run.is_fsdp_enabled:
             raise ValueError(
                 f"{self!r}: FSDP and DeepSpeed exchange gradients before they can be seen. Use DDP, or leave it out."
             )
-        if host._owners["synchronize"] is not None and args.world_size > 1:
+        if run.owner("synchronize") is not None and args.world_size > 1:
             raise ValueError(
-                f"{self!r}: {host._owners['synchronize']!r} lets ranks differ, and there is no gradient of a step. "
+                f"{self!r}: {run.owner('synchronize')!r} lets ranks differ, and there is no gradient of a step. "
                 "Leave one out."
             )
         self.means_ = torch.zeros(3, device=args.device)  # of the signal, of the noise; number of measurements
         self.values_: dict[str, float | None] = {}
-        size = host.nominal_batch_size
-        if args.world_size == 1 and host.micro_batch_size >= size:
+        size = run.nominal_batch_size
+        if args.world_size == 1 and run.micro_batch_size >= size:
             remedy = f"micro_batch_size={size // 2} or less" if size > 1 else "gradient_accumulation_steps=2 or more"
             self._cannot_measure(
                 f"{self!r}: a step of {size} examples is one micro-batch, and its noise cannot be measured. "
@@ -107,21 +108,21 @@ class GradientNoiseScale(Technique):
 
     def objective(self, model: nn.Module, backward: Callable[[], Tensor]) -> Tensor:
         """The plain gradient; the micro-batches' own are looked at on the way."""
-        host: Any = self.host_
+        run: Any = self.run_
         squares: list[Tensor] = []
         seen: dict[int, MicroBatch] = {}
-        size = host.micro_batch_size
+        size = run.micro_batch_size
 
         def look(gradient: Tensor) -> None:
             nonlocal size
-            if host.micro_batch_size != size:  # memory ran out, and the step is done again in smaller micro-batches
-                size = host.micro_batch_size
+            if run.micro_batch_size != size:  # memory ran out, and the step is done again in smaller micro-batches
+                size = run.micro_batch_size
                 squares.clear()
                 seen.clear()
-            seen[id(host._micro)] = host._micro
+            seen[id(run.micro_batch)] = run.micro_batch
             squares.append(_squared_norm(gradient))
 
-        trainable = [p for p in host.model.parameters() if p.requires_grad]
+        trainable = [p for p in run.model.parameters() if p.requires_grad]
         handles = [p.register_hook(look) for p in trainable]
         try:
             loss = backward()
@@ -135,18 +136,18 @@ class GradientNoiseScale(Technique):
 
     def _measure(self, whole: Tensor, parts: Tensor, micros: list[MicroBatch]) -> None:
         """Add a step to the means."""
-        host: Any = self.host_
+        run: Any = self.run_
         examples = sum(int((micro.ids_B >= 0).sum()) for micro in micros)
         items_MK = torch.stack([self._items(micro) for micro in micros]).double()
-        if not host.args.average_tokens_across_devices:
+        if not run.args.average_tokens_across_devices:
             items_MK = items_MK / items_MK.sum(0)  # each rank's own mean, and the mean of these
         terms = items_MK.shape[1]
         local = torch.cat([items_MK.sum(0), (items_MK.T @ items_MK).flatten(), torch.tensor([float(examples)])])
-        local = torch.cat([parts.reshape(1) / host.args.world_size**2, local.to(parts)])
-        total = host.accelerator.reduce(local, "sum") if host.args.world_size > 1 else local
+        local = torch.cat([parts.reshape(1) / run.args.world_size**2, local.to(parts)])
+        total = run.accelerator.reduce(local, "sum") if run.args.world_size > 1 else local
         items_K, products_KK = total[1 : 1 + terms], total[1 + terms : -1].view(terms, terms)
         squared_shares = (products_KK / items_K.outer(items_K)).mean()
-        scaler = host.accelerator.scaler
+        scaler = run.accelerator.scaler
         scale = 1.0 if scaler is None else scaler.get_scale()
         signal, noise = signal_and_noise(whole, total[0], squared_shares, total[-1])
         now = torch.stack([signal / scale**2, noise / scale**2])
@@ -158,7 +159,7 @@ class GradientNoiseScale(Technique):
     def _items(self, micro: MicroBatch) -> Tensor:
         """What the loss of a micro-batch counts, (K,); examples where that is not known."""
         num_examples = int((micro.ids_B >= 0).sum())
-        head = self.host_.head  # type: ignore[union-attr]
+        head = self.run_.head  # type: ignore[union-attr]
         if head is None:
             return torch.tensor([num_examples])
         items_K = head.count(micro.inputs, len(micro.ids_B))
@@ -172,7 +173,7 @@ class GradientNoiseScale(Technique):
         return max(noise, 0.0) / signal if signal > 0 else math.inf
 
     def on_step_end(self, args, state, control, **kwargs):
-        part = math.floor(self.host_.clock.progress * POINTS)  # type: ignore[union-attr]
+        part = math.floor(self.run_.clock.progress * POINTS)  # type: ignore[union-attr]
         if part > len(self.values_):
             for i in range(len(self.values_) + 1, part + 1):
                 self.values_[f"noise_scale_at_{i / POINTS:g}"] = _written(self.noise_scale())
@@ -181,19 +182,12 @@ class GradientNoiseScale(Technique):
         if logs is not None and "loss" in logs and (value := _written(self.noise_scale())) is not None:
             logs["accel/noise_scale"] = state.log_history[-1]["accel/noise_scale"] = value
 
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return {"means": self.means_, "values": dict(self.values_)} if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.means_, self.values_ = state["means"].to(self.means_.device), dict(state["values"])
-
     def report(self) -> Mapping[str, Any]:
         """The noise scale at tenths of the run and at its end, and what that means for the batch."""
-        host: Any = self.host_
+        run: Any = self.run_
         value, measured = self.noise_scale(), int(self.means_[2])
         numbers = {"noise_scale": _written(value), "measured_steps": measured, **self.values_}
-        return numbers | {"advice": advice(value, host.nominal_batch_size)}
+        return numbers | {"advice": advice(value, run.nominal_batch_size)}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:
         return report["measured_steps"] > 0

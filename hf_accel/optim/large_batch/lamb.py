@@ -72,5 +72,5 @@ class LAMB(Technique):
 
     def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """Each group divided into what is decayed and what is not."""
-        parts, args = groups_for(self, model, groups), self.host_.args
+        parts, args = groups_for(self, model, groups), self.run_.args
         return LambAdam(parts, args.learning_rate, (args.adam_beta1, args.adam_beta2), args.adam_epsilon)

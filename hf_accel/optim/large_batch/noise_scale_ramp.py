@@ -24,18 +24,18 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 from torch import Tensor
 
 from hf_accel.optim.large_batch.gradient_noise_scale import GradientNoiseScale
-from hf_accel.technique import Positive, State
+from hf_accel.technique import Positive
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
 
-READ_AT_INIT = 10
+MIN_MEASUREMENTS = 10
 """Measurements before the first of which the batch does not grow."""
 
 
@@ -57,6 +57,7 @@ class NoiseScaleRamp(GradientNoiseScale):
     factor: Annotated[int, at.Ge(1)] = 8
     fidelity: ClassVar = "lossy"
     variations: ClassVar = {"half_life": 1.0, "factor": 1}
+    counters: ClassVar = (*GradientNoiseScale.counters, "doublings", "steps", "examples")
     expected_failed_checks: ClassVar = {
         "check_micro_batch_invariant": "the measurement is made of micro-batches, and refused where a step has only one"
     }
@@ -71,7 +72,7 @@ class NoiseScaleRamp(GradientNoiseScale):
     def batch(self, upcoming_ids_N: Tensor, batch_size: int) -> int:
         """The nominal size, doubled as often as was ever right."""
         value = self.noise_scale() if self.doublings_ < math.log2(self.factor) else None
-        if value is not None and math.isfinite(value) and self.means_[2] >= READ_AT_INIT:
+        if value is not None and math.isfinite(value) and self.means_[2] >= MIN_MEASUREMENTS:
             self.doublings_ = max(self.doublings_, doublings(value, batch_size, self.factor))
         return batch_size * 2**self.doublings_
 
@@ -81,16 +82,7 @@ class NoiseScaleRamp(GradientNoiseScale):
         self.examples_ += batch.num_examples
         return batch
 
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        counts = {"doublings": self.doublings_, "steps": self.steps_, "examples": self.examples_}
-        return {**super().state_dict(scope), **counts} if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        super().load_state_dict(scope, state)
-        if scope == "global":
-            self.doublings_, self.steps_, self.examples_ = state["doublings"], state["steps"], state["examples"]
-
     def report(self) -> Mapping[str, Any]:
         """What was measured, and the mean and last number of examples of a step."""
-        last = self.host_.nominal_batch_size * 2**self.doublings_  # type: ignore[union-attr]
+        last = self.run_.nominal_batch_size * 2**self.doublings_  # type: ignore[union-attr]
         return {**super().report(), "mean_batch": self.examples_ / max(self.steps_, 1), "last_batch": last}

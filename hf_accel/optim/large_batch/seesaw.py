@@ -26,12 +26,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import annotated_types as at
 from torch import Tensor
 
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -63,6 +63,7 @@ class Seesaw(Technique):
     factor: Annotated[int, at.Ge(1)] = 8
     warmup: Annotated[float, at.Interval(ge=0, lt=1)] = 0.05
     shape: Literal["cosine", "linear"] = "cosine"
+    counters: ClassVar = ("steps", "examples", "largest")
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -77,8 +78,8 @@ class Seesaw(Technique):
 
     def batch(self, upcoming_ids_N: Tensor, batch_size: int) -> int:
         """The batch size of the present progress, over all ranks."""
-        assert self.host_ is not None
-        return batch_size * 2 ** self._now(self.host_.clock.progress)[1]
+        assert self.run_ is not None
+        return batch_size * 2 ** self._now(self.run_.clock.progress)[1]
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
         """Counts what is trained on."""
@@ -86,14 +87,6 @@ class Seesaw(Technique):
         self.examples_ += batch.num_examples
         self.largest_ = max(self.largest_, batch.num_examples)
         return batch
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        counts = {"steps": self.steps_, "examples": self.examples_, "largest": self.largest_}
-        return counts if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "global":
-            self.steps_, self.examples_, self.largest_ = state["steps"], state["examples"], state["largest"]
 
     def report(self) -> Mapping[str, Any]:
         """The mean and the largest number of examples of a step."""

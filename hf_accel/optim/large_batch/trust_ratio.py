@@ -19,7 +19,7 @@ def norm(tensor: Tensor) -> Tensor:
 
 
 def ratio(weight_norm: Tensor, update_norm: Tensor) -> Tensor:
-    """How much longer the weight is than the update; 1 where either is 0."""
+    """The quotient of two lengths, or 1 where either is 0: weights of zero are updated by the plain rate."""
     both = (weight_norm > 0) & (update_norm > 0)
     return torch.where(both, weight_norm / update_norm, torch.ones_like(weight_norm))
 
@@ -31,12 +31,12 @@ def local(tensor: Tensor) -> Tensor:
 
 def groups_for(technique: Technique, model: nn.Module, groups: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The groups of the trainer divided into what is decayed, which has a trust ratio, and what is not."""
-    host: Any = technique.host_
-    if host.is_deepspeed_enabled:
+    run: Any = technique.run_
+    if run.is_deepspeed_enabled:
         raise ValueError(
             f"{technique!r}: under DeepSpeed ZeRO, parameters have no norms of their own. Use DDP or FSDP."
         )
-    parts = divided(groups, set(host.get_decay_parameter_names(model)))
+    parts = divided(groups, set(run.get_decay_parameter_names(model)))
     if not any(part["adapted"] for part in parts):
         raise ValueError(f"{technique!r}: all that is trained are biases and norms. Use another optimizer.")
     return parts

@@ -93,9 +93,9 @@ class LearningRateScaling(Technique):
 
     def _refuse_unknown_batches(self, args: TrainingArguments) -> None:
         """Arguments with which a step takes other examples than they say."""
-        assert self.host_ is not None
+        assert self.run_ is not None
         accelerator_config: Any = args.accelerator_config
-        if args.auto_find_batch_size and not self.host_.streamed:
+        if args.auto_find_batch_size and not self.run_.streamed:
             raise ValueError(
                 f"{self!r}: auto_find_batch_size=True changes the examples of a step when memory ends. "
                 "Set micro_batch_size='auto' of the trainer in its place."
@@ -108,8 +108,8 @@ class LearningRateScaling(Technique):
             raise ValueError(f"{self!r}: with parallelism_config, ranks share examples. Set the learning rate by hand.")
 
     def _refuse_where_the_rule_ends(self, args: TrainingArguments, kappa: float) -> None:
-        assert self.host_ is not None
-        makers = [repr(t) for t in self.host_.techniques if "optimizer" in t.implemented_hooks()]
+        assert self.run_ is not None
+        makers = [repr(owner) for owner in [self.run_.owner("optimizer")] if owner is not None]
         optim = OptimizerNames(args.optim).value
         if not optim.startswith(("adamw", "paged_adamw")):
             makers.append(f"{optim=}")
@@ -127,15 +127,15 @@ class LearningRateScaling(Technique):
 
     def parameter_rules(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
         """The factor of the rule, for every parameter."""
-        assert self.host_ is not None
-        return {"lr": rate_factor(self.host_.nominal_batch_size / self.reference_batch, self.rule)}
+        assert self.run_ is not None
+        return {"lr": rate_factor(self.run_.nominal_batch_size / self.reference_batch, self.rule)}
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        assert self.host_ is not None
-        if self.rule == "sde" and self.host_.optimizer_cls_and_kwargs is not None:
+        assert self.run_ is not None
+        if self.rule == "sde" and self.run_.optimizer_cls_and_kwargs is not None:
             raise ValueError(f"{self!r}: optimizer_cls_and_kwargs has Adam's betas in it. Set optim in its place.")
-        self.batch_ = self.host_.nominal_batch_size
+        self.batch_ = self.run_.nominal_batch_size
         adam = {"beta1": args.adam_beta1, "beta2": args.adam_beta2, "epsilon": args.adam_epsilon}
         self.adam_ = adam if self.rule == "sde" else {}
 

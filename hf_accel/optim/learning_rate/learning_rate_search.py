@@ -23,11 +23,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from hf_accel.clock import CONTINUOUS
 from hf_accel.optim.learning_rate.search import FoundRate, search
-from hf_accel.technique import Positive, State, Technique
+from hf_accel.technique import Positive, Technique
 
 
 @dataclass(eq=False)
@@ -48,18 +48,24 @@ class LearningRateSearch(Technique):
         "zero": "short runs are of a copy of the whole model",
     }
     variations: ClassVar = {"share": 4.0}
+    counters: ClassVar = ("report",)
 
     def inspect_dataset(self, dataset: Any) -> None:
         """Search, or in a run that goes on, take what its first part found."""
-        host: Any = self.host_
-        if (state := host.resumed_state(self)) is not None:
-            self.report_ = dict(state)
+        run: Any = self.run_
+        if "learning_rate" in run.searched_hyperparameters:
+            raise ValueError(
+                f"{self!r} does not support a hyperparameter_search of learning_rate because both choose it. Remove "
+                "learning_rate from hp_space, or LearningRateSearch."
+            )
+        if (state := run.resumed_state(self)) is not None:
+            self.report_ = dict(state["report"])
         else:
-            budgeted = host._owners["budget"] is not None
-            limits = {u: limit - host.clock.excluded_cost.get(u, 0.0) for u, limit in host.clock.limits.items()}
+            budgeted = run.owner("budget") is not None
+            limits = {u: limit - run.clock.excluded_cost.get(u, 0.0) for u, limit in run.clock.limits.items()}
             if budgeted and self.share >= 1:
-                raise ValueError(f"{self!r}: nothing of {host._owners['budget']!r} is left to train. Give less than 1.")
-            found = search(host, self.share, limits, kept=budgeted, asking=repr(self), without=[self])
+                raise ValueError(f"{self!r}: nothing of {run.owner('budget')!r} is left to train. Give less than 1.")
+            found = search(run, self.share, limits, kept=budgeted, asking=repr(self), without=[self])
             self.report_ = {
                 "learning_rate": found.learning_rate,
                 "given": found.given,
@@ -70,15 +76,9 @@ class LearningRateSearch(Technique):
             }
             if budgeted:
                 rest = {u: self.share * limit for u, limit in limits.items() if u not in CONTINUOUS}
-                host.count_energy()
-                host.clock.excluded_cost = rest | {"seconds": host.clock.seconds, "joules": host.clock.spent["joules"]}
-        host.args.learning_rate = self.report_["learning_rate"]
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        return dict(self.report_) if scope == "global" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        """`inspect_dataset` has read it: the optimizer is made with it."""
+                run.count_energy()
+                run.clock.excluded_cost = rest | {"seconds": run.clock.seconds, "joules": run.clock.spent["joules"]}
+        run.args.learning_rate = self.report_["learning_rate"]
 
     def report(self) -> Mapping[str, Any]:
         """The rate that was found, the one that was given, and what the search cost."""

@@ -50,17 +50,17 @@ class Answers:
 
 def write_answers(technique: Technique, folder: Path, answers: Iterable[Answer], said: Mapping[str, Any]) -> None:
     """Write what the teacher says of this rank's examples; all ranks write together."""
-    host: Any = technique.host_
+    run: Any = technique.run_
     counts, classes, log = zip(*answers, strict=True)
     tensors = {"counts": torch.cat(counts).cpu(), "log": torch.cat([values.cpu() for values in log])}
     if classes[0] is not None:
         tensors["classes"] = torch.cat([values.int().cpu() for values in classes])
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, folder / f"part{host.args.process_index}.safetensors")
-    host.accelerator.wait_for_everyone()
-    if host.is_world_process_zero():
-        (folder / "cache.json").write_text(json.dumps({**said, "parts": host.args.world_size}))
-    host.accelerator.wait_for_everyone()
+    save_file(tensors, folder / f"part{run.args.process_index}.safetensors")
+    run.accelerator.wait_for_everyone()
+    if run.is_world_process_zero():
+        (folder / "cache.json").write_text(json.dumps({**said, "parts": run.args.world_size}))
+    run.accelerator.wait_for_everyone()
 
 
 def has_answers(folder: Path) -> bool:

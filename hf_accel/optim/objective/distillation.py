@@ -10,7 +10,8 @@ more class that has the rest of the probability, on both sides; so the divergenc
 agree.  MSE compares hidden states of equal width at the items, for a class those at all tokens of the text: embeddings
 with embeddings, and block s of S with the teacher's block round(s * T_blocks / S).
 
-The teacher answers at every step, or once before training: with ``cache``, one pass over the training set writes what
+Where vocabularies of one tokenizer are padded to different lengths, the classes are those that both have.  The teacher
+answers at every step, or once before training: with ``cache``, one pass over the training set writes what
 it says of each example (``top_k`` log-probabilities an item), which later epochs and runs read.  Either way its
 operations are among those of the run, and its seconds in the receipt.  It is no part of the model or of a checkpoint.
 
@@ -31,7 +32,7 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 import torch
@@ -46,8 +47,8 @@ from hf_accel.features.columns import check_indexable
 from hf_accel.features.scores import reader_for
 from hf_accel.losses import ClassHead, TokenHead, widest
 from hf_accel.optim.objective.answers import Answer, Answers, has_answers, read_answers, write_answers
-from hf_accel.surgery.frozen_model import freeze, judge, load_frozen
-from hf_accel.technique import Fraction, Positive, State, Technique
+from hf_accel.surgery.frozen_model import freeze, judge, load_frozen, num_classes
+from hf_accel.technique import Fraction, Positive, Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -117,6 +118,8 @@ class Distillation(Technique):
         "losses that are logged differ in the last digit"
     }
     variations: ClassVar = {"teacher": "hf_accel.testing:tiny_teacher", "top_k": 4, "cache": "answers"}
+    rank_counters: ClassVar = ("divergence", "items")
+    claims: ClassVar = frozenset({"logits"})
 
     @property
     def _idle(self) -> bool:
@@ -144,7 +147,7 @@ class Distillation(Technique):
             self.answers_ = self._cached(dataset)
             return
         self.teacher_ = self._load_teacher()
-        widths = [getattr(unwrapped(m).config, "hidden_size", None) for m in (self.host_.model, self.teacher_)]
+        widths = [getattr(unwrapped(m).config, "hidden_size", None) for m in (self.run_.model, self.teacher_)]
         if self.hidden and (widths[0] is None or widths[0] != widths[1]):
             raise ValueError(
                 f"{self!r}: the model's hidden states have a width of {widths[0]}, and the teacher's of {widths[1]}. "
@@ -152,14 +155,14 @@ class Distillation(Technique):
             )
 
     def _check_head(self) -> None:
-        head = self.host_.head
+        head = self.run_.head
         one_of_several = isinstance(head, TokenHead)
         if isinstance(head, ClassHead):
             usual = "regression" if head.config.num_labels == 1 else "single_label_classification"
             one_of_several = (head.problem or head.config.problem_type or usual) == "single_label_classification"
         if not one_of_several:
             raise ValueError(
-                f"{self!r}: {type(self.host_.model).__name__} ({head.kind}) does not choose one of several classes. "
+                f"{self!r}: {type(self.run_.model).__name__} ({head.kind}) does not choose one of several classes. "
                 "Leave it out."
             )
         if self.cache is not None and self.hidden:
@@ -172,7 +175,7 @@ class Distillation(Technique):
             return load_frozen(self, self.teacher)
         if getattr(self.initial_, "is_quantized", False):
             return self.initial_  # cannot be moved, and was loaded to where it is
-        return self.initial_.to(self.host_.args.device)  # FSDP and others move the model after it was copied
+        return self.initial_.to(self.run_.args.device)  # FSDP and others move the model after it was copied
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
         """The same examples; the model is asked for its hidden states where they are compared."""
@@ -191,8 +194,8 @@ class Distillation(Technique):
 
     def extra_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor | None:
         """The teacher's share, summed over the items of a micro-batch."""
-        host: Any = self.host_
-        micro = host._micro
+        run: Any = self.run_
+        micro = run.micro_batch
         if self._idle or micro.ids_B[0] < 0:
             return None
         items_N = self.mask_BL_.flatten().nonzero().squeeze(1)
@@ -200,9 +203,11 @@ class Distillation(Technique):
         logits_NV = _logits_of(outputs, self.mask_BL_, items_N, self)
         if self.answers_ is not None:
             classes_NK, log_NK = send_to_device(self.answers_.of(micro.ids_B, len(items_N), self), logits_NV.device)
+            logits_NV = logits_NV if classes_NK is not None else logits_NV[:, : log_NK.shape[1]]
         else:
             answers = judge(self, self.teacher_, inputs)
-            theirs_NV = _logits_of(answers, self.mask_BL_, items_N, self)
+            theirs_NV = _logits_of(answers, self.mask_BL_, items_N, self)[:, : logits_NV.shape[1]]
+            logits_NV = logits_NV[:, : theirs_NV.shape[1]]
             classes_NK, log_NK = most_likely(theirs_NV, self.top_k, self.temperature)
         divergence_N = divergence(logits_NV, classes_NK, log_NK, self.temperature)
         total = divergence_N.detach().sum().to(widest(divergence_N.device))
@@ -229,11 +234,12 @@ class Distillation(Technique):
 
     def _cached(self, dataset: Any) -> Answers:
         """The teacher's answers, from the cache; written first where there are none."""
-        host: Any = self.host_
+        run: Any = self.run_
         assert self.cache is not None
         check_indexable(dataset, self)
-        folder = Path(host.args.output_dir, self.cache)
+        folder = Path(run.args.output_dir, self.cache)
         said = {"teacher": self.teacher, "temperature": self.temperature, "top_k": self.top_k, "examples": len(dataset)}
+        said["classes"] = num_classes(unwrapped(run.model))
         if self.teacher is None:
             total = sum(float(p.cpu().double().sum()) for p in self.initial_.parameters())
             said["teacher"] = f"weights of sum {total:.9e}"
@@ -244,28 +250,20 @@ class Distillation(Technique):
     @torch.no_grad()
     def _answer(self, dataset: Any) -> Iterator[Answer]:
         """One pass of the teacher over this rank's part of the training set."""
-        host: Any = self.host_
-        args, teacher = host.args, self._load_teacher()
-        reader = reader_for(host, dataset)
+        run: Any = self.run_
+        args, teacher = run.args, self._load_teacher()
+        reader = reader_for(run, dataset)
         ids_N = torch.arange(len(dataset)).tensor_split(args.world_size)[args.process_index]
         bar = tqdm(ids_N.split(args.eval_batch_size), desc="Teacher", disable=args.disable_tqdm)
         for ids_B in bar:
             (micro,) = reader[StepPlan(0, ids_B, None, len(ids_B), seed=args.seed)].micro_batches
             inputs = send_to_device(micro.inputs, args.device)
             outputs = judge(self, teacher, inputs)
-            example = host.head.losses(outputs, inputs, len(ids_B))
+            example = run.head.losses(outputs, inputs, len(ids_B))
             items_N = example.mask_BL.flatten().nonzero().squeeze(1)
             counts_B = torch.bincount(example.example_BL.flatten()[items_N], minlength=len(ids_B))
-            logits_NV = _logits_of(outputs, example.mask_BL, items_N, self)
+            logits_NV = _logits_of(outputs, example.mask_BL, items_N, self)[:, : num_classes(unwrapped(run.model))]
             yield counts_B, *most_likely(logits_NV, self.top_k, self.temperature)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """Sums for the report."""
-        return {"divergence": self.divergence_, "items": self.items_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.divergence_, self.items_ = state["divergence"].clone(), state["items"]
 
     def report(self) -> Mapping[str, Any]:
         """The mean divergence from the teacher over the items of the run, on this rank; examples in the cache."""

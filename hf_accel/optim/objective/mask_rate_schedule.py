@@ -24,7 +24,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 import numpy as np
@@ -34,7 +34,7 @@ from torch import Tensor
 from hf_accel.adapters import unwrapped
 from hf_accel.features.augmentation import generators
 from hf_accel.losses import IGNORED, examples_of, kind_of
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import MicroBatch, StepBatch
@@ -85,15 +85,16 @@ class MaskRateSchedule(Technique):
     start: Rate = 0.3  # the paper's
     end: Rate = 0.15
     modality: ClassVar = "masked text"
+    rank_counters: ClassVar = ("masked", "maskable")
 
     def on_train_begin(self, args, state, control, model: Any = None, processing_class: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        host: Any = self.host_
+        run: Any = self.run_
         if kind_of(unwrapped(model)) != "masked LM":
             raise ValueError(f"{self!r}: {type(model).__name__} is no masked language model. Leave it out.")
-        if getattr(host.data_collator, "whole_word_mask", False):
+        if getattr(run.data_collator, "whole_word_mask", False):
             raise ValueError(f"{self!r}: the collator masks whole words, which it would undo. Leave one of them out.")
-        tokenizer: Any = processing_class or getattr(host.data_collator, "tokenizer", None)
+        tokenizer: Any = processing_class or getattr(run.data_collator, "tokenizer", None)
         if getattr(tokenizer, "mask_token_id", None) is None:
             raise ValueError(f"{self!r}: no mask token is known. Give a tokenizer that has one as processing_class=.")
         self.mask_id_, self.vocabulary_ = tokenizer.mask_token_id, len(tokenizer)
@@ -102,9 +103,9 @@ class MaskRateSchedule(Technique):
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
         """Each text with masks of the present rate."""
-        host: Any = self.host_
-        rate = self.start + (self.end - self.start) * host.clock.progress
-        micros = [self._masked(micro, rate, generators(self, batch.plan, micro.ids_B)) for micro in batch.micro_batches]
+        run: Any = self.run_
+        rate = self.start + (self.end - self.start) * run.clock.progress
+        micros = [self._masked(micro, rate, generators(self, batch.plan, micro)) for micro in batch.micro_batches]
         return dataclasses.replace(batch, micro_batches=micros)
 
     def _masked(self, micro: MicroBatch, rate: float, drawn: list[np.random.Generator]) -> MicroBatch:
@@ -121,14 +122,6 @@ class MaskRateSchedule(Technique):
         self.masked_ += int((labels_RL != IGNORED).sum())
         self.maskable_ += int(maskable_RL.sum())
         return micro._replace(inputs={**micro.inputs, "input_ids": masked_RL, "labels": labels_RL})
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """Counts for the report."""
-        return {"masked": self.masked_, "maskable": self.maskable_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.masked_, self.maskable_ = state["masked"], state["maskable"]
 
     def report(self) -> Mapping[str, Any]:
         """The share of the tokens that was masked, the mean over the run, on this rank."""

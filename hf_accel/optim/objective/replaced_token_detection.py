@@ -28,7 +28,7 @@ import contextlib
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 import torch
@@ -40,7 +40,7 @@ from transformers.models.electra.modeling_electra import ElectraGeneratorPredict
 from hf_accel.adapters import unwrapped
 from hf_accel.features.augmentation import generators
 from hf_accel.losses import IGNORED, examples_of, kind_of, widest
-from hf_accel.technique import Positive, State, Technique
+from hf_accel.technique import Positive, Technique
 
 if TYPE_CHECKING:
     from hf_accel.batch import MicroBatch, StepBatch
@@ -102,6 +102,7 @@ class ReplacedTokenDetection(Technique):
     rate: Annotated[float, at.Interval(gt=0, lt=1)] = 0.15
     modality: ClassVar = "replaced text"
     refused_backends: ClassVar = {"fsdp2": OTHER_BACKENDS, "zero": OTHER_BACKENDS}
+    rank_counters: ClassVar = ("replaced", "tokens")
 
     def prepare_args(self, args):
         """DDP would take the generator for unused, as the model's own pass does without it."""
@@ -110,19 +111,19 @@ class ReplacedTokenDetection(Technique):
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """The model, with a generator beside its own parts."""
-        config: Any = unwrapped(model).config
+        config: Any = getattr(unwrapped(model), "config", None)
         if (
             kind_of(unwrapped(model)) != "token classification"
             or config.num_labels != 2
             or config.model_type not in FAMILIES
         ):
             raise ValueError(
-                f"{self!r}: {type(model).__name__} with {config.num_labels} labels cannot be trained so. Give one for "
-                f"token classification with 2 labels, of the family {', '.join(FAMILIES)}."
+                f"{self!r} does not support {type(model).__name__} because it needs a model for token classification "
+                f"with 2 labels, of the family {', '.join(FAMILIES)}. Use such a model."
             )
-        host: Any = self.host_
+        run: Any = self.run_
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(host.args.seed)
+            torch.manual_seed(run.args.seed)
             generator = Generator(model, self.width)
         parameter = next(model.parameters())
         model.add_module("generator", generator.to(parameter.device, parameter.dtype))
@@ -130,15 +131,15 @@ class ReplacedTokenDetection(Technique):
 
     def inspect_dataset(self, dataset: Any) -> None:
         """Find the mask token; refuse what shards the model."""
-        host: Any = self.host_
-        if host.is_fsdp_enabled or host.is_deepspeed_enabled:
+        run: Any = self.run_
+        if run.is_fsdp_enabled or run.is_deepspeed_enabled:
             raise ValueError(f"{self!r}: {OTHER_BACKENDS}. Use DDP.")
-        if host.requested_micro_batch_size == "auto":
+        if run.requested_micro_batch_size == "auto":
             raise ValueError(
                 f"{self!r}: tokens are replaced before the largest micro-batch is looked for, and may be what does not "
                 "fit. Give micro_batch_size a number."
             )
-        tokenizer = host.processing_class
+        tokenizer = run.processing_class
         if getattr(tokenizer, "mask_token_id", None) is None:
             raise ValueError(f"{self!r}: no mask token is known. Give a tokenizer that has one as processing_class=.")
         self.mask_id_, self.special_ids_ = tokenizer.mask_token_id, torch.tensor(tokenizer.all_special_ids)
@@ -158,7 +159,7 @@ class ReplacedTokenDetection(Technique):
         maskable_RL = seen_RL & ~torch.isin(ids_RL, self.special_ids_)
         points_RL = torch.ones(ids_RL.shape, dtype=torch.float64)
         fills_RL = torch.zeros(ids_RL.shape, dtype=torch.float64)
-        for example, drawn in enumerate(generators(self, batch.plan, micro.ids_B)):
+        for example, drawn in enumerate(generators(self, batch.plan, micro)):
             places = (maskable_RL & (examples_RL == example)).flatten().nonzero().flatten()
             for numbers_RL in (points_RL, fills_RL):
                 numbers_RL.view(-1)[places] = torch.from_numpy(drawn.random(len(places)))
@@ -174,13 +175,13 @@ class ReplacedTokenDetection(Technique):
 
     def _predict(self, ids_RL: Tensor, seen_RL: Tensor, chosen_RL: Tensor, learns: bool) -> Tensor:
         """The generator's logits at the chosen positions, masked."""
-        host: Any = self.host_
-        generator = host.model.generator
+        run: Any = self.run_
+        generator = run.model.generator
         masked_RL = ids_RL.masked_fill(chosen_RL, self.mask_id_)
-        tensors = [tensor.to(host.args.device) for tensor in (masked_RL, seen_RL.long(), chosen_RL)]
+        tensors = [tensor.to(run.args.device) for tensor in (masked_RL, seen_RL.long(), chosen_RL)]
         generator.train(learns)
-        with torch.set_grad_enabled(learns), host.accelerator.autocast():
-            return generator(host.model.get_input_embeddings(), *tensors)
+        with torch.set_grad_enabled(learns), run.accelerator.autocast():
+            return generator(run.model.get_input_embeddings(), *tensors)
 
     def example_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor:
         """The weight of the model's own loss, for all examples alike."""
@@ -188,7 +189,7 @@ class ReplacedTokenDetection(Technique):
 
     def extra_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor:
         """The generator's loss, a sum over its masked tokens, divided by `rate`; the step divides by its tokens."""
-        micro = self.host_._micro
+        micro = self.run_.micro_batch
         found = next((rest for new_RL, *rest in self.texts_ if new_RL is micro.inputs["input_ids"]), None)
         if found is None:
             raise ValueError(f"{self!r}: another technique has changed the texts after it. List it last.")
@@ -211,14 +212,6 @@ class ReplacedTokenDetection(Technique):
             yield
         finally:
             model.add_module("generator", generator)
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """Counts for the report."""
-        return {"replaced": self.replaced_, "tokens": self.tokens_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.replaced_, self.tokens_ = state["replaced"], state["tokens"]
 
     def report(self) -> Mapping[str, Any]:
         """The share of the tokens that was replaced, on this rank."""

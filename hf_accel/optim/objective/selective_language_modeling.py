@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
 import torch
@@ -31,7 +31,7 @@ from torch import Tensor
 
 from hf_accel.losses import TokenHead
 from hf_accel.surgery.frozen_model import judge, load_frozen
-from hf_accel.technique import State, Technique
+from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
     from hf_accel.losses import ExampleLosses
@@ -76,13 +76,14 @@ class SelectiveLanguageModeling(Technique):
         "losses that are logged differ in the last digit"
     }
     variations: ClassVar = {"reference": "hf_accel.testing:tiny_teacher"}
+    rank_counters: ClassVar = ("kept", "items")
 
     def inspect_dataset(self, dataset: Any) -> None:
         """Load the reference, before the first step."""
-        host: Any = self.host_
-        if not isinstance(host.head, TokenHead):
+        run: Any = self.run_
+        if not isinstance(run.head, TokenHead):
             raise ValueError(
-                f"{self!r}: {type(host.model).__name__} ({host.head.kind}) has no loss for each token. Leave it out."
+                f"{self!r}: {type(run.model).__name__} ({run.head.kind}) has no loss for each token. Leave it out."
             )
         self.reference_ = None if self.reference is None or self.keep == 1 else load_frozen(self, self.reference)
         self.kept_, self.items_ = torch.zeros((), dtype=torch.long), 0
@@ -101,23 +102,15 @@ class SelectiveLanguageModeling(Technique):
 
     def _reference_losses(self) -> Tensor:
         """The reference's losses of the micro-batch that the trainer is at."""
-        host: Any = self.host_
+        run: Any = self.run_
         assert self.reference_ is not None
-        micro = host._micro
-        inputs = host._prepare_inputs(dict(micro.inputs))
+        micro = run.micro_batch
+        inputs = run.prepare_inputs(dict(micro.inputs))
         if len(inputs.get("attention_mask", micro.ids_B)) < len(micro.ids_B):
             del inputs["attention_mask"]  # packed rows, as the model sees them
         outputs = judge(self, self.reference_, inputs)
-        head = TokenHead(host.head.kind, host.head.shift)  # of logits, whatever the model's own head reads
-        return head.losses(outputs, inputs, len(micro.ids_B), host.args.label_smoothing_factor).losses_BL
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """Counts for the report."""
-        return {"kept": self.kept_, "items": self.items_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if scope == "rank":
-            self.kept_, self.items_ = state["kept"].clone(), state["items"]
+        head = TokenHead(run.head.kind, run.head.shift)  # of logits, whatever the model's own head reads
+        return head.losses(outputs, inputs, len(micro.ids_B), run.args.label_smoothing_factor).losses_BL
 
     def report(self) -> Mapping[str, Any]:
         """The share of the tokens that was trained on, on this rank."""

@@ -38,7 +38,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from hf_accel.preserve import buffers_kept, random_state_kept
+from hf_accel.preserve import buffers_kept, copies_of_buffers, random_state_kept, restore_buffers
 from hf_accel.technique import Diverged, Positive, State, Technique
 from hf_accel.weights import gather, local_parameters, scatter
 
@@ -62,7 +62,7 @@ def dot(a: Vector, b: Vector, sharded: bool) -> Tensor:
 
 def orthogonal_direction(second: Vector, first: Vector, sharded: bool) -> Vector:
     """The part of ``second`` that is orthogonal to ``first``, of length 1."""
-    share = dot(second, first, sharded) / dot(first, first, sharded)
+    share = dot(second, first, sharded) / dot(first, first, sharded).clamp(min=1e-30)
     apart = {name: second[name] - (share * first[name]).to(second[name]) for name in second}
     length = dot(apart, apart, sharded).sqrt().clamp(min=1e-30)
     return {name: value / length.to(value) for name, value in apart.items()}
@@ -85,42 +85,43 @@ class SharpnessAware(Technique):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        if self.host_.is_deepspeed_enabled:
+        if self.run_.is_deepspeed_enabled:
             raise ValueError(f"{self!r}: DeepSpeed keeps the gradient to itself. Use DDP or FSDP2.")
-        narrow = {p.dtype for p in self.host_.model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
+        narrow = {p.dtype for p in self.run_.model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
         if narrow:
             raise ValueError(
                 f"{self!r}: weights in {narrow.pop()} round the ascent away. Load the model with dtype=torch.float32 "
                 "and set bf16=True."
             )
-        self.model_: nn.Module = self.host_.model
+        self.model_: nn.Module = self.run_.model
         self.direction_: Vector = {}
         self.steps_, self.extra_passes_, self.left_out_, self.in_a_row_ = 0, 0, 0, 0
 
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.buffers_ = copies_of_buffers(self.model_)
+
     def objective(self, model: nn.Module, backward: Callable[[], Tensor]) -> Tensor:
         """The gradient at the worst point nearby, or the plain one with what is reused."""
-        host: Any = self.host_
+        run: Any = self.run_
         self.steps_ += 1
-        if host.state.global_step % self.every:
+        if run.state.global_step % self.every:
             loss = backward()
             self._reuse()
             return loss
         self.extra_passes_ += 1
-        with random_state_kept(host.args.device):
+        with random_state_kept(run.args.device):
             loss = backward()
-        num_observed = len(host._observed)
         first = {name: gradient.clone() for name, gradient in self._gradient().items()}
         before = self._ascend(first)
         self.model_.zero_grad(set_to_none=True)
         try:
-            with buffers_kept(self.model_):
+            with buffers_kept(self.model_), run.unobserved():
                 backward()
         finally:
             with torch.no_grad():
                 weights = local_parameters(self.model_)
                 for name, weight in before.items():
                     weights[name].copy_(weight)
-            del host._observed[num_observed:]
         if self.reuse and self.every > 1:
             self.direction_ = orthogonal_direction(self._gradient(), first, self._sharded)
         return loss
@@ -159,6 +160,7 @@ class SharpnessAware(Technique):
         if math.isfinite(grad_norm):
             self.in_a_row_ = 0
             return True
+        restore_buffers(self.buffers_)
         self.direction_ = {}
         self.left_out_ += 1
         self.in_a_row_ += 1
@@ -167,7 +169,7 @@ class SharpnessAware(Technique):
                 f"{self!r}: the gradients of {PATIENCE} steps in a row were not finite. Lower learning_rate or rho, or "
                 "look at the data of these steps."
             )
-        step = self.host_.state.global_step + 1  # type: ignore[union-attr]
+        step = self.run_.state.global_step + 1  # type: ignore[union-attr]
         logger.warning(f"{self!r}: the gradient of step {step} is not finite, and the step is left out.")
         return False
 
@@ -175,7 +177,7 @@ class SharpnessAware(Technique):
         """``global``: counts, and the direction where the next step reuses it."""
         if scope == "rank":
             return {}
-        due = self.host_.state.global_step % self.every == 0  # type: ignore[union-attr]
+        due = self.run_.state.global_step % self.every == 0  # type: ignore[union-attr]
         return {
             "direction": gather(self.model_, {} if due else self.direction_),
             "counts": [self.steps_, self.extra_passes_, self.left_out_, self.in_a_row_],

@@ -55,10 +55,11 @@ class DiLoCo(Rounds):
     outer_lr: Positive = 0.7  # section 3.2
     outer_momentum: Annotated[float, at.Interval(ge=0, lt=1)] = 0.9  # section 3.2
     variations: ClassVar = {"every": 7}
+    claims: ClassVar = frozenset({"own_weights", "synchronization"})
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        weights = local_parameters(self.host_.model)  # type: ignore[union-attr]
+        weights = local_parameters(self.run_.model)  # type: ignore[union-attr]
         self.anchors_ = {name: weight.clone() for name, weight in weights.items()}
         self.velocities_ = {name: torch.zeros_like(weight) for name, weight in weights.items()}
 

@@ -75,18 +75,19 @@ class GradientCompression(Technique):
         "check_every_option_matters": "on the one process of that check nothing is sent",
         "two_ranks_equal_one[ddp]": "what is sent is rounded",
     }
+    claims: ClassVar = frozenset({"synchronization"})
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        host: Any = self.host_
-        if host.is_deepspeed_enabled or host.is_fsdp_enabled:
+        run: Any = self.run_
+        if run.is_deepspeed_enabled or run.is_fsdp_enabled:
             raise ValueError(f"{self!r}: FSDP and DeepSpeed exchange gradients themselves. Use DDP, or leave it out.")
         if self.method == "powersgd" and args.fp16:  # what was not sent would be kept at the loss scale of its step
             raise ValueError(f"{self!r}: PowerSGD does not follow the loss scale of fp16. Use bf16=True.")
         self.errors_: dict[str, Tensor] = {}
         self.queries_: dict[str, Tensor] = {}
         self.sent_, self.whole_ = 0, 0
-        wrapped = getattr(host.model_wrapped, "_orig_mod", host.model_wrapped)  # torch_compile wraps DDP
+        wrapped = getattr(run.model_wrapped, "_orig_mod", run.model_wrapped)  # torch_compile wraps DDP
         if not isinstance(wrapped, DistributedDataParallel):
             logger.warning(f"{self!r}: one process sends no gradients, and nothing is compressed.")
             return
@@ -103,11 +104,11 @@ class GradientCompression(Technique):
 
     def _exchange(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
         """DDP's hook: the mean gradient of one bucket."""
-        host: Any = self.host_
+        run: Any = self.run_
         self.whole_ += bucket.buffer().numel() * bucket.buffer().element_size()
         if self.method != "powersgd":
             return self._exchange_as(torch.float16 if self.method == "fp16" else torch.bfloat16, bucket.buffer())
-        if host.clock.progress < self.start:
+        if run.clock.progress < self.start:
             return self._exchange_as(bucket.buffer().dtype, bucket.buffer())
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
             self._exchange_factors(self.names_[parameter], gradient)
@@ -152,7 +153,7 @@ class GradientCompression(Technique):
         return {"errors": self.errors_} if self.errors_ else {}
 
     def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        device = self.host_.args.device  # type: ignore[union-attr]
+        device = self.run_.args.device  # type: ignore[union-attr]
         if scope == "global":
             self.queries_ = {name: query.to(device) for name, query in state["queries"].items()}
             self.sent_, self.whole_ = state["sent"], state["whole"]

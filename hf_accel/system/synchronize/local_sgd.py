@@ -39,6 +39,7 @@ class LocalSGD(Rounds):
 
     every: Annotated[int, at.Gt(0)] = 8  # Lin et al.: H of 4 to 16 keeps the accuracy
     variations: ClassVar = {"every": 3}
+    claims: ClassVar = frozenset({"own_weights", "synchronization"})
 
     @torch.no_grad()
     def meet(self, weights: Mapping[str, Tensor]) -> None:

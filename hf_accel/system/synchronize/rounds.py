@@ -15,9 +15,6 @@ import annotated_types as at
 import torch.distributed as dist
 from torch import Tensor
 
-from hf_accel.model.compression.low_rank_training import LowRankTraining
-from hf_accel.model.compression.sparse_training import SparseTraining
-from hf_accel.model.curriculum.layer_freezing import LayerFreezing
 from hf_accel.technique import State, Technique
 from hf_accel.weights import buffers, local_parameters
 
@@ -44,27 +41,17 @@ class Rounds(Technique):
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        host: Any = self.host_
-        if host.is_deepspeed_enabled or host.is_fsdp_enabled:
+        run: Any = self.run_
+        if run.is_deepspeed_enabled or run.is_fsdp_enabled:
             raise ValueError(f"{self!r}: under FSDP and DeepSpeed no rank has weights of its own. Use DDP.")
-        for technique in host.techniques:
-            if isinstance(technique, LowRankTraining | SparseTraining):
-                raise ValueError(
-                    f"{self!r}: each rank would choose other weights to train by {technique!r}, of which there is no "
-                    "mean. Leave one of the two out."
-                )
         if args.world_size > 1:
-            for technique in host.techniques:
-                if isinstance(technique, LayerFreezing) and technique.policy != "schedule":
+            for technique in run.techniques:
+                if technique.decides_by_weights or technique.implemented_hooks() & {"accept_step", "averaging"}:
                     raise ValueError(
-                        f"{self!r}: {technique!r} would freeze other blocks on each rank. Choose policy='schedule'."
+                        f"{self!r} does not support {technique!r}, which would decide differently on each rank, as "
+                        "their weights differ between meetings. Remove one of the two."
                     )
-                if technique.implemented_hooks() & {"accept_step", "averaging"}:
-                    raise ValueError(
-                        f"{self!r}: the ranks' weights differ between meetings, on which {technique!r} would decide "
-                        "differently on each. Leave one of the two out."
-                    )
-        self.names_ = list(local_parameters(host.model))  # some may be frozen between two meetings
+        self.names_ = list(local_parameters(run.model))  # some may be frozen between two meetings
         self.steps_, self.meetings_, self.bytes_ = 0, 0, 0
         self.due_: set[str] = set()
 
@@ -73,14 +60,14 @@ class Rounds(Technique):
         return False
 
     def on_step_end(self, args, state, control, **kwargs):
-        host: Any = self.host_
+        run: Any = self.run_
         self.steps_ += 1
         if self.steps_ % self.every == 0 or self._ended(state, control):
             self.meetings_ += 1
-            weights = local_parameters(host.model, trainable_only=False)
+            weights = local_parameters(run.model, trainable_only=False)
             self.meet({name: weights[name] for name in self.names_})
-            saved = host.model.state_dict()
-            for name, buffer in buffers(host.model).items():
+            saved = run.model.state_dict()
+            for name, buffer in buffers(run.model).items():
                 if name in saved and buffer.is_floating_point():  # statistics of batch normalization, not constants
                     buffer.copy_(self.mean(buffer))
             control.should_evaluate |= "should_evaluate" in self.due_
@@ -97,8 +84,8 @@ class Rounds(Technique):
 
     def _ended(self, state: Any, control: Any) -> bool:
         """Whether this step is the run's last."""
-        host: Any = self.host_
-        return control.should_training_stop or state.global_step >= state.max_steps or host.clock.done
+        run: Any = self.run_
+        return control.should_training_stop or state.global_step >= state.max_steps or run.clock.done
 
     def _postpone(self, args: Any, control: Any) -> None:
         if args.world_size == 1:
@@ -110,40 +97,40 @@ class Rounds(Technique):
 
     def mean(self, tensor: Tensor) -> Tensor:
         """The mean over ranks; what is sent is counted."""
-        host: Any = self.host_
-        if host.args.world_size == 1:
+        run: Any = self.run_
+        if run.args.world_size == 1:
             return tensor
         total = tensor.detach().clone()
         dist.all_reduce(total)
         self.bytes_ += total.numel() * total.element_size()
-        return total / host.args.world_size
+        return total / run.args.world_size
 
     def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        host: Any = self.host_
+        run: Any = self.run_
         if scope == "global":
             return {
                 "steps": self.steps_,
                 "meetings": self.meetings_,
                 "bytes": self.bytes_,
-                "ranks": host.args.world_size,
+                "ranks": run.args.world_size,
             }
-        if host.args.world_size == 1:
+        if run.args.world_size == 1:
             return {}
-        return {"optimizer": host.optimizer.state_dict()["state"]}
+        return {"optimizer": run.optimizer.state_dict()["state"]}
 
     def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        host: Any = self.host_
+        run: Any = self.run_
         if scope == "global":
-            if state["ranks"] != host.args.world_size:
+            if state["ranks"] != run.args.world_size:
                 raise ValueError(
                     f"{self!r}: the checkpoint is of {state['ranks']} ranks, each with an optimizer of its own, and "
-                    f"here are {host.args.world_size}. Resume on {state['ranks']}."
+                    f"here are {run.args.world_size}. Resume on {state['ranks']}."
                 )
             self.steps_, self.meetings_, self.bytes_ = state["steps"], state["meetings"], state["bytes"]
         elif state:
             own = {int(index): values for index, values in state["optimizer"].items()}
-            groups = host.optimizer.state_dict()["param_groups"]
-            host.optimizer.load_state_dict({"state": own, "param_groups": groups})
+            groups = run.optimizer.state_dict()["param_groups"]
+            run.optimizer.load_state_dict({"state": own, "param_groups": groups})
 
     def report(self) -> Mapping[str, Any]:
         """How often the ranks met, and the bytes that each rank gave to all others for it."""

@@ -53,7 +53,7 @@ def test_it_orders_what_was_selected_and_reports_the_padding_it_saved():
     rows = [{"input_ids": [0] * int(n)} for n in torch.randint(1, 60, (200,), generator=generator(2))]
     technique, other = LengthGrouped(mega_batch=10), LengthGrouped()
     args = SimpleNamespace(length_column_name="length", dataloader_drop_last=False)
-    technique.host_ = other.host_ = SimpleNamespace(args=args)
+    technique.run_ = other.run_ = SimpleNamespace(args=args)
     technique.inspect_dataset(rows)
     ids = torch.arange(0, 200, 3)
     order = technique.order(ids, 4, generator())
@@ -87,3 +87,20 @@ def test_a_collator_that_pads_to_a_multiple_makes_few_shapes(tmp_path):
     trainer.train()
     assert set(widths) == {8, 16, 24}
     assert sum(widths) / len(widths) < 20  # of 24, as long as the longest example of most shuffled batches
+
+
+def test_seconds_are_grouped_and_padding_in_the_data_set_is_named(caplog):
+    technique = LengthGrouped(mega_batch=10)
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length", dataloader_drop_last=False))
+    seconds = (torch.rand(40, generator=generator(3)) * 9).tolist()
+    technique.inspect_dataset([{"length": s} for s in seconds])
+    order = technique.order(torch.arange(40), 4, generator()).tolist()
+    batches = [sorted(seconds[i] for i in order[j : j + 4]) for j in range(0, 40, 4)]
+    assert sorted(map(tuple, batches)) == [tuple(sorted(seconds)[j : j + 4]) for j in range(0, 40, 4)]
+
+    rows = [{"input_ids": [1] * 8, "attention_mask": [1] * n + [0] * (8 - n)} for n in (2, 4, 8, 2)]
+    with caplog.at_level("WARNING"):
+        technique.inspect_dataset(rows)
+    assert "padded to 8 positions" in caplog.text and "padding=False" in caplog.text
+    technique.order(torch.arange(4), 2, generator())
+    assert technique.report() == {"padding": 0.5, "padding_shuffled": 0.5}

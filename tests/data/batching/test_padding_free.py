@@ -8,6 +8,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMaskedLM,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -16,10 +18,19 @@ from transformers import (
     TrainingArguments,
 )
 
+from hf_accel import AccelTrainer
 from hf_accel.batch import MicroBatch
 from hf_accel.data.batching.padding_free import PaddingFree, flatten
 from hf_accel.features.flattening import flattening_fault
-from hf_accel.testing import largest_difference, losses_of, tiny_llama, tiny_trainer, weights_of
+from hf_accel.testing import (
+    CountingText,
+    collate_padded,
+    largest_difference,
+    losses_of,
+    tiny_llama,
+    tiny_trainer,
+    weights_of,
+)
 
 SMALL = {
     "vocab_size": 97,
@@ -115,6 +126,86 @@ def test_it_accepts_models_that_keep_examples_apart_and_leaves_them_as_found(kin
     assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
 
 
+ENCODERS = [
+    ("bert", AutoModelForMaskedLM, SMALL),
+    ("bert", AutoModelForTokenClassification, SMALL),
+    ("electra", AutoModelForMaskedLM, SMALL),
+    ("roberta", AutoModelForMaskedLM, SMALL | {"pad_token_id": 1, "bos_token_id": 0}),
+    ("xlm-roberta", AutoModelForTokenClassification, SMALL | {"pad_token_id": 1, "bos_token_id": 0}),
+]
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("kind", "auto", "fields"), ENCODERS)
+def test_encoders_get_a_mask_and_train_as_on_padded_batches(kind, auto, fields, attention):
+    dropless = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
+    model = tiny(kind, auto, attention, **fields, **dropless, num_labels=97)
+    padding = fields.get("pad_token_id", 0)
+
+    def padded(rows):
+        batch = pad(rows)
+        return batch | {"input_ids": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, padding)}
+
+    technique = PaddingFree()
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"), use_cache=False))
+    technique.prepare_model(model)
+    technique.on_train_begin(SimpleNamespace(torch_compile=False), None, None, model=model)
+    flat = technique.collate(features(), padded)
+    assert "attention_mask" not in flat and flat["labels"][0, 0] == features()[0]["labels"][0]
+    found = []
+    for inputs in (padded(features()), flat):
+        model.zero_grad()
+        logits, labels = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits, inputs["labels"]
+        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        loss.backward()
+        found.append((loss.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    model.eval()
+    padded_logits = [model(**inputs).logits for inputs in (padded(features()[:1]),)]
+    technique.on_train_end(None, None, None, model=model)
+    torch.testing.assert_close(padded_logits, [model(**padded(features()[:1])).logits], rtol=0, atol=0)
+    assert not model._forward_pre_hooks
+
+
+def test_an_encoder_trains_in_the_trainer_as_on_padded_batches(tmp_path):
+    runs = []
+    for techniques in ([PaddingFree()], []):
+        trainer = tiny_trainer(
+            techniques, tmp_path, modality="masked text", dropout=0.0, dtype=torch.float64, micro_batch_size=4
+        )
+        trainer.train()
+        runs.append(weights_of(trainer))
+    assert largest_difference(*runs) < 1e-9
+    assert trainer.model.config.use_cache is False
+
+
+def test_models_of_a_model_init_keep_examples_apart(tmp_path):
+    """Trainer turns the cache of the model off that it is built with, and not of those that it makes to train."""
+    runs = []
+    for given in ({"model": tiny_llama(dropout=0.0)}, {"model_init": lambda: tiny_llama(dropout=0.0)}):
+        args = tiny_trainer([], tmp_path, max_steps=3).args
+        trainer = AccelTrainer(
+            args=args, train_dataset=CountingText(), data_collator=collate_padded, techniques=[PaddingFree()], **given
+        )
+        trainer.train()
+        runs.append(weights_of(trainer))
+    assert largest_difference(*runs) == 0.0
+    args.use_cache = True
+    with pytest.raises(ValueError, match=r"PaddingFree\(\).*use_cache=False"):
+        AccelTrainer(tiny_llama(), args, train_dataset=CountingText(), techniques=[PaddingFree()])
+
+
+def test_batches_of_other_columns_and_other_models_are_refused():
+    with pytest.raises(ValueError, match=r"PaddingFree\(\).*\(chosen_input_ids, labels\) has no input_ids"):
+        flatten([{"chosen_input_ids": torch.ones(1, 3), "labels": torch.ones(1, 3)}], PaddingFree())
+    with pytest.raises(ValueError, match=r"PaddingFree\(\).*Linear is not a model of transformers"):
+        PaddingFree().prepare_model(torch.nn.Linear(2, 2))
+    images = tiny("llama", **GROUPED)
+    images.config.image_token_id = 5
+    with pytest.raises(ValueError, match=r"PaddingFree\(\).*image_token_id"):
+        PaddingFree().prepare_model(images)
+
+
 class LatePositions(GPT2LMHeadModel):
     """Counts positions from 2 where it is not told them, as RoBERTa does."""
 
@@ -130,7 +221,9 @@ def test_it_refuses_models_that_count_positions_from_elsewhere():
 
 
 REFUSED = [
-    ("bert", AutoModelForMaskedLM, SMALL, "depends on the one before"),
+    ("bert", AutoModelForSequenceClassification, SMALL, "no output for each token"),
+    ("bert", AutoModelForMultipleChoice, SMALL, "no output for each token"),
+    ("bert", AutoModelForQuestionAnswering, SMALL, "no output for each token"),
     ("modernbert", AutoModelForMaskedLM, SMALL, "depends on the one before"),
     ("roberta", AutoModelForCausalLM, {**SMALL, "is_decoder": True}, "depends on the one before"),
     (
@@ -148,7 +241,12 @@ REFUSED = [
     ("opt", AutoModelForCausalLM, {**SMALL, "ffn_dim": 48, "word_embed_proj_dim": 32}, "depends on the one before"),
     ("t5", AutoModelForSeq2SeqLM, {"vocab_size": 97, "d_model": 32, "num_layers": 2}, "not a decoder"),
     ("llama", AutoModelForSequenceClassification, GROUPED, "no output for each token"),
-    ("llama", AutoModelForTokenClassification, GROUPED, "each token itself"),
+    (
+        "xlnet",
+        AutoModelForCausalLM,
+        {"vocab_size": 97, "d_model": 32, "n_layer": 2, "n_head": 4, "d_inner": 48},
+        "depends on the one before",
+    ),
 ]
 
 
@@ -157,19 +255,19 @@ REFUSED = [
 @pytest.mark.filterwarnings("ignore")
 def test_it_refuses_models_that_would_mix_examples(kind, auto, fields, reason, dtype):
     logging.disable()
-    attention = "eager" if kind in ("bloom", "mamba", "t5") else "sdpa"
+    attention = "eager" if kind in ("bloom", "mamba", "t5", "xlnet") else "sdpa"
     with pytest.raises(ValueError, match=f"{reason}.*Pad, and group"):
         PaddingFree().prepare_model(tiny(kind, auto, attention, **fields).to(dtype))
     logging.disable(logging.NOTSET)
 
 
 @pytest.mark.parametrize(
-    ("kind", "auto", "fault"), [("llama", AutoModelForCausalLM, None), ("bert", AutoModelForMaskedLM, "depends")]
+    ("kind", "auto", "fault"), [("llama", AutoModelForCausalLM, None), ("modernbert", AutoModelForMaskedLM, "depends")]
 )
 def test_projections_of_zero_hide_nothing(kind, auto, fault):
     model = tiny(kind, auto, **(GROUPED if kind == "llama" else SMALL))
     for name, parameter in model.named_parameters():
-        if "o_proj" in name or "down_proj" in name or "output.dense" in name:
+        if "o_proj" in name or "down_proj" in name or "Wo" in name:
             torch.nn.init.zeros_(parameter)
     assert (flattening_fault(model) or "").find(fault or "") >= 0 and (flattening_fault(model) is None) == (
         fault is None
@@ -198,7 +296,7 @@ def test_models_whose_weights_are_elsewhere_are_judged_by_a_copy(kind, fields, f
             parameter.ds_tensor = parameter.data
             parameter.data = torch.empty(0)
     random, blocks = torch.get_rng_state(), len([name for name, _ in model.named_parameters()])
-    found = flattening_fault(model, host=SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"))))
+    found = flattening_fault(model, run=SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"))))
     assert found is None if fault is None else fault in found
     assert torch.equal(torch.get_rng_state(), random)
     assert len([name for name, _ in model.named_parameters()]) == blocks
@@ -214,9 +312,8 @@ def test_it_is_tried_in_the_precision_of_training(tmp_path):
 
 def test_it_reports_the_padding_it_avoided():
     technique = PaddingFree()
-    technique.host_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"), use_cache=False))
     model = tiny_llama()
-    model.config.use_cache = False  # as Trainer sets it
     technique.prepare_model(model)
     technique.on_train_begin(SimpleNamespace(torch_compile=False), None, None, model=model)
     flat = technique.collate(features(), pad)

@@ -77,12 +77,21 @@ def test_a_stream_is_read_as_far_as_needed(tmp_path):
 
 def test_a_budget_that_an_example_exceeds_is_refused():
     technique = TokensPerBatch(tokens=5)
-    technique.host_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length"))
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length"))
     with pytest.raises(
         ValueError, match=r"TokensPerBatch\(tokens=5\): the longest example has 9 tokens\. Give at least"
     ):
         technique.inspect_dataset([{"length": n} for n in (3, 9)])
     technique = TokensPerBatch()
-    technique.host_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length"))
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length"))
     with pytest.raises(ValueError, match=r"TokensPerBatch\(tokens=None\): how long .*\(Text\).* Give tokens="):
         technique.inspect_dataset(Text())
+
+
+def test_padding_in_the_data_set_is_no_token_and_seconds_are_none():
+    technique = TokensPerBatch(tokens=9)
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length"))
+    technique.inspect_dataset([{"input_ids": [1] * 9, "attention_mask": [1] * n + [0] * (9 - n)} for n in (3, 4, 2)])
+    assert technique.batch(torch.arange(3), 1) == 3
+    with pytest.raises(ValueError, match=r"TokensPerBatch\(.*'length'.*length_column_name"):
+        technique.inspect_dataset([{"length": 0.5}, {"length": 2.25}])

@@ -66,13 +66,13 @@ def test_all_admitted_is_the_order_of_trainer():
 
 def test_progress_within_an_epoch_is_foreseen():
     technique = DifficultyCurriculum()
-    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=0.5), nominal_steps=40, steps_per_epoch=10)
+    technique.run_ = SimpleNamespace(clock=SimpleNamespace(progress=0.5), nominal_steps=40, steps_per_epoch=10)
     technique.select(2, 4, torch.Generator())
     assert technique.progress_N_.tolist() == pytest.approx([0.5, 0.5625, 0.625, 0.6875])
-    technique.host_.nominal_steps = None  # a budget in seconds
+    technique.run_.nominal_steps = None  # a budget in seconds
     technique.select(2, 4, torch.Generator())
     assert technique.progress_N_.tolist() == pytest.approx([0.5, 0.5625, 0.625, 0.6875])
-    technique.host_.clock.progress = 0.0
+    technique.run_.clock.progress = 0.0
     technique.select(0, 4, torch.Generator())
     assert technique.progress_N_.tolist() == pytest.approx([0, 0.25, 0.5, 0.75])
 
@@ -117,3 +117,19 @@ def test_the_loss_is_measured_once_by_the_model_before_training(tmp_path):
     resumed = tiny_trainer([again], tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-10"))
     assert torch.equal(again.difficulty_N_, technique.difficulty_N_)
+
+
+@pytest.mark.parametrize("kind", ["length", "rarity", "compression"])
+def test_padding_and_choices_are_read_as_tokens(kind):
+    rows = [[5, 6, 7], [5], [8, 8, 8, 8]]
+    plain = [{"input_ids": row} for row in rows]
+    padded = [
+        {"input_ids": row + [0] * (6 - len(row)), "attention_mask": [1] * len(row) + [0] * (6 - len(row))}
+        for row in rows
+    ]
+    chosen = [{"input_ids": [row[:1], row[1:]]} for row in rows]
+    expected = difficulties(plain, kind, DifficultyCurriculum()).tolist()
+    for dataset in (padded, chosen, datasets.Dataset.from_list(padded)):
+        assert difficulties(dataset, kind, DifficultyCurriculum()).tolist() == expected
+    with pytest.raises(ValueError, match=r"DifficultyCurriculum\(.*'input_ids' holds None"):
+        difficulties([{"input_ids": [5]}, {"input_ids": None}], kind, DifficultyCurriculum())

@@ -28,7 +28,7 @@ def vit(**options):
 
 def started(model, progress=0.0, **fields):
     technique = ResolutionWarmup(**fields)
-    technique.host_ = SimpleNamespace(
+    technique.run_ = SimpleNamespace(
         clock=SimpleNamespace(progress=progress), args=SimpleNamespace(device=torch.device("cpu"))
     )
     technique.on_train_begin(None, None, None, model=model)
@@ -63,7 +63,7 @@ def test_sizes_are_multiples_and_images_are_resized():
         expected = np.array(given.resize((48, 24), image.Resampling.BILINEAR))
         found = inputs["pixel_values"][i].permute(1, 2, 0) * 255
         assert (found - torch.from_numpy(expected)).abs().max() < 1.5
-    technique.host_.clock.progress = 0.8
+    technique.run_.clock.progress = 0.8
     inputs = resized(technique, images)
     assert inputs["pixel_values"] is images and "interpolate_pos_encoding" not in inputs
     assert technique.report() == {"pixels": pytest.approx((0.25 + 1) / 2)}

@@ -36,7 +36,7 @@ def hosted(*techniques, progress=1.0, model=None, reads=None):
         techniques=list(techniques),
     )
     for technique in techniques:
-        technique.host_ = host
+        technique.run_ = host
         technique.on_train_begin(None, None, None, model=model)
     return reader
 
@@ -136,7 +136,7 @@ def test_the_strength_rises_and_other_epochs_draw_anew():
     assert technique.transform_batch(batch) is batch
 
     def lesser(progress, epoch=0):
-        technique.host_.clock.progress = progress
+        technique.run_.clock.progress = progress
         found = transformed(reader, StepPlan(epoch, torch.arange(8), None, 8), technique)
         return [float(1 - label.max()) for _, label in found.values()]
 

@@ -60,7 +60,7 @@ def test_each_operation_is_pillows(name):
 
 def started(progress=1.0, processing_class=None, **fields):
     technique = RandAugment(**fields)
-    technique.host_ = SimpleNamespace(
+    technique.run_ = SimpleNamespace(
         clock=SimpleNamespace(progress=progress), args=SimpleNamespace(device=torch.device("cpu"))
     )
     technique.on_train_begin(None, None, None, model=tiny_convnext(), processing_class=processing_class)

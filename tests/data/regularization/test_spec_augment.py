@@ -18,7 +18,7 @@ class Host:
 
 def started(model=None, **fields):
     technique = SpecAugment(**fields)
-    technique.host_ = Host()
+    technique.run_ = Host()
     technique.on_train_begin(None, None, None, model=model or tiny_whisper())
     return technique
 
@@ -71,11 +71,11 @@ def test_masks_are_a_loop(frames_first):
 
 def test_widths_rise_with_progress():
     technique = started(ramp=0.5)
-    technique.host_.clock.progress = 0.0
+    technique.run_.clock.progress = 0.0
     features = torch.rand(2, 8, 40)
     assert torch.equal(masked(technique, {"input_features": features}, [0, 1])["input_features"], features)
     assert not technique.took_effect(technique.report())
-    technique.host_.clock.progress = 1.0
+    technique.run_.clock.progress = 1.0
     masked(technique, {"input_features": features}, [0, 1])
     assert 0 < technique.report()["blank"] < 0.7
 

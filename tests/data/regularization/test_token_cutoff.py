@@ -23,7 +23,7 @@ def padded(side="right"):
 
 def started(progress=1.0, **fields):
     technique = TokenCutoff(**fields)
-    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=progress))
+    technique.run_ = SimpleNamespace(clock=SimpleNamespace(progress=progress))
     technique.on_train_begin(None, None, None, model=tiny_llama())
     return technique
 
@@ -93,7 +93,7 @@ def test_rows_without_a_mask_get_one():
 def test_the_share_rises_and_is_reported():
     technique = started(progress=0.0, share=0.4, ramp=0.5)
     assert kept(cut(technique, padded())) == ROWS
-    technique.host_.clock.progress = 0.25
+    technique.run_.clock.progress = 0.25
     assert [len(row) for row in kept(cut(technique, padded()))] == [11 - round(0.2 * 9), 2, 5 - round(0.2 * 3)]
     assert technique.report() == {"cut": (2 + 1) / 36} and technique.took_effect(technique.report())
 
@@ -109,3 +109,20 @@ def test_what_cannot_be_cut_is_refused(tmp_path):
     inputs["attention_mask"] = torch.ones(3, 1, 4, 4)
     with pytest.raises(ValueError, match="does not say which tokens there are"):
         cut(started(), inputs)
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_each_choice_keeps_its_first_and_last_token(masked):
+    choices = torch.arange(5, 5 + 3 * 2 * 11).view(3, 2, 11)
+    inputs = {"input_ids": choices, "labels": torch.tensor([0, 1, 1])}
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(choices)
+        inputs["attention_mask"][2, 1, 6:] = 0
+    found = cut(started(share=0.4), inputs)
+    holes = found["input_ids"] == 0
+    last = 4 if masked else 9
+    assert holes.sum(-1).tolist() == [[4, 4], [4, 4], [4, round(0.4 * last)]]
+    assert not holes[..., 0].any() and not holes[:2, :, 10].any() and not holes[2, 1, 5 if masked else 10]
+    assert torch.equal(found["attention_mask"] == 0, holes | (inputs["attention_mask"] == 0 if masked else False))
+    assert not torch.equal(holes[0, 0], holes[0, 1])
+    assert found["labels"].tolist() == [0, 1, 1]

@@ -1,9 +1,11 @@
 import datasets
 import pytest
 import torch
+from transformers import BertForMultipleChoice
 
+from hf_accel import AccelTrainer
 from hf_accel.data.sampling.coreset import Coreset, k_center
-from hf_accel.testing import CountingText, collate_padded, tiny_llama, tiny_trainer
+from hf_accel.testing import CountingText, collate_padded, tiny_bert, tiny_llama, tiny_trainer
 
 
 def by_hand(points, number):
@@ -69,3 +71,35 @@ def test_points_come_from_a_column(tmp_path):
 def test_a_bad_value_names_itself():
     with pytest.raises(ValueError, match="Coreset\\(keep="):
         Coreset(keep=0)
+
+
+def choices(feature):
+    return [{"input_ids": row, "labels": row} for row in (feature["input_ids"], feature["input_ids"][2::-1])]
+
+
+def test_the_point_of_an_example_is_the_mean_of_its_choices(tmp_path):
+    def collate(features):
+        flat = collate_padded([choice for feature in features for choice in choices(feature)])
+        inputs = {name: flat[name].unflatten(0, (-1, 2)) for name in ("input_ids", "attention_mask")}
+        return inputs | {"labels": torch.zeros(len(features), dtype=torch.long)}
+
+    technique, rows = Coreset(keep=0.25), CountingText()
+    model = tiny_bert(kind=BertForMultipleChoice, dropout=0.0, dtype=torch.float64)
+    args = tiny_trainer([], tmp_path).args
+    AccelTrainer(model, args, train_dataset=rows, data_collator=collate, techniques=[technique])
+    technique.prepare_dataset(rows)
+    model.eval()
+    with torch.no_grad():
+        hidden = [
+            [model.bert(torch.tensor([c["input_ids"]]))[0][0].mean(0) for c in choices(rows[i])] for i in range(64)
+        ]
+    points = [torch.stack(both).mean(0).float().tolist() for both in hidden]
+    assert technique.ids_N_.tolist() == sorted(by_hand(points, 16))
+
+
+@pytest.mark.parametrize("points", [[[1.0, 2.0], [1.0]], [None, [1.0]], ["a", "b"]])
+def test_what_is_no_point_is_refused(points, tmp_path):
+    technique = Coreset(column="point")
+    tiny_trainer([technique], tmp_path)
+    with pytest.raises(ValueError, match=r"Coreset.*'point'"):
+        technique.prepare_dataset([{"point": point} for point in points])

@@ -10,7 +10,7 @@ from hf_accel.testing import tiny_trainer
 
 def started(progress=0.0, classes=None, **fields):
     technique = EarlyScorePruning(**fields)
-    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=progress))
+    technique.run_ = SimpleNamespace(clock=SimpleNamespace(progress=progress))
     technique.inspect_dataset([{"label": c} for c in classes] if classes else [{}])
     technique.on_train_begin(None, None, None)
     return technique
@@ -22,7 +22,7 @@ def watched(technique, epochs):
         technique.select(number, len(losses), torch.Generator().manual_seed(number))
         for half in (torch.arange(0, len(losses), 2), torch.arange(1, len(losses), 2)):
             technique.observe(half, torch.tensor(losses)[half])
-    technique.host_.clock.progress = 0.7
+    technique.run_.clock.progress = 0.7
     return technique.select(len(epochs), len(epochs[0]), torch.Generator().manual_seed(9))[0].tolist()
 
 

@@ -103,7 +103,7 @@ def test_tau_is_that_of_the_paper():
 
 def started(step=0, **fields):
     technique = ImportanceSampling(**fields)
-    technique.host_ = SimpleNamespace(state=SimpleNamespace(global_step=step), stream=SimpleNamespace(seed=0))
+    technique.run_ = SimpleNamespace(state=SimpleNamespace(global_step=step), stream=SimpleNamespace(seed=0))
     technique.on_train_begin(None, None, None)
     return technique
 
@@ -113,15 +113,15 @@ def test_it_samples_only_where_that_pays():
     even, uneven = torch.ones(8), torch.tensor([3.0] + [1e-4] * 7)
     positions, weights = technique.step_select(torch.arange(8), even)
     assert positions.tolist() == list(range(8)) and weights is None and technique.tau_ == pytest.approx(1)
-    technique.host_.state.global_step = 7
+    technique.run_.state.global_step = 7
     assert not technique.needs_step_losses()
-    technique.host_.state.global_step = 10
+    technique.run_.state.global_step = 10
     assert technique.needs_step_losses()
     for _ in range(30):
         positions, weights = technique.step_select(torch.arange(8), uneven)
     assert technique.tau_ > (1 / 0.25 + 3) / 3
     assert len(positions) == len(weights) == 2 and (positions.diff() >= 0).all()
-    technique.host_.state.global_step = 7
+    technique.run_.state.global_step = 7
     assert technique.needs_step_losses()
     report = technique.report()
     assert report["judged"] == 31 and 0 < report["sampled"] < 31

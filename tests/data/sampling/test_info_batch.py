@@ -12,7 +12,7 @@ from hf_accel.losses import head_of, weighted_mean
 
 def started(progress=0.0, **fields):
     technique = InfoBatch(**fields)
-    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=progress))
+    technique.run_ = SimpleNamespace(clock=SimpleNamespace(progress=progress))
     technique.on_train_begin(None, None, None)
     return technique
 
@@ -101,7 +101,7 @@ def test_epochs_without_scores_and_after_the_end_are_full_and_draw_nothing():
     ids, weights = technique.select(1, 10, generator)
     assert len(ids) == 7 and ids.tolist()[-5:] == [5, 6, 7, 8, 9]  # round(2.5) = 2 of the five low ones
     assert sorted(weights.tolist()) == [1.0] * 5 + [2.5] * 2
-    technique.host_.clock.progress = 0.875
+    technique.run_.clock.progress = 0.875
     assert technique.select(2, 10, generator)[1] is None
     assert technique.report() == {"kept": 27 / 30} and technique.took_effect(technique.report())
 

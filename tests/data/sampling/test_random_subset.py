@@ -7,7 +7,7 @@ import torch
 from hf_accel.data.sampling.random_subset import RandomSubset, subset_of_epoch
 from hf_accel.testing import tiny_trainer
 
-SIZES = [(10, 5), (10, 3), (10, 7), (7, 7), (12, 1), (9, 4), (5, 2), (64, 32)]
+SIZES = [(10, 5), (10, 3), (10, 7), (7, 7), (12, 1), (9, 4), (5, 2), (64, 32), (11, 8), (13, 6), (1, 1)]
 
 
 @pytest.mark.parametrize(("num_examples", "size"), SIZES)
@@ -61,8 +61,29 @@ def test_the_trainer_sees_each_round(tmp_path):
 
 def test_a_share_of_one_keeps_all_and_a_bad_one_names_itself():
     technique = RandomSubset(keep=1.0)
-    technique.host_ = SimpleNamespace(stream=SimpleNamespace(seed=0))
+    technique.run_ = SimpleNamespace(stream=SimpleNamespace(seed=0))
     ids, weights = technique.select(3, 10, torch.Generator())
     assert ids.tolist() == list(range(10)) and weights is None
     with pytest.raises(ValueError, match="RandomSubset\\(keep=0"):
         RandomSubset(keep=0)
+
+
+def test_sizes_that_divide_the_data_keep_their_choice():
+    """Recorded before an epoch took two permutations at most."""
+    assert [subset_of_epoch(e, 8, 4, 3).tolist() for e in range(4)] == [
+        [0, 3, 4, 6],
+        [1, 2, 5, 7],
+        [1, 3, 4, 7],
+        [0, 2, 5, 6],
+    ]
+    assert [subset_of_epoch(e, 9, 3, 1).tolist() for e in (0, 4, 8)] == [[2, 5, 8], [0, 2, 4], [0, 1, 7]]
+
+
+def test_a_late_epoch_takes_two_permutations(monkeypatch):
+    drawn, randperm = [], torch.randperm
+    monkeypatch.setattr(torch, "randperm", lambda *args, **kwargs: drawn.append(args) or randperm(*args, **kwargs))
+    for size in (500, 300, 900):
+        for epoch in (0, 20, 1000):
+            drawn.clear()
+            subset_of_epoch(epoch, 997, size, 0)
+            assert len(drawn) <= 2

@@ -4,7 +4,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, SwinConfig, SwinForImageClassification
 
 from hf_accel.data.sampling.rho_loss import RHOLoss, highest, shallower
-from hf_accel.testing import CountingText, tiny_llama, tiny_trainer
+from hf_accel.testing import CountingText, collate_padded, largest_difference, tiny_llama, tiny_trainer
 
 
 class Watched(RHOLoss):
@@ -73,6 +73,36 @@ def test_the_copy_is_trained_in_micro_batches_of_a_device(tmp_path):
     technique.prepare_dataset(trainer.train_dataset)
     technique._train_small(technique.held_)
     assert trainer.micro_batch_size == 16 and set(rows) == {4}
+
+
+def test_the_copy_is_trained_as_a_loop_by_hand_with_clipped_gradients(tmp_path):
+    args = {"max_grad_norm": 0.5, "learning_rate": 1e-2, "weight_decay": 0.1, "per_device_train_batch_size": 4}
+    trainer = tiny_trainer(
+        [technique := RHOLoss(holdout=0.25, epochs=2, depth=1.0)],
+        tmp_path,
+        dropout=0.0,
+        dtype=torch.float64,
+        **args,
+    )
+    technique.prepare_dataset(trainer.train_dataset)
+    found = technique._train_small(technique.held_)
+
+    model = tiny_llama(dropout=0.0, dtype=torch.float64)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+    norms, step = [], 0
+    for epoch in range(2):
+        order = torch.randperm(16, generator=torch.Generator().manual_seed(trainer.args.seed + epoch)).tolist()
+        for start in range(0, 16, 4):
+            optimizer.param_groups[0]["lr"] = 1e-2 * (1 - step / 8)
+            optimizer.zero_grad()
+            model(**collate_padded([technique.held_[i] for i in order[start : start + 4]])).loss.backward()
+            norms.append(torch.stack([p.grad.norm() for p in model.parameters()]).norm())
+            for parameter in model.parameters():
+                parameter.grad *= min(0.5 / float(norms[-1]), 1.0)
+            optimizer.step()
+            step += 1
+    assert min(norms) > 0.5
+    assert largest_difference(found.state_dict(), model.state_dict()) < 1e-6
 
 
 def test_the_copy_has_the_first_blocks():

@@ -46,10 +46,10 @@ def test_a_large_step_and_a_small_share_draw_the_highest():
 
 def test_it_acts_between_start_and_end_but_on_plain_steps():
     technique = SelectiveBackprop(start=0.5, end=0.9, plain_every=3)
-    technique.host_ = SimpleNamespace(state=SimpleNamespace(global_step=0), clock=SimpleNamespace(progress=0.5))
+    technique.run_ = SimpleNamespace(state=SimpleNamespace(global_step=0), clock=SimpleNamespace(progress=0.5))
 
     def acts(step, progress):
-        technique.host_.state.global_step, technique.host_.clock.progress = step, progress
+        technique.run_.state.global_step, technique.run_.clock.progress = step, progress
         return technique.needs_step_losses()
 
     assert [acts(step, 0.6) for step in range(6)] == [True, True, False, True, True, False]

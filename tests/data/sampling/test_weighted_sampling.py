@@ -126,3 +126,8 @@ def test_bad_weights_in_a_column_are_refused(values, sentence):
     table = datasets.Dataset.from_dict({"w": values})
     with pytest.raises(ValueError, match=f"WeightedSampling.*{sentence}"):
         WeightedSampling(by="w", weights="column").inspect_dataset(table)
+
+
+def test_rows_without_a_class_are_refused():
+    with pytest.raises(ValueError, match=r"WeightedSampling\(.*'label' holds None"):
+        WeightedSampling().inspect_dataset([{"label": label} for label in (0, None, 1)])

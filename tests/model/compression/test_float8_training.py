@@ -11,7 +11,7 @@ from hf_accel.testing import losses_of, tiny_bert, tiny_llama, tiny_trainer
 
 
 def prepared(technique, model):
-    technique.host_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
     return technique.prepare_model(model)
 
 

@@ -12,7 +12,7 @@ from hf_accel.testing import tiny_llama
 
 
 def prepared(technique, model):
-    technique.host_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
     return technique.prepare_model(model)
 
 

@@ -25,7 +25,7 @@ GPT2 = AutoConfig.for_model("gpt2", vocab_size=48, n_embd=16, n_layer=2, n_head=
 def prepared(technique, model, **args):
     defaults = {"deepspeed_plugin": None, "fsdp": None, "world_size": 1, "gradient_checkpointing": False}
     settings = SimpleNamespace(**defaults | {"ddp_find_unused_parameters": None} | args)
-    technique.host_ = SimpleNamespace(args=settings, is_fsdp_enabled=False)
+    technique.run_ = SimpleNamespace(args=settings, is_fsdp_enabled=False)
     return technique.prepare_model(model)
 
 

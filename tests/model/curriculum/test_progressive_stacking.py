@@ -18,6 +18,7 @@ from hf_accel import (
     SparseTraining,
     StochasticWeightAveraging,
 )
+from hf_accel.model.compression.lora import add_adapters
 from hf_accel.model.curriculum.progressive_stacking import depths
 from hf_accel.testing import losses_of, tiny_llama, tiny_trainer, weights_of
 
@@ -291,11 +292,18 @@ def test_bad_input_is_refused_before_training(tmp_path):
     refused(technique, "has no list of the blocks", tmp_path, model=tiny("ResNet"), modality="image")
     refused(ProgressiveStacking("middle"), "makes at most 2 blocks of 1, and 4 are to come next. Raise", tmp_path)
     refused(ProgressiveStacking(start=0.9), "of 4 blocks, start=0.9 leaves none to be added. Lower it", tmp_path)
-    refused(technique, "adapters need a model that is trained already", tmp_path, [LoRA()])
-    refused(technique, "LayerFreezing.*copies are elsewhere", tmp_path, [LayerFreezing()])
-    refused(technique, "SparseTraining.*copies are elsewhere", tmp_path, [SparseTraining()])
-    refused(technique, "averages weights from before the last growth", tmp_path, [ExponentialMovingAverage()])
-    refused(technique, "keeps weights or gradients of before a growth", tmp_path, [LocalSGD()])
+    adapted = add_adapters(tiny_llama(), rank=2, alpha=4)
+    refused(technique, "adapters need a model that is trained already", tmp_path, model=adapted)
+    refused(technique, "and LoRA.* both claim the form of the weight matrices", tmp_path, [LoRA()])
+    refused(technique, "and LayerFreezing.* both claim which blocks are trained", tmp_path, [LayerFreezing()])
+    refused(technique, "and SparseTraining.* both claim the form of the weight matrices", tmp_path, [SparseTraining()])
+    refused(
+        technique,
+        "and ExponentialMovingAverage.* both claim the weights of early steps",
+        tmp_path,
+        [ExponentialMovingAverage()],
+    )
+    refused(technique, "and LocalSGD.* both claim what ranks exchange", tmp_path, [LocalSGD()])
     refused(technique, "Unset load_best_model_at_end", tmp_path, load_best_model_at_end=True, eval_strategy="steps",
             eval_steps=2, save_strategy="steps", save_steps=2)  # fmt: skip
     late = "at progress 0.8 the learning rate has fallen to 2.% of its peak"

@@ -46,6 +46,7 @@ def test_what_cannot_be_scaled_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"the model comes from .*, and its weights would be lost"):
         tiny_trainer([DepthScaledInit()], tmp_path, model=trained)
     with pytest.raises(
-        ValueError, match=r"ZeroInitResidual\(\): DepthScaledInit\(.*gives the model its first values, too. Keep one."
+        ValueError,
+        match=r"ZeroInitResidual\(\) and DepthScaledInit\(.* both claim the first weights of the model",
     ):
         tiny_trainer([ZeroInitResidual(), DepthScaledInit()], tmp_path)

@@ -178,5 +178,5 @@ def test_other_families_are_refused_by_name(name, tmp_path):
 
 def test_a_model_of_another_family_is_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "small")
-    with pytest.raises(ValueError, match="its model_type is 'llama', and the model's 'gpt2'"):
+    with pytest.raises(ValueError, match="its model_type is 'llama', and the model has 'gpt2'"):
         tiny_trainer([ExpandFrom(str(tmp_path / "small"))], tmp_path, model=tiny("GPT-2", **WIDE))

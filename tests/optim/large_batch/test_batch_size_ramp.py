@@ -32,7 +32,7 @@ def test_doubling_stages_are_equally_long():
 
 def test_the_technique_asks_the_clock_and_counts():
     technique = BatchSizeRamp(start=0.3, end=0.5)
-    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=0.1))
+    technique.run_ = SimpleNamespace(clock=SimpleNamespace(progress=0.1))
     technique.on_train_begin(None, None, None)
     size = technique.batch(torch.arange(1000), 64)
     assert size == 28  # 64 * 0.44
@@ -41,7 +41,7 @@ def test_the_technique_asks_the_clock_and_counts():
     assert technique.report() == {"first_batch": 28, "mean_batch": 46.0}
     assert technique.took_effect(technique.report())
     other = BatchSizeRamp()
-    other.host_ = technique.host_
+    other.run_ = technique.run_
     other.on_train_begin(None, None, None)
     other.load_state_dict("global", technique.state_dict("global"))
     assert other.report() == technique.report()

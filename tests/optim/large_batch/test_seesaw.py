@@ -43,7 +43,7 @@ def test_a_linear_decay_leaves_the_steps_of_the_closed_form(factor, doublings):
     examples, batch = 80_000, 8
     spent, steps = 0, 0
     while spent < examples:
-        technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=spent / examples))
+        technique.run_ = SimpleNamespace(clock=SimpleNamespace(progress=spent / examples))
         size = technique.batch(torch.empty(0), batch)
         spent, steps = spent + size, steps + 1
         assert batch <= size <= batch * factor

@@ -332,6 +332,54 @@ def test_another_tokenizer_is_refused(tmp_path):
                 trainer.train()
 
 
+def padded(model, size):
+    """The model with more tokens, which its tokenizer does not know."""
+    model.resize_token_embeddings(size)
+    return model
+
+
+@pytest.mark.parametrize("fields", [{}, {"top_k": 4}, {"cache": "a"}, {"top_k": 4, "cache": "a"}], ids=str)
+def test_a_teacher_whose_vocabulary_is_padded_teaches_what_both_know(fields, tmp_path):
+    losses = []
+    for size in (48, 64):
+        folder = tmp_path / str(size)
+        padded(tiny_teacher(), size).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        trainer = tiny_trainer([Distillation(str(folder), **fields)], folder / "run", max_steps=3, dropout=0.0)
+        trainer.processing_class = tiny_tokenizer()
+        trainer.train()
+        losses.append(losses_of(trainer))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_model_whose_vocabulary_is_padded_learns_what_both_know(tmp_path):
+    tiny_teacher().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    student = padded(tiny_llama(dropout=0.0), 56)
+    technique = Distillation(str(tmp_path), weight=1.0, temperature=1.0)
+    args = {"max_steps": 1, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
+    trainer = tiny_trainer([technique], tmp_path, model=student, **args)
+    trainer.processing_class = tiny_tokenizer()
+    batch = collate_padded([trainer.train_dataset[i] for i in range(8)])
+    with torch.no_grad():
+        ours, theirs = (
+            m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            for m in (student, tiny_teacher())
+        )
+    here = batch["labels"][:, 1:] != -100
+    rows = zip(ours[:, :-1][here][:, :48].tolist(), theirs[:, :-1][here].tolist(), strict=True)
+    expected = [by_hand(*row, 1.0) for row in rows]
+    trainer.train()
+    assert losses_of(trainer) == pytest.approx([sum(expected) / len(expected)], rel=1e-5)
+
+
+def test_answers_for_another_number_of_classes_are_refused(tmp_path):
+    tiny_trainer([Distillation(TEACHER, cache=str(tmp_path / "a"))], tmp_path, max_steps=1).train()
+    trainer = tiny_trainer([Distillation(TEACHER, cache=str(tmp_path / "a"))], tmp_path, model=longer_vocabulary())
+    with pytest.raises(ValueError, match="was written with classes=48, and this run has 50"):
+        trainer.train()
+
+
 def test_a_cache_needs_indices(tmp_path):
     trainer = tiny_trainer([Distillation(cache="a")], tmp_path, max_steps=2)
     trainer.train_dataset = datasets.Dataset.from_list([CountingText()[0]]).to_iterable_dataset()

@@ -22,7 +22,7 @@ def padded(side="right"):
 
 def started(progress=0.0, collator=None, **fields):
     technique = MaskRateSchedule(**fields)
-    technique.host_ = SimpleNamespace(clock=SimpleNamespace(progress=progress), data_collator=collator)
+    technique.run_ = SimpleNamespace(clock=SimpleNamespace(progress=progress), data_collator=collator)
     technique.on_train_begin(None, None, None, model=tiny_bert(), processing_class=tiny_tokenizer())
     return technique
 

@@ -152,6 +152,17 @@ def test_what_is_not_finite_passes():
     assert run_on_ranks(run) == [(True, True)] * 2
 
 
+def test_what_was_not_sent_is_sent_later():
+    def run():
+        gradients = [random(8, 12, seed=seed) for seed in range(6)]
+        sent, error, _ = exchanged(*gradients)
+        return sum(sent) + error, sum(gradients), error
+
+    for found, expected, error in run_on_ranks(run):
+        assert error.norm() > 0.1 * expected.norm()
+        assert torch.allclose(found, expected, atol=1e-9)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_factorized_in_single(dtype):
     def run():
