@@ -122,6 +122,9 @@ class LayerFreezing(Technique):
     threshold: Fraction | None = None  # AutoFreeze: the median; Egeria: 0.2
     checks: Annotated[int, at.Ge(2)] = 20  # AutoFreeze: several in an epoch
     neutral: ClassVar = {"max_fraction": 0.0}
+    expected_failed_checks: ClassVar = {
+        "check_reentrant_checkpointing": "refused: blocks above frozen ones would get no gradient"
+    }
     probe_fields: ClassVar = {"policy": "gradient_norm", "start": 0.25, "threshold": 0.75, "checks": 12}
     variations: ClassVar = {"start": 0.75, "threshold": 0.25}
     refused_backends: ClassVar = {"zero": "frozen weights go on moving in its flat partitions"}
