@@ -54,6 +54,8 @@ class Run(Protocol):
     """Of the last step, before clipping."""
     learning_rate_factor: Callable[[float], float] | None
     """The factor on the peak learning rate at a progress, where the schedule follows the clock."""
+    searched_hyperparameters: Mapping[str, Any]
+    """What the present trial of a hyperparameter search sets; empty outside of one."""
     resumed: bool
     streamed: bool
     paced: bool

@@ -230,6 +230,7 @@ class AccelTrainerMixin(Updating, Resuming):
         if self.streamed:
             self.args.gradient_accumulation_steps = self.accumulation_steps
         super()._hp_search_setup(trial)
+        self.searched_hyperparameters = dict(trial if isinstance(trial, dict) else getattr(trial, "params", {}))
         self.accumulation_steps = self.args.gradient_accumulation_steps
         if self.streamed:
             self.args.gradient_accumulation_steps = 1

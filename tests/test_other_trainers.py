@@ -1,6 +1,7 @@
 """Techniques in trainers that are not ours: each trains, or is refused with a reason, as docs/trainers.md says.
 
-``pytest tests/test_other_trainers.py --write-docs`` writes the table from what ran; it is checked otherwise.
+``pytest tests/test_other_trainers.py -m trainers --write-docs`` writes the table from what ran; otherwise it is
+checked.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import cells
 import datasets
 import pytest
 import torch
+from hook_classes import one_of_each_class
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -43,7 +45,11 @@ from hf_accel.losses import head_of
 from hf_accel.recipe import known_techniques
 from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_llama, weights_of
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # other libraries' own
+pytestmark = [
+    pytest.mark.trainers,
+    pytest.mark.ci,
+    pytest.mark.filterwarnings("ignore"),  # other libraries' own
+]
 
 TABLE = Path(__file__).parents[1] / "docs" / "trainers.md"
 SETTINGS = {
@@ -209,8 +215,12 @@ def table(request):
         TABLE.write_text(cells.written(HEADING, NAMES, columns, found, "trains"))
 
 
+CHOSEN = one_of_each_class({name: known_techniques()[name] for name in NAMES})
+"""In continuous integration; the others answer to the same hooks."""
+
+
 @pytest.mark.parametrize("column", [*BUILDERS, PLAIN])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [n if n in CHOSEN else pytest.param(n, marks=pytest.mark.full) for n in NAMES])
 def test_it_trains_or_is_refused_as_the_table_says(name, column, table, tmp_path, request):
     found = outcome(column, make(name), tmp_path)
     if request.config.getoption("write_docs"):
@@ -220,7 +230,7 @@ def test_it_trains_or_is_refused_as_the_table_says(name, column, table, tmp_path
 
 HEADING = f"""# Techniques in other trainers
 
-<!-- Written by pytest tests/test_other_trainers.py --write-docs, from what ran. -->
+<!-- Written by pytest tests/test_other_trainers.py -m trainers --write-docs, from what ran. -->
 
 `accelerated(SFTTrainer)(..., techniques=[...])` and `attach(trainer, [...])` add techniques to other trainers.
 *Trains*: the technique trained a tiny model. A number refers to the error below, which comes before the first step.
@@ -310,9 +320,7 @@ class OwnSampler(Trainer):
 
 
 def test_a_sampler_of_the_users_is_not_replaced_in_silence(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"OwnSampler._get_train_sampler: it makes batches of its own, which InfoBatch\("
-    ):
+    with pytest.raises(ValueError, match=r"OwnSampler._get_train_sampler makes its own batches, which InfoBatch\("):
         trainer(tmp_path, accelerated(OwnSampler), techniques=[InfoBatch()])
     trainer(tmp_path, accelerated(OwnSampler), techniques=[Budget("2steps")]).train()
 

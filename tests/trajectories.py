@@ -63,7 +63,7 @@ RUNS: dict[str, Techniques] = {
     "sparse": {"SparseTraining": {}, "StochasticWeightAveraging": {}, "LinearToZero": {}},
     "drop layers": {"ProgressiveLayerDrop": {"decay": 10.0}, "LearningRateScaling": {}, "DepthScaledInit": {}},
     "freeze": {"LayerFreezing": {}, "SharpnessAware": {}, "ZeroInitResidual": {}},
-    "freeze by gradients": {"LayerFreezing": {"policy": "gradient_norm", "start": 0.25, "threshold": 0.75}},
+    "freeze by gradients": {"hf_accel.contrib:GradientNormFreezing": {"start": 0.25, "threshold": 0.75}},
     "stack": {"ProgressiveStacking": {"start": 0.5}, "RandomSubset": {}},
     "expand": {"ExpandFrom": {"checkpoint": "hf_accel.testing:tiny_smaller"}, "Int8Training": {}},
     "drop tokens": {"RandomTokenDrop": {}, "NamedOptimizer": {}},

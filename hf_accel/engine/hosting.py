@@ -91,6 +91,7 @@ class Hosting(Host):
         self.receipt = None
         self.stopwatch = Stopwatch()
         self._resumed: dict[str, Any] | None = None
+        self.searched_hyperparameters: dict[str, Any] = {}
         self.micro_batch: MicroBatch | None = None
         self._swapped = self._ended = False
         self._made_optimizer = False

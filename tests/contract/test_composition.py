@@ -1,9 +1,17 @@
-"""Techniques together: all pairs, in both orders, within few runs; two owners of a slot are refused.
+"""Techniques together: all pairs within few runs; two owners of a slot are refused.
 
-``pytest tests/contract/test_composition.py --write-docs`` writes docs/composition.md from what passed.
+The runs are those of composition_runs.json, which ``python tests/contract/test_composition.py`` writes anew:
+
+- ``together``: every pair meets; the first dozen are in the default suite;
+- ``in order``: in both orders where these can differ, and each technique without each other;
+- ``both orders``: in both orders throughout, for the full suite;
+- ``search``: every technique meets LearningRateSearch, which takes most of the time of a run, and is in no other.
+
+``pytest tests/contract -m "composition and not full" --write-docs`` writes docs/composition.md from what passed.
 """
 
 import datetime
+import json
 import math
 from collections import Counter
 from dataclasses import replace
@@ -15,9 +23,20 @@ import torch
 import transformers
 
 from hf_accel.recipe import known_techniques
-from hf_accel.technique import CLAIMS, SLOTS
-from hf_accel.testing import EPOCHS, covering_array, largest_difference, losses_of, tiny_trainer, weights_of
+from hf_accel.technique import CLAIMS, SLOTS, Technique
+from hf_accel.testing import (
+    EPOCHS,
+    covering_array,
+    largest_difference,
+    losses_of,
+    relations_shown,
+    tiny_trainer,
+    weights_of,
+)
 
+pytestmark = pytest.mark.composition
+
+FILE = Path(__file__).with_name("composition_runs.json")
 TABLE = Path(__file__).parents[2] / "docs" / "composition.md"
 KINDS = {name: kind for name, kind in known_techniques().items() if kind.modality == "text"}
 OTHERS = {
@@ -28,7 +47,13 @@ OWNERS = {slot: [name for name, kind in KINDS.items() if slot in kind.implemente
 CLAIMED = {claim: [name for name, kind in KINDS.items() if claim in kind.claims] for claim in CLAIMS}
 OWNERS |= {claim: names for claim, names in CLAIMED.items() if names}
 FREE = [name for name in KINDS if not any(name in owners for owners in OWNERS.values())]
-RUNS = covering_array(OWNERS, FREE)
+RUNS = json.loads(FILE.read_text()) if FILE.exists() else {}
+SEARCH = "LearningRateSearch"
+IN_TURN = (
+    "prepare_args prepare_dataset prepare_model loss_head transform_batch evaluating saving "
+    "on_step_begin on_pre_optimizer_step on_optimizer_step on_step_end"
+).split()
+"""Hooks and events in which one technique gets what another has made, or finds the model as the other left it."""
 SLOT_OF_CLASH = {frozenset(pair): slot for slot, owners in reversed(OWNERS.items()) for pair in combinations(owners, 2)}
 CLASHES = sorted(tuple(sorted(pair)) for pair in SLOT_OF_CLASH)
 PAIRS = [pair for pair in permutations(KINDS, 2) if frozenset(pair) not in SLOT_OF_CLASH]
@@ -121,8 +146,8 @@ def table(runs):
         "A name says which slot both own, or what one does away with and the other reads: the list is refused before",
         "the first step.",
         "",
-        "Written by `pytest tests/contract/test_composition.py --write-docs`; with `-m full` from each pair alone, in",
-        "both orders.",
+        'Written by `pytest tests/contract -m "composition and not full" --write-docs`; with',
+        "`-m composition` from each pair alone, too, in both orders.",
         "",
         "The model is one of text. Techniques for other data are not in the table; those for one kind of data were run",
         "together, in both orders: "
@@ -142,34 +167,89 @@ def table(runs):
     return "\n".join(lines) + "\n"
 
 
-def test_the_array_covers_all_pairs():
-    before = {pair for names in RUNS for pair in combinations(names, 2)}
-    assert before == set(PAIRS)
-    for a, b in permutations(KINDS, 2):
-        assert any(a in names and b not in names for names in RUNS)
+def order_can_matter(a, b):
+    return any(
+        getattr(KINDS[a], name) is not getattr(Technique, name) is not getattr(KINDS[b], name) for name in IN_TURN
+    )
 
 
-def test_the_array_gives_each_slot_one_owner():
-    owners = {"order": ["a", "b", "c"], "batch": ["c", "d"]}
-    runs = covering_array(owners, ["e", "f"], seed=3)
-    for names in runs:
-        assert len(set(names)) == len(names)
-        assert all(len(set(names) & set(several)) <= 1 for several in owners.values())
-    assert {frozenset(pair) for names in runs for pair in combinations(names, 2)} == {
-        frozenset(pair) for pair in combinations("abcdef", 2) if set(pair) not in ({*"ab"}, {*"ac"}, {*"bc"}, {*"cd"})
+def relations(kind):
+    """What the runs of one kind, with those before it, must show of an ordered pair."""
+
+    def of_a_pair(a, b):
+        if kind == "search":
+            return ["with"] if SEARCH in (a, b) else []
+        if SEARCH in (a, b):
+            return []
+        if kind == "together":
+            return ["with"]
+        if kind == "in order":
+            return ["with", "without"] + ["before"] * order_can_matter(a, b)
+        return ["before", "without"]
+
+    return of_a_pair
+
+
+def without_search():
+    """The slots' owners and the free techniques that arrays are made of; the search is in its own runs only."""
+    owners = {slot: [name for name in names if name != SEARCH] for slot, names in OWNERS.items()}
+    return owners, [name for name in FREE if name != SEARCH]
+
+
+def write_runs():
+    runs, before = {}, []
+    for kind in ("together", "in order", "both orders"):
+        runs[kind] = covering_array(*without_search(), relations=relations(kind), given=before)
+        before += runs[kind]
+    runs["search"] = covering_array(OWNERS, FREE, relations=relations("search"))
+    lists = (f'"{kind}": [\n' + ",\n".join(map(json.dumps, lists)) + "\n]" for kind, lists in runs.items())
+    FILE.write_text("{\n" + ",\n".join(lists) + "\n}\n")
+
+
+@pytest.mark.parametrize(
+    "kinds", [["together"], ["together", "in order"], ["together", "in order", "both orders"], ["search"]], ids="+".join
+)
+def test_the_runs_cover_all_pairs(kinds):
+    of_a_pair = relations(kinds[-1])
+    needed = {
+        (a, relation, b)
+        for a, b in permutations(KINDS, 2)
+        for relation in of_a_pair(a, b)
+        if relation == "without" or frozenset((a, b)) not in SLOT_OF_CLASH
     }
+    runs = [names for kind in kinds for names in RUNS[kind]]
+    assert needed
+    assert not needed - relations_shown(runs, KINDS), f"Run python {Path(__file__).name}."
+    for names in runs:
+        assert set(names) <= set(KINDS) and not any(frozenset(p) in SLOT_OF_CLASH for p in combinations(names, 2))
+        assert (SEARCH in names) == (kinds == ["search"])
 
 
-@pytest.mark.parametrize("names", RUNS, ids=lambda names: f"{len(names)} techniques")
+DEFAULT = {"together": 12, "search": 1}
+"""How many runs are in the default suite."""
+
+
+def runs_with_marks():
+    for kind, runs in RUNS.items():
+        for i, names in enumerate(runs):
+            left_out = pytest.mark.full if kind == "both orders" else pytest.mark.ci
+            yield pytest.param(names, id=f"{kind} {i + 1}", marks=[left_out] * (i >= DEFAULT.get(kind, 0)))
+
+
+def test_every_technique_is_in_the_default_suite():
+    assert {name for kind, number in DEFAULT.items() for names in RUNS[kind][:number] for name in names} == set(KINDS)
+
+
+@pytest.mark.parametrize("names", [*runs_with_marks()])
 def test_together(names, passed, tmp_path):
     check_together(names, tmp_path)
     passed.append(names)
 
 
+@pytest.mark.parametrize("step", [1, pytest.param(-1, marks=pytest.mark.ci)], ids=["in order", "reversed"])
 @pytest.mark.parametrize("modality", [modality for modality, names in OTHERS.items() if names])
-def test_together_on_other_data(modality, tmp_path):
-    for i, names in enumerate((OTHERS[modality], OTHERS[modality][::-1])):
-        check_together(names, tmp_path / str(i))
+def test_together_on_other_data(modality, step, tmp_path):
+    check_together(OTHERS[modality][::step], tmp_path)
 
 
 @pytest.mark.full
@@ -201,3 +281,7 @@ def test_the_table_is_current(request):
         for name, cell in zip(header[1:], row[1:], strict=True):
             slot = SLOT_OF_CLASH.get(frozenset((row[0], name)))
             assert cell == f"clash: `{slot}`" if slot else name == row[0] or int(cell) > 0
+
+
+if __name__ == "__main__":
+    write_runs()

@@ -11,10 +11,11 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
+from unittest import mock
 
 import cpu_backends
 import pytest
@@ -160,6 +161,15 @@ def free_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return listener.getsockname()[1]
+
+
+@contextmanager
+def forced_fp16_support(supported: bool) -> Iterator[None]:
+    """Let DeepSpeed find, on a rank, that the CPU computes in float16, or that it does not."""
+    from deepspeed.accelerator import get_accelerator
+
+    with mock.patch.object(type(get_accelerator()), "is_fp16_supported", lambda self: supported):
+        yield
 
 
 @functools.cache

@@ -13,7 +13,11 @@ from hf_accel import ExponentialMovingAverage, LatestWeightAveraging, Lookahead,
 from hf_accel.testing import again, largest_difference, losses_of, tiny_llama, tiny_trainer
 from hf_accel.weights import gather, local_parameters
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")  # peft asks for it
+pytestmark = [
+    pytest.mark.distributed,
+    pytest.mark.ci,
+    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning"),  # peft asks for it
+]
 
 EVERY = {
     "save_strategy": "steps",

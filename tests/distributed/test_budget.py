@@ -11,6 +11,8 @@ from ranks import run_on_ranks
 from hf_accel import Budget
 from hf_accel.testing import collate_padded, tiny_trainer
 
+pytestmark = [pytest.mark.distributed, pytest.mark.ci]
+
 
 def of_one_length(features):
     batch = collate_padded(features)

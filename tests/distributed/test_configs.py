@@ -16,6 +16,8 @@ from ranks import assert_backend, run_on_ranks
 from hf_accel import Budget
 from hf_accel.testing import losses_of, tiny_trainer
 
+pytestmark = pytest.mark.distributed
+
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
 ACCELERATE = sorted((CONFIGS / "accelerate").glob("*.yaml"))
@@ -41,6 +43,7 @@ def test_accelerate_reads_its_files(path):
         assert config.fsdp_config["fsdp_version"] == 2
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("name", ["single", "ddp"])
 def test_accelerate_launches(name, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
@@ -69,6 +72,7 @@ def train(directory, backend, **args):
     return losses_of(trainer)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("path", DEEPSPEED, ids=lambda path: path.stem)
 def test_deepspeed_trains_with_its_files(path, tmp_path):
     config = json.loads(path.read_text())
@@ -81,6 +85,7 @@ def test_deepspeed_trains_with_its_files(path, tmp_path):
     assert ranks[0] == ranks[1] and all(map(math.isfinite, ranks[0]))
 
 
+@pytest.mark.ci
 def test_fsdp2_trains_with_its_file(tmp_path):
     args = {"use_cpu": True, "fsdp": True, "fsdp_config": str(CONFIGS / "fsdp" / "fsdp2.json")}
     ranks = run_on_ranks(train, tmp_path, "fsdp2", backend="fsdp2", **args)

@@ -1,15 +1,21 @@
-"""Every technique on two ranks: in step with each other, equal to one process, and the same after a resume."""
+"""Techniques on two ranks: in step with each other, equal to one process, and the same after a resume.
+
+All of them under DDP; under FSDP2 and ZeRO one of each class of hooks, and the others in the full suite.
+"""
 
 import functools
 import tempfile
 
 import pytest
 import torch
-from ranks import assert_backend, backend_args, run_on_ranks
+from hook_classes import one_of_each_class
+from ranks import assert_backend, backend_args, forced_fp16_support, run_on_ranks
 
 from hf_accel.recipe import known_techniques
 from hf_accel.testing import losses_of, tiny_trainer
 from hf_accel.weights import gather, local_parameters
+
+pytestmark = pytest.mark.distributed
 
 LAYERS = {
     "masked text": ["BertLayer"],
@@ -64,8 +70,24 @@ def on_one_process(name):
         return train(kind(**kind.probe_fields), directory, **EXACT)
 
 
-@pytest.mark.parametrize("name", known_techniques())
-@pytest.mark.parametrize("backend", ["ddp", "fsdp2", "zero2", "zero3"])
+DEFAULT = {"ddp": "InfoBatch", "fsdp2": "ExponentialMovingAverage", "zero2": "SelectiveBackprop", "zero3": "InfoBatch"}
+"""The technique that stands for all in the default suite."""
+
+
+def backends_and_names():
+    for backend, default in DEFAULT.items():
+        kinds = known_techniques()
+        accepted = {name: kind for name, kind in kinds.items() if not refused(kind, backend)}
+        others = {name: kind for name, kind in kinds.items() if name not in accepted}
+        # ZeRO-2 and ZeRO-3 share what a technique must do for them: each takes every other class.
+        shown = one_of_each_class(accepted)[{"zero2": 0, "zero3": 1}.get(backend, 0) :: 2 if "zero" in backend else 1]
+        chosen = {*(kinds if backend == "ddp" else shown), *one_of_each_class(others)}
+        for name in kinds:
+            left_out = [] if name == default else pytest.mark.ci if name in chosen else pytest.mark.full
+            yield pytest.param(backend, name, marks=left_out, id=f"{backend}-{name}")
+
+
+@pytest.mark.parametrize(("backend", "name"), [*backends_and_names()])
 def test_two_ranks(name, backend, tmp_path):
     kind = known_techniques()[name]
 
@@ -82,8 +104,7 @@ def test_two_ranks(name, backend, tmp_path):
         pytest.skip("accelerate asks for the embeddings of tokens, which ConvNeXt has not")
     if backend == "fsdp2" and kind.modality == "masked text":
         pytest.skip("FSDP2 takes no bias that is tied, as that of BERT's head is")
-    # DeepSpeed computes in float32, and does not convert images.
-    on_ranks = EXACT | ({"dtype": torch.float32} if zero and kind.modality != "text" else {})
+    on_ranks = EXACT | ({"dtype": torch.float32} if zero else {})  # ZeRO-3 takes float64 on CPUs without float16 only
 
     def exact_straight_resumed():
         saving = {"save_strategy": "steps", "save_steps": 5}
@@ -110,3 +131,20 @@ def test_two_ranks(name, backend, tmp_path):
             assert difference(exact["local"], two["local"]) == 0.0, "the ranks drifted apart"
         assert difference(straight["local"], resumed["local"]) == 0.0, "the resumed run is another one"
         assert (straight["losses"], straight["report"]) == (resumed["losses"], resumed["report"])
+
+
+def test_zero3_is_the_same_whatever_types_the_cpu_computes_with(tmp_path):
+    """DeepSpeed chooses types by the CPU; what it trains must not depend on them."""
+    kind = known_techniques()["InfoBatch"]
+
+    def with_and_without():
+        runs = []
+        for supported in (True, False):
+            with forced_fp16_support(supported):
+                runs.append(train(kind(), tmp_path / str(supported), "zero3", **(EXACT | {"dtype": torch.float32})))
+        return runs
+
+    one = on_one_process("InfoBatch")
+    for rank, (with_fp16, without) in enumerate(run_on_ranks(with_and_without, backend="zero3")):
+        assert with_fp16["losses"] == without["losses"] and difference(with_fp16["local"], without["local"]) == 0.0
+        assert rank or difference(one["full"], without["full"]) < 1e-3

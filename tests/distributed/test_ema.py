@@ -11,6 +11,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback
 from hf_accel.optim import ExponentialMovingAverage
 from hf_accel.weights import gather, local_parameters
 
+pytestmark = [pytest.mark.distributed, pytest.mark.ci]
+
 HALF_LIFE = 2.0
 
 

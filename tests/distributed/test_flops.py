@@ -6,6 +6,8 @@ from ranks import assert_backend, backend_args, run_on_ranks
 from hf_accel.meters.flops import FlopMeter
 from hf_accel.testing import tiny_trainer
 
+pytestmark = [pytest.mark.distributed, pytest.mark.ci]
+
 
 def counted_steps(directory, backend=None):
     distributed = {} if backend is None else backend_args(backend)

@@ -12,6 +12,8 @@ from hf_accel.engine import memory
 from hf_accel.testing import losses_of, tiny_trainer
 from hf_accel.weights import local_parameters
 
+pytestmark = [pytest.mark.distributed, pytest.mark.ci]
+
 
 def train(directory, backend, size, rows=None, place="forward", from_step=0, resume=None, **args):
     """Micro-batch size, steps, losses and local weights; memory suffices for ``rows[rank]`` rows."""

@@ -10,6 +10,8 @@ from hf_accel import Budget, ExponentialMovingAverage, GradientCompression, Info
 from hf_accel.testing import losses_of, tiny_trainer
 from hf_accel.weights import gather, local_parameters
 
+pytestmark = [pytest.mark.distributed, pytest.mark.ci]
+
 EXAMPLES = 8
 EXACT = {"dropout": 0.0, "dtype": torch.float64}
 

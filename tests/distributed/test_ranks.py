@@ -10,6 +10,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 from ranks import run_on_ranks
 
+pytestmark = pytest.mark.distributed
+
 
 def test_results_come_in_order_of_ranks_and_children_really_are_ranks():
     def rank(offset):

@@ -1,12 +1,15 @@
 """A stream of examples on two ranks: each reads the whole and trains on its share."""
 
 import datasets
+import pytest
 import torch
 from ranks import assert_backend, backend_args, run_on_ranks
 
 from hf_accel import AccelTrainer, Packing, SelectiveBackprop, SequenceLengthWarmup, TokensPerBatch
 from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_llama, tiny_trainer
 from hf_accel.weights import gather, local_parameters
+
+pytestmark = [pytest.mark.distributed, pytest.mark.ci]
 
 
 def text():

@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 
 from hf_accel.weights import gather, local_parameters, scatter, swap
 
+pytestmark = [pytest.mark.distributed, pytest.mark.ci]
+
 VOCAB = 61
 
 

@@ -329,7 +329,7 @@ def test_honored(name, shown):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in UNSEEN])
+@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.ci) if n in SLOW else n for n in UNSEEN])
 def test_honored_without_a_trace(name, shown):
     value, beside = UNSEEN[name]
     plain = run(Trainer, **beside, **{name: value})

@@ -23,7 +23,7 @@ from transformers import (
 
 from hf_accel.features.segment_attention import attend_by_segment
 from hf_accel.meters.flops import Counting, FlopMeter, Flops, formula_of, is_compute, peak_flops
-from hf_accel.model.curriculum.layer_freezing import detach_input, find_blocks
+from hf_accel.surgery.freezing import detach_input, find_blocks
 
 B, L, D, F, H, N, V, RANK, KEPT = 3, 16, 32, 48, 4, 4, 61, 2, 10
 """Rows, positions, sizes of states and of the feed-forward part, heads, blocks, words, rank of LoRA, tokens kept."""

@@ -84,7 +84,7 @@ FAULTS = (
         "self.current_gradient_accumulation_steps = 1 if self._own_loss else len(micros)",
         "self.current_gradient_accumulation_steps = len(micros)",
         "With a technique that weights examples, the learning rate shrinks with gradient accumulation.",
-        "tests/engine/test_hooks.py::test_weights_multiply_and_sums_add",
+        "tests/engine/test_hooks.py::test_a_model_that_takes_no_number_of_items_has_the_same_step",
     ),
     Fault(
         "refused-update-counted",
@@ -92,7 +92,7 @@ FAULTS = (
         "steps=0 if self._step_refused else 1,",
         "steps=1,",
         "A budget of updates is spent on those that were left out.",
-        "tests/optim/optimizers/test_gradient_spike_guard.py",
+        "tests/optim/optimizers/test_gradient_spike_guard.py::test_a_budget_of_updates_is_not_spent_on_refused_ones",
     ),
     Fault(
         "filler-losses-observed",
@@ -100,10 +100,7 @@ FAULTS = (
         "return ids_B[ids_B >= 0], values_B[ids_B >= 0]",
         "return ids_B, values_B",
         "On several ranks, the last example of the data gets the losses of placeholders.",
-        "tests/stream/test_indexed.py "
-        "tests/distributed/test_contract.py::test_two_ranks[ddp-InfoBatch] "
-        "tests/distributed/test_contract.py::test_two_ranks[ddp-EarlyScorePruning] "
-        "tests/distributed/test_contract.py::test_two_ranks[ddp-ScorePruning]",
+        "tests/engine/test_hooks.py::test_nothing_is_observed_of_a_rank_without_examples",
     ),
     Fault(
         "label-smoothing-dropped",
@@ -111,7 +108,7 @@ FAULTS = (
         "smoothing = self.args.label_smoothing_factor if self.label_smoother is not None else 0.0",
         "smoothing = 0.0",
         "label_smoothing_factor does nothing once a technique weights examples.",
-        "tests/test_trainer.py::test_causal_lm_is_trainers tests/data/regularization/test_mixup.py",
+        "tests/engine/test_hooks.py::test_under_weights_labels_are_smoothed_as_trainer_smooths_them",
     ),
     # The stream -------------------------------------------------------------------------------------------------------
     Fault(
@@ -136,7 +133,7 @@ FAULTS = (
         "key = (seed * 1_000_003 + epoch) * 1_000_003 + example",
         "key = seed * 1_000_003 + example",
         "Random crops and masks of a data set are the same in every epoch.",
-        "tests/stream/test_indexed.py tests/stream/test_iterable.py",
+        "tests/stream/test_indexed.py::test_every_epoch_draws_anew_for_every_example",
     ),
     Fault(
         "weights-not-ordered",
@@ -262,7 +259,7 @@ FAULTS = (
         "return min(max(pace / self.pace_when_measured, 0.5), 4.0)",
         "return min(max(self.pace_when_measured / pace, 0.5), 4.0)",
         "On a machine that gets slower, less time is kept back, and the run is late.",
-        "tests/budget/test_budget.py::test_a_machine_that_slows_down_is_late_by_a_step_and_half_an_evaluation_at_most",
+        "tests/budget/test_budget.py::test_more_is_kept_back_on_a_machine_that_is_slower_than_when_it_last_evaluated",
     ),
     # Losses and memory ------------------------------------------------------------------------------------------------
     Fault(
@@ -472,7 +469,7 @@ FAULTS = (
         "                    if args.max_grad_norm:\n"
         "                        nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)\n",
         "The small model that judges examples ignores max_grad_norm.",
-        "tests/data/sampling/test_rho_loss.py",
+        "tests/data/sampling/test_rho_loss.py::test_the_copy_is_trained_as_a_loop_by_hand_with_clipped_gradients",
     ),
     # Models -----------------------------------------------------------------------------------------------------------
     Fault(
@@ -514,7 +511,7 @@ FAULTS = (
         "matrix_NM = matrix_NM + self.errors_[name]",
         "matrix_NM = matrix_NM + 0",
         "PowerSGD loses what does not fit into its rank: no error feedback.",
-        "tests/system/synchronize/test_gradient_compression.py",
+        "tests/system/synchronize/test_gradient_compression.py::test_what_was_not_sent_is_sent_later",
     ),
     Fault(
         "optimizer-not-sharded",
@@ -547,7 +544,7 @@ FAULTS = (
         "math.exp(low - doubt), math.exp(high + doubt)",
         "math.exp(low + doubt), math.exp(high - doubt)",
         "The less a curve is known, the surer a speed-up looks.",
-        "tests/compare/test_statistics.py",
+        "tests/compare/test_statistics.py::test_the_doubt_of_interpolation_widens_the_interval",
     ),
     Fault(
         "more-is-never-better",
@@ -555,7 +552,7 @@ FAULTS = (
         "sign = 1 if lower else -1",
         "sign = 1",
         "Of two accuracies the lower one wins.",
-        "tests/compare/test_report.py tests/compare/test_comparison.py",
+        "tests/compare/test_results.py::test_of_accuracies_the_higher_is_better",
     ),
     Fault(
         "placebo-judged-by-lower-end",
@@ -596,6 +593,6 @@ FAULTS = (
         "soups.greedy(scores, evaluate, lower_is_better(metric))",
         "soups.greedy(scores, evaluate, True)",
         "hf-accel soup --greedy --metric accuracy keeps the worst models.",
-        "tests/cli/test_soup.py",
+        "tests/cli/test_soup.py::test_a_greedy_soup_keeps_what_is_more_accurate",
     ),
 )

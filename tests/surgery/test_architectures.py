@@ -18,7 +18,7 @@ from hf_accel.testing import losses_of, tiny_trainer
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 KINDS = {name: kind for name, kind in known_techniques().items() if area(kind) == "model"}
 FIELDS = {
-    "LayerFreezing": {"policy": "schedule", "start": 0.0, "max_fraction": 1.0},
+    "LayerFreezing": {"start": 0.0, "max_fraction": 1.0},
     "LowRankTraining": {"tolerance": 10.0},
 }
 """For runs of four steps, by technique; defaults elsewhere."""

@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import annotated_types as at
+import torch
 import torch.nn.functional as F
 
 from hf_accel.adapters import unwrapped
@@ -107,7 +108,8 @@ class ResolutionWarmup(Technique):
             self.read_ += len(images_B) * full.numel()
             self.trained_ += len(images_B) * math.prod(size)
             if size != list(full):
-                smaller_B = F.interpolate(images_B, size, mode="bilinear", antialias=True)
+                exact_B = images_B.to(torch.promote_types(images_B.dtype, torch.float32))  # CPUs resize no bfloat16
+                smaller_B = F.interpolate(exact_B, size, mode="bilinear", antialias=True).to(images_B.dtype)
                 inputs: dict[str, Any] = {**micro.inputs, "pixel_values": smaller_B}
                 if self.interpolates_:
                     inputs["interpolate_pos_encoding"] = True

@@ -2,9 +2,13 @@
 
 Beside the weights w, one average e is updated after every optimizer step:
 
-    e <- e + (1 - 2^(-1 / half_life)) (w - e),        e = w at the start
+    e <- e + (1 - d) (w - e),        e = w at the start
 
-so weights from ``half_life`` steps ago count half as much as the current ones.  Training itself never reads e.
+    d = min(2^(-q / half_life), (1 + n) / (10 + n))        if half_life < 1, a share of the budget
+    d = 2^(-1 / half_life)                                 if half_life >= 1, in steps
+
+with q the progress of the step and n the updates before it.  So weights from one half-life ago count half as much as
+the current ones, and the first weights soon count for nothing.  Training itself never reads e.
 
 At a learning rate that still makes progress, the weights jump around a point that is better than any of them.  The
 average is near that point now; without it, you first have to spend steps on decaying the learning rate.  So a run
@@ -21,10 +25,10 @@ When to use:
 When not to use:
 - A learning rate that decays to zero, because it leaves little to gain.
 - Short runs with a long half-life, because the average lags behind.
-Defaults: A window of 1 % of all steps is best over the workloads of AlgoPerf (1), so 100 suits about 10,000 steps.
-Composer's method card starts at 100, too; its code has 1000.
+Defaults: A window of 1 % of all steps is best over the workloads of AlgoPerf (1).  For the start, (1 + n) / (10 + n) is
+the usual warm-up of such averages, as in diffusers.
 Differences from the paper:
-- The average of fp16 or bf16 weights is fp32, because their 8 to 11 bits lose an update of 1 - 2^(-1/100) = 0.7 %.
+- The average of fp16 or bf16 weights is fp32, because their 8 to 11 bits lose updates below 1 %.
 - Buffers are not averaged.  With batch normalization, up to 1,024 training examples give the averaged weights their own
   statistics before each evaluation and checkpoint (``batch norm`` in the receipt).
 References: (1) Ajroldi, Orvieto, Geiping, "When, Where and Why to Average Weights?", ICML 2025, arXiv:2502.06761; (2)
@@ -39,6 +43,7 @@ from typing import ClassVar
 
 from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
+from transformers import TrainerState
 
 from hf_accel.optim.averaging.running_average import RunningAverage, at_least_float32, move
 from hf_accel.technique import Positive
@@ -59,25 +64,33 @@ class ExponentialMovingAverage(RunningAverage):
     It covers the parameters that are trainable when training starts.
 
     Args:
-        half_life: Optimizer steps after which weights count half, above 0.
+        half_life: Share of the budget, below 1, or number of steps, from 1 on, after which weights count half.
     """
 
-    half_life: Positive = 100
+    half_life: Positive = 0.01
 
     fidelity: ClassVar = "lossy"
     """Training has exactly the same weights; evaluation, saving and the final model have the average."""
 
-    neutral: ClassVar = {"half_life": 1e-3}
-    """2^-1000 rounds to zero, so the average equals the weights of the last step bit for bit."""
+    neutral: ClassVar = {"half_life": 1e-6}
+    """A step is thousands of half-lives, so the average equals the weights of the last step bit for bit."""
     claims: ClassVar = frozenset({"early_weights"})
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         self.averages_ = at_least_float32(self.weights())
+        self.progress_ = 0.0 if self.half_life >= 1 else self.progress(state)
 
     def on_step_end(self, args, state, control, **kwargs):
-        ema_update(self.averages_, self.weights(), 2 ** (-1 / self.half_life))
+        ema_update(self.averages_, self.weights(), self._decay(state))
         self.updates_ += 1
+
+    def _decay(self, state: TrainerState) -> float:
+        if self.half_life >= 1:
+            return 2 ** (-1 / self.half_life)
+        before, self.progress_ = self.progress_, self.progress(state)
+        warmed_up = (1 + self.updates_) / (10 + self.updates_)
+        return min(2 ** ((before - self.progress_) / self.half_life), warmed_up)
 
     def report(self):
         return {"half_life": self.half_life, "updates": self.updates_}

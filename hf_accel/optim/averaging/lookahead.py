@@ -7,8 +7,8 @@ Beside the weights w, which the optimizer trains ("fast"), there are slow weight
 so that the optimizer looks ``k`` steps ahead, of which ``alpha`` is kept.  Steps of opposite direction cancel, which
 lets a larger learning rate be stable, and lowers the variance of where the weights are.
 
-Slow weights are what is evaluated, saved and returned, as averages are; so no other average can be kept beside them,
-and the steps since the last meeting, fewer than ``k``, are not in them.  The optimizer's state stays as it is.
+What is evaluated, saved and returned is s + alpha (w - s): the slow weights, as if both met at that moment, so that no
+step is lost.  As averages are, so no other average can be kept beside them.  The optimizer's state stays as it is.
 
 It costs one more copy of the trainable weights, sharded as these are, and a pass over both every ``k`` steps.
 
@@ -29,6 +29,7 @@ from typing import Annotated, ClassVar
 
 import annotated_types as at
 import torch
+from torch import Tensor
 
 from hf_accel.optim.averaging.running_average import RunningAverage, at_least_float32
 
@@ -68,6 +69,12 @@ class Lookahead(RunningAverage):
             slow.lerp_(weights[name].to(slow.dtype), self.alpha)
             weights[name].copy_(slow)
         self.updates_ += 1
+
+    def averaging(self) -> dict[str, Tensor] | None:
+        """The slow weights, as if they met the fast ones now; copies."""
+        weights = self.weights()
+        met = {n: slow.lerp(weights[n].to(slow.dtype), self.alpha) for n, slow in self.averages_.items()}
+        return {name: weight.to(weights[name].dtype) for name, weight in met.items()} or None
 
     def report(self):
         """How often slow and fast weights have met."""

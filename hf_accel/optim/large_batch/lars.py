@@ -7,7 +7,8 @@ is long against the weights, an update may exceed them.  For each weight w with 
     w = w - v
 
 so that an update is at most about lr * trust_coefficient of the weight's length.  Biases and the parameters of norms,
-which is what the trainer does not decay, have v = momentum * v + lr * g.
+which is what the trainer does not decay, have v = momentum * v + lr * g, and so have weights that are all zero, whose
+length says nothing.
 
 Reference: You et al. (2017), Large Batch Training of Convolutional Networks, https://arxiv.org/abs/1708.03888.
 Departure: biases and norms are left out, as in all later use.
@@ -56,7 +57,7 @@ class LarsSGD(torch.optim.Optimizer):
                 rate = group["lr"]
                 if group["adapted"]:
                     length = norm(p)
-                    rate = rate * group["trust_coefficient"] * ratio(length, norm(p.grad) + decay * length)
+                    rate = rate * ratio(group["trust_coefficient"] * length, norm(p.grad) + decay * length)
                 velocity, weight = local(state["momentum_buffer"]), local(p)
                 velocity.mul_(group["momentum"]).add_(rate * (local(p.grad) + decay * weight))
                 weight.sub_(velocity)

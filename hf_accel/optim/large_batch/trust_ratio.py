@@ -19,7 +19,7 @@ def norm(tensor: Tensor) -> Tensor:
 
 
 def ratio(weight_norm: Tensor, update_norm: Tensor) -> Tensor:
-    """How much longer the weight is than the update; 1 where either is 0."""
+    """The quotient of two lengths, or 1 where either is 0: weights of zero are updated by the plain rate."""
     both = (weight_norm > 0) & (update_norm > 0)
     return torch.where(both, weight_norm / update_norm, torch.ones_like(weight_norm))
 

@@ -30,18 +30,8 @@ from typing import Annotated, Any, ClassVar
 import annotated_types as at
 from torch import nn
 
-from hf_accel.surgery.blocks import block_lists
+from hf_accel.surgery.blocks import stacks_of
 from hf_accel.technique import Technique
-
-
-def stacks_of(model: Any) -> dict[str, list[str]]:
-    """The paths of the blocks in each stack, from its first to its last; by the path of the outermost list."""
-    lists = [path for path, module in model.named_modules() if isinstance(module, nn.ModuleList)]
-    stacks: dict[str, list[str]] = {}
-    for path, blocks in block_lists(model).items():
-        outermost = next(outer for outer in lists if f"{path}.".startswith(f"{outer}."))
-        stacks.setdefault(outermost, []).extend(f"{path}.{i}" for i in range(len(blocks)))
-    return stacks
 
 
 def distances_from_head(model: Any) -> dict[str, int]:

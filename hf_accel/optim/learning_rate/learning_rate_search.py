@@ -53,6 +53,11 @@ class LearningRateSearch(Technique):
     def inspect_dataset(self, dataset: Any) -> None:
         """Search, or in a run that goes on, take what its first part found."""
         run: Any = self.run_
+        if "learning_rate" in run.searched_hyperparameters:
+            raise ValueError(
+                f"{self!r} does not support a hyperparameter_search of learning_rate because both choose it. Remove "
+                "learning_rate from hp_space, or LearningRateSearch."
+            )
         if (state := run.resumed_state(self)) is not None:
             self.report_ = dict(state["report"])
         else:

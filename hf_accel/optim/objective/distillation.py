@@ -10,7 +10,8 @@ more class that has the rest of the probability, on both sides; so the divergenc
 agree.  MSE compares hidden states of equal width at the items, for a class those at all tokens of the text: embeddings
 with embeddings, and block s of S with the teacher's block round(s * T_blocks / S).
 
-The teacher answers at every step, or once before training: with ``cache``, one pass over the training set writes what
+Where vocabularies of one tokenizer are padded to different lengths, the classes are those that both have.  The teacher
+answers at every step, or once before training: with ``cache``, one pass over the training set writes what
 it says of each example (``top_k`` log-probabilities an item), which later epochs and runs read.  Either way its
 operations are among those of the run, and its seconds in the receipt.  It is no part of the model or of a checkpoint.
 
@@ -46,7 +47,7 @@ from hf_accel.features.columns import check_indexable
 from hf_accel.features.scores import reader_for
 from hf_accel.losses import ClassHead, TokenHead, widest
 from hf_accel.optim.objective.answers import Answer, Answers, has_answers, read_answers, write_answers
-from hf_accel.surgery.frozen_model import freeze, judge, load_frozen
+from hf_accel.surgery.frozen_model import freeze, judge, load_frozen, num_classes
 from hf_accel.technique import Fraction, Positive, Technique
 
 if TYPE_CHECKING:
@@ -202,9 +203,11 @@ class Distillation(Technique):
         logits_NV = _logits_of(outputs, self.mask_BL_, items_N, self)
         if self.answers_ is not None:
             classes_NK, log_NK = send_to_device(self.answers_.of(micro.ids_B, len(items_N), self), logits_NV.device)
+            logits_NV = logits_NV if classes_NK is not None else logits_NV[:, : log_NK.shape[1]]
         else:
             answers = judge(self, self.teacher_, inputs)
-            theirs_NV = _logits_of(answers, self.mask_BL_, items_N, self)
+            theirs_NV = _logits_of(answers, self.mask_BL_, items_N, self)[:, : logits_NV.shape[1]]
+            logits_NV = logits_NV[:, : theirs_NV.shape[1]]
             classes_NK, log_NK = most_likely(theirs_NV, self.top_k, self.temperature)
         divergence_N = divergence(logits_NV, classes_NK, log_NK, self.temperature)
         total = divergence_N.detach().sum().to(widest(divergence_N.device))
@@ -236,6 +239,7 @@ class Distillation(Technique):
         check_indexable(dataset, self)
         folder = Path(run.args.output_dir, self.cache)
         said = {"teacher": self.teacher, "temperature": self.temperature, "top_k": self.top_k, "examples": len(dataset)}
+        said["classes"] = num_classes(unwrapped(run.model))
         if self.teacher is None:
             total = sum(float(p.cpu().double().sum()) for p in self.initial_.parameters())
             said["teacher"] = f"weights of sum {total:.9e}"
@@ -258,7 +262,7 @@ class Distillation(Technique):
             example = run.head.losses(outputs, inputs, len(ids_B))
             items_N = example.mask_BL.flatten().nonzero().squeeze(1)
             counts_B = torch.bincount(example.example_BL.flatten()[items_N], minlength=len(ids_B))
-            logits_NV = _logits_of(outputs, example.mask_BL, items_N, self)
+            logits_NV = _logits_of(outputs, example.mask_BL, items_N, self)[:, : num_classes(unwrapped(run.model))]
             yield counts_B, *most_likely(logits_NV, self.top_k, self.temperature)
 
     def report(self) -> Mapping[str, Any]:

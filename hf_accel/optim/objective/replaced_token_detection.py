@@ -111,15 +111,15 @@ class ReplacedTokenDetection(Technique):
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         """The model, with a generator beside its own parts."""
-        config: Any = unwrapped(model).config
+        config: Any = getattr(unwrapped(model), "config", None)
         if (
             kind_of(unwrapped(model)) != "token classification"
             or config.num_labels != 2
             or config.model_type not in FAMILIES
         ):
             raise ValueError(
-                f"{self!r}: {type(model).__name__} with {config.num_labels} labels cannot be trained so. Give one for "
-                f"token classification with 2 labels, of the family {', '.join(FAMILIES)}."
+                f"{self!r} does not support {type(model).__name__} because it needs a model for token classification "
+                f"with 2 labels, of the family {', '.join(FAMILIES)}. Use such a model."
             )
         run: Any = self.run_
         with torch.random.fork_rng(devices=[]):

@@ -38,7 +38,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers.utils import logging
 
-from hf_accel.preserve import buffers_kept, random_state_kept
+from hf_accel.preserve import buffers_kept, copies_of_buffers, random_state_kept, restore_buffers
 from hf_accel.technique import Diverged, Positive, State, Technique
 from hf_accel.weights import gather, local_parameters, scatter
 
@@ -62,7 +62,7 @@ def dot(a: Vector, b: Vector, sharded: bool) -> Tensor:
 
 def orthogonal_direction(second: Vector, first: Vector, sharded: bool) -> Vector:
     """The part of ``second`` that is orthogonal to ``first``, of length 1."""
-    share = dot(second, first, sharded) / dot(first, first, sharded)
+    share = dot(second, first, sharded) / dot(first, first, sharded).clamp(min=1e-30)
     apart = {name: second[name] - (share * first[name]).to(second[name]) for name in second}
     length = dot(apart, apart, sharded).sqrt().clamp(min=1e-30)
     return {name: value / length.to(value) for name, value in apart.items()}
@@ -96,6 +96,9 @@ class SharpnessAware(Technique):
         self.model_: nn.Module = self.run_.model
         self.direction_: Vector = {}
         self.steps_, self.extra_passes_, self.left_out_, self.in_a_row_ = 0, 0, 0, 0
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.buffers_ = copies_of_buffers(self.model_)
 
     def objective(self, model: nn.Module, backward: Callable[[], Tensor]) -> Tensor:
         """The gradient at the worst point nearby, or the plain one with what is reused."""
@@ -157,6 +160,7 @@ class SharpnessAware(Technique):
         if math.isfinite(grad_norm):
             self.in_a_row_ = 0
             return True
+        restore_buffers(self.buffers_)
         self.direction_ = {}
         self.left_out_ += 1
         self.in_a_row_ += 1

@@ -25,6 +25,7 @@ from typing import Annotated, Any, ClassVar
 import annotated_types as at
 from torch import Tensor
 
+from hf_accel.preserve import copies_of_buffers, restore_buffers
 from hf_accel.technique import Diverged, Technique
 
 MEMORY = 50
@@ -62,11 +63,23 @@ class GradientSpikeGuard(Technique):
         super().on_train_begin(args, state, control, **kwargs)
         if self.run_.is_deepspeed_enabled:
             raise ValueError(f"{self!r}: DeepSpeed updates within the backward pass. Leave it out.")
+        if self.run_.accelerator.scaler is not None and not args.max_grad_norm:
+            raise ValueError(
+                f"{self!r} does not support fp16 with max_grad_norm=0 because gradients are still scaled. "
+                "Set max_grad_norm, or bf16=True."
+            )
         self.mean_log_norm_, self.seen_, self.refused_, self.in_a_row_ = 0.0, 0, 0, 0
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.buffers_ = copies_of_buffers(model)
 
     def accept_step(self, grad_norm: Tensor | float) -> bool:
         norm = float(grad_norm)
+        if not math.isfinite(norm) and self.run_.accelerator.scaler is not None:
+            restore_buffers(self.buffers_)
+            return True  # the scaler skips the update, and lowers its scale
         if is_spike(norm, self.mean_log_norm_, self.seen_, self.max_ratio):
+            restore_buffers(self.buffers_)
             self.refused_ += 1
             self.in_a_row_ += 1
             if self.in_a_row_ >= self.patience:

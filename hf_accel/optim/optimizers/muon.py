@@ -5,14 +5,18 @@ the rare ones as fast; with matrices M, gradient G and weights W of shape (out, 
 
     M = momentum * M + (1 - momentum) * G
     U = NewtonSchulz5((1 - momentum) * G + momentum * M)           all singular values near 1
-    W = (1 - lr * weight_decay) * W - lr * sqrt(max(1, out / in)) * U
+    W = (1 - lr * weight_decay) * W - lr * s * U
+    s = sqrt(max(1, out / in))            scale "spectral"
+    s = 0.2 * sqrt(max(out, in))          scale "match_rms": an element moves as far as under AdamW, so its rate fits
 
 It takes up to 1.4 times fewer steps than well-tuned AdamW at 0.1B parameters, 1.1 times at 1.2B.  Embeddings, output
 heads, norms, biases and all else that is no matrix inside a block have AdamW with the trainer's learning rate; the
 schedule multiplies both rates.  With ``cautious``, the weights of the matrices decay only where U has their sign.  With
 ``momentum_warmup``, the momentum rises linearly from 0.85 while progress goes from 0 to it.
 
-What is a matrix is seen from the module.  Query, key and value in one layer are three: a ``Conv1D`` called ``c_attn``,
+Parameters are classified by module type.  Matrices are the weights of linear layers, of convolutions without groups and
+of experts; tables in two dimensions, such as the decay rates of a state-space model (``A_log``) or the position biases
+of a Swin, are not.  Query, key and value in one layer are three matrices: a ``Conv1D`` called ``c_attn``,
 or a ``Linear`` with ``qkv`` in its name, with three times as many outputs as inputs, is split into thirds, in which
 order they may be; with fewer keys than queries, or under another name, it is one.  The weight of a convolution without
 groups is flattened to (out, rest); a stack of experts is many matrices.  Matrices of one shape are iterated together:
@@ -35,24 +39,29 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, NamedTuple
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple
 
 import annotated_types as at
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from hf_accel.optim.optimizers.newton_schulz import orthogonalized
+from hf_accel.surgery.blocks import embedding_layers
 from hf_accel.technique import Fraction, Positive, Technique
 
 logger = logging.get_logger(__name__)
 
 BATCH = 2**24
 """Elements that are iterated together, at most, unless one parameter has more."""
+
+TRANSPOSED_EXPERTS = frozenset({"Llama4TextExperts"})
+"""Classes that store experts as (in, out) without transformers' mark for it, ``is_transposed``."""
+
+Scale = Literal["spectral", "match_rms"]
 
 
 class Matrices(NamedTuple):
@@ -77,9 +86,7 @@ def matrices_in(model: Any) -> dict[str, Matrices]:
     """The parameters that Muon updates, by name: matrices in repeated blocks, without embeddings and heads."""
     blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     outside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
-    base = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)  # others wrap one
-    for layer in () if base is None else (base.get_input_embeddings(), base.get_output_embeddings()):
-        outside |= {id(p) for p in layer.parameters()} if layer is not None else set()
+    outside |= {id(p) for layer in embedding_layers(model) for p in layer.parameters()}
     inside = {id(p) for m in blocks for p in m.parameters()} - outside
     return {
         f"{path}.{name}": matrices
@@ -94,12 +101,15 @@ def _matrices(path: str, module: nn.Module, name: str, shape: tuple[int, ...]) -
         return None
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return Matrices(False, (1, shape[0], math.prod(shape[1:]))) if module.groups == 1 else None
-    if len(shape) == 3 and "Experts" in type(module).__name__:
-        transposed = bool(getattr(module, "is_transposed", False))  # transformers' own mark
+    kinds = {cls.__name__ for cls in type(module).__mro__}  # FSDP2 puts a subclass in the place of the class
+    if len(shape) == 3 and any("Experts" in kind for kind in kinds):
+        transposed = bool(getattr(module, "is_transposed", kinds & TRANSPOSED_EXPERTS))
         return Matrices(transposed, (shape[0], shape[2], shape[1]) if transposed else shape)
-    if len(shape) != 2:
+    if isinstance(module, nn.MultiheadAttention) and name == "in_proj_weight":
+        return Matrices(False, (3, shape[1], shape[1]))
+    if len(shape) != 2 or not (isinstance(module, nn.Linear | Conv1D) or name == "weight"):
         return None
-    transposed = isinstance(module, Conv1D)
+    transposed = isinstance(module, Conv1D) and name == "weight"
     num_out, num_in = shape[::-1] if transposed else shape
     layer = path.rpartition(".")[2].lower()
     fused = layer == "c_attn" if transposed else isinstance(module, nn.Linear) and "qkv" in layer
@@ -112,7 +122,8 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon for the groups whose ``algorithm`` is ``"muon"``, AdamW for those with ``"adamw"``.
 
     One optimizer with an ordinary state; `torch.optim.AdamW` works on its own groups and state.  A group of Muon has
-    the keys ``lr``, ``weight_decay``, ``cautious``, ``momentum`` and, as of `Matrices`, ``transposed`` and ``shape``.
+    the keys ``lr``, ``weight_decay``, ``cautious``, ``momentum``, ``scale`` and, as of `Matrices`, ``transposed`` and
+    ``shape``.
     """
 
     def __init__(self, groups: list[dict[str, Any]]):
@@ -173,7 +184,12 @@ class MuonAdamW(torch.optim.Optimizer):
                 weight.sub_(weight * (update * weight >= 0), alpha=decay)
             elif decay:
                 weight.mul_(1 - decay)
-            weight.add_(update, alpha=-lr * math.sqrt(max(1, num_out / num_in)))
+            weight.add_(update, alpha=-lr * update_scale(num_out, num_in, group["scale"]))
+
+
+def update_scale(num_out: int, num_in: int, scale: Scale) -> float:
+    """The factor on the orthogonal update of a matrix."""
+    return 0.2 * math.sqrt(max(num_out, num_in)) if scale == "match_rms" else math.sqrt(max(1, num_out / num_in))
 
 
 def warmed_up(momentum: float, share: float) -> float:
@@ -187,17 +203,20 @@ class Muon(Technique):
     """Trains the matrices of the blocks with Muon and everything else with AdamW.
 
     Args:
-        lr: Peak learning rate of the matrices, above 0; that of the rest is ``args.learning_rate``,
-            and only this is what a search of the learning rate finds.
+        lr: Peak learning rate of the matrices, above 0; None: 0.02 with scale "spectral", and ``args.learning_rate``
+            with "match_rms".  The rest has ``args.learning_rate``, and only that is what a search finds.
         momentum: Decay of the momentum per step, in [0, 1).
         momentum_warmup: Progress, in [0, 1], at which the momentum has risen from 0.85 to ``momentum``.
         cautious: Whether weight decay passes over what the update enlarges; of the matrices only.
+        scale: How long the update of a matrix is, by its shape.
     """
 
-    lr: Positive = 0.02  # Jordan's, for updates scaled by sqrt(max(1, out / in))
+    lr: Positive | None = None  # Jordan's 0.02, for scale "spectral"
     momentum: Annotated[float, at.Interval(ge=0, lt=1)] = 0.95  # Jordan's
     momentum_warmup: Fraction = 0.0
     cautious: bool = False
+    scale: Scale = "spectral"  # Jordan's; "match_rms" is Liu et al.'s
+    variations: ClassVar = {"lr": 0.01}
     refused_backends: ClassVar = {"zero": "it flattens parameters, and Muon needs matrices"}
 
     def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
@@ -206,7 +225,13 @@ class Muon(Technique):
         if run.is_deepspeed_enabled:
             raise ValueError(f"{self!r}: under DeepSpeed ZeRO, parameters are no matrices. Use DDP or FSDP.")
         args, matrices = run.args, matrices_in(model)
-        muon = {"algorithm": "muon", "momentum": self.momentum, "cautious": self.cautious}
+        if args.learning_rate == 0:
+            raise ValueError(
+                f"{self!r} does not support learning_rate=0 because it is the rate of embeddings, heads and norms. "
+                "Set learning_rate above 0, or freeze these."
+            )
+        peak = self.lr or (args.learning_rate if self.scale == "match_rms" else 0.02)
+        muon = {"algorithm": "muon", "momentum": self.momentum, "cautious": self.cautious, "scale": self.scale}
         adamw = {
             "algorithm": "adamw",
             "betas": (args.adam_beta1, args.adam_beta2),
@@ -219,7 +244,7 @@ class Muon(Technique):
                 kind = matrices.get(name)
                 if (number, kind) not in divided:
                     options = adamw if kind is None else muon | kind._asdict()
-                    lr = group["lr"] if kind is None else group["lr"] * self.lr / args.learning_rate
+                    lr = group["lr"] if kind is None else group["lr"] * peak / args.learning_rate
                     divided[number, kind] = group | options | {"params": [], "lr": lr}
                     del divided[number, kind]["names"]
                 divided[number, kind]["params"].append(parameter)
@@ -229,6 +254,11 @@ class Muon(Technique):
         if count["muon"] == 0:
             raise ValueError(
                 f"{self!r}: {type(model).__name__} has no trainable matrix in a block. Use another optimizer."
+            )
+        if self.scale == "spectral" and hasattr(model, "peft_config"):
+            logger.warning(
+                f"{self!r}: with scale='spectral', a step of a tall adapter (out x rank) is sqrt(out / rank) times as "
+                "long as that of a square matrix. Set scale='match_rms' to train adapters at AdamW's rate."
             )
         frozen = {n for n, p in model.named_parameters() if not p.requires_grad}
         if (source := getattr(model, "name_or_path", "")) and not matrices.keys() & frozen:

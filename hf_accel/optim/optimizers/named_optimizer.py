@@ -7,8 +7,14 @@ A name without a package is looked for in ``torch.optim``, ``pytorch_optimizer``
 and the like are not read, and ``args.optim`` may not name another one.
 
 The keys of ``rules`` are regular expressions that are searched for in the names of parameters.  ``lr`` and
-``weight_decay`` are factors, which multiply where several rules match; any other key is an option of the optimizer for
-these parameters, and the last rule that matches decides.
+``weight_decay`` are factors, which multiply where several rules match.  Any other key is an option of the optimizer for
+these parameters, or a key of its parameter groups that its code reads; the last rule that matches decides:
+
+    projected = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"}
+    NamedOptimizer("GaLore", rules={"proj": projected})
+    NamedOptimizer("NorMuon", rules={"": {"use_muon": False}, r"layers.*proj": {"use_muon": True, "lr": 20.0}})
+
+Before the first step, the optimizer updates a small copy of the parameters, so that what it cannot do is said there.
 
 Optimizers whose weights differ between training and evaluation (schedule-free ones) are switched around evaluation and
 saving; when training goes on, the weights are those from before, bit for bit.  The checkpoints of a run hold the
@@ -30,13 +36,15 @@ import contextlib
 import difflib
 import importlib
 import inspect
+import io
+import pickle
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers import SchedulerType
 
 from hf_accel.recipe.technique_syntax import nearest
@@ -44,6 +52,13 @@ from hf_accel.technique import Technique
 from hf_accel.weights import local_parameters
 
 PACKAGES = "torch.optim", "pytorch_optimizer", "schedulefree"
+
+SWITCHES = {
+    "rank": {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"},
+    "sn": {"sn": True},
+    "use_muon": {"use_muon": True},
+}
+"""Keys of parameter groups without which an optimizer that reads them is another one, with an example."""
 
 
 def optimizers_in(package: str) -> dict[str, type[torch.optim.Optimizer]]:
@@ -79,6 +94,59 @@ def options_of(kind: type[torch.optim.Optimizer]) -> set[str]:
     """Names of the arguments that the class and its bases take."""
     named = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
     return named - {"self", "params", "args", "kwargs", "defaults"}
+
+
+def group_keys_of(kind: type[torch.optim.Optimizer]) -> set[str]:
+    """Names in the code of the class that it may read from parameter groups, beside its arguments."""
+    try:
+        source = inspect.getsource(kind)
+    except OSError:  # torch's own that is defined in another module than it says
+        return set()
+    return set(re.findall(r"""['"]([A-Za-z_]\w*)['"]""", source))
+
+
+def failure(
+    kind: type[torch.optim.Optimizer], groups: list[dict[str, Any]], options: Mapping[str, Any], saved: bool
+) -> str | None:
+    """Return what goes wrong when the optimizer updates small copies of the parameters, and is saved and loaded.
+
+    Args:
+        saved: Whether it must be possible to load its state as Trainer does, without running what is in it.
+    """
+
+    sizes = sorted({size for group in groups for p in group["params"] for size in p.shape if size > 1})
+    smaller = {size: min(size, 2 + i) for i, size in enumerate(sizes)} | {0: 0, 1: 1}  # what differs, differs still
+
+    def small(parameter: Tensor) -> nn.Parameter:
+        copy = nn.Parameter(torch.rand([smaller[size] for size in parameter.shape], dtype=parameter.dtype))
+        copy.grad = torch.rand_like(copy)
+        return copy
+
+    with torch.random.fork_rng(devices=[]):
+        copies = [group | {"params": [small(p) for p in group["params"]]} for group in groups]
+        try:
+            made = kind(copies, **options)
+        except Exception as error:
+            return f"{kind.__name__} refuses its options: {_in_words(error)}"
+        if callable(train := getattr(made, "train", None)):  # schedule-free
+            train()
+        try:
+            for _ in range(2):
+                made.step()
+        except Exception as error:
+            return f"{kind.__name__} fails at an update: {_in_words(error)}"
+    file = io.BytesIO()
+    torch.save(made.state_dict(), file)
+    file.seek(0)
+    try:
+        torch.load(file, weights_only=True)
+    except pickle.UnpicklingError:
+        if saved:
+            return (
+                f"{kind.__name__} cannot resume, for its state holds more than tensors and numbers. "
+                "Set save_strategy='no'."
+            )
+    return None
 
 
 @dataclass(eq=False)
@@ -139,10 +207,20 @@ class NamedOptimizer(Technique):
             kind = find_optimizer(self.name)
         except ValueError as error:
             raise ValueError(f"{self!r}: {error}") from None
+        if (first := next(iter(inspect.signature(kind).parameters))) != "params":
+            raise ValueError(
+                f"{self!r}: {kind.__name__} takes a {first}, where Trainer has groups of parameters. Choose another."
+            )
         known = options_of(kind)
-        given = [self.options, *self.rules.values()]
-        if unknown := sorted({option for options in given for option in options} - known - {"lr", "weight_decay"}):
+        of_groups = group_keys_of(kind)
+        ruled = {option for rule in self.rules.values() for option in rule}
+        if unknown := sorted((self.options.keys() - known) | (ruled - known - of_groups - {"lr", "weight_decay"})):
             raise ValueError(f"{self!r}: {kind.__name__} has no option {unknown[0]!r}. {nearest(unknown[0], known)}")
+        for key in (SWITCHES.keys() & of_groups) - known - ruled:
+            raise ValueError(
+                f"{self!r}: {kind.__name__} works as meant only in groups with {key!r}. Set rules, for example "
+                f"{{'proj': {SWITCHES[key]}}}."
+            )
         closure = inspect.signature(kind.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
             raise ValueError(f"{self!r}: {kind.__name__} needs a closure, which Trainer does not give. Choose another.")
@@ -155,11 +233,10 @@ class NamedOptimizer(Technique):
             kept.append(
                 {k: group[k] for k in ("params", "lr", "weight_decay") if k in known | {"params"}} | _tuples(extra)
             )
-        lr = {"lr": run.args.learning_rate} if "lr" in known else {}
-        try:
-            made = kind(kept, **lr, **_tuples(self.options))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{self!r}: {kind.__name__} refuses its options: {error}") from error
+        options = ({"lr": run.args.learning_rate} if "lr" in known else {}) | _tuples(self.options)
+        if (reason := failure(kind, kept, options, saved=run.args.save_strategy != "no")) is not None:
+            raise ValueError(f"{self!r}: {reason}")
+        made = kind(kept, **options)
         self.switched_ = callable(getattr(made, "eval", None))
         if self.switched_:
             self._refuse_what_breaks_switching(run)
@@ -206,6 +283,10 @@ class NamedOptimizer(Technique):
     def on_train_end(self, args, state, control, **kwargs):
         if self.switched_:
             kwargs["optimizer"].eval()
+
+
+def _in_words(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from transformers import (
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BitsAndBytesConfig,
+    LlamaForCausalLM,
     TorchAoConfig,
     Trainer,
 )
@@ -260,7 +261,7 @@ def test_a_quantized_model_trains_with_adapters_that_are_there_first(tmp_path):
 
 
 def test_quantized_models_that_cannot_be_trained_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has quantized weights.*no adapters.*Add them"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has quantized weights.*no adapters.*Add adapters"):
         tiny_trainer([], tmp_path, model=quantized_llama("int8", tmp_path / "base"))
     plain = tiny_trainer([], tmp_path, trainer_class=Trainer, model=add_adapters(tiny_llama(), rank=4, alpha=8))
     with pytest.raises(ValueError, match=r"has adapters already\. Give the pretrained model itself\.$"):
@@ -298,3 +299,25 @@ def test_what_it_cannot_do_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(ValueError, match=r"LoRA\(.*peft: is not installed.*pip install 'hf-accel\[peft\]'"):
         prepared(LoRA(rank=4), tiny_llama())
+
+
+@pytest.mark.parametrize("loaded", [True, False], ids=["loaded", "made here"])
+def test_a_script_that_saves_its_own_model_gets_one_that_loads(loaded, tmp_path):
+    model = tiny_llama()
+    if loaded:
+        model.save_pretrained(tmp_path / "base")
+        model = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    trainer = tiny_trainer([], tmp_path, trainer_class=Trainer, model=model, max_steps=3)
+    attach(trainer, [LoRA(rank=4, lr_factor=1.0)])
+    trainer.train()
+    model.save_pretrained(tmp_path / "out")
+    assert (tmp_path / "out" / "adapter_config.json").exists() == loaded
+    ids = torch.arange(3, 15)[None]
+    expected = trainer.model.eval()(input_ids=ids).logits
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()(input_ids=ids).logits
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-6)
+    assert not torch.equal(expected, tiny_llama().eval()(input_ids=ids).logits)
+    trainer.model.merge_and_unload()
+    model.save_pretrained(tmp_path / "merged")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(input_ids=ids).logits
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-6)

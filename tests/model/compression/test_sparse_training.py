@@ -37,10 +37,18 @@ def test_the_smallest_die_and_the_dead_with_the_largest_score_rise():
     mask = generator.random((6, 7)) < 0.4
     new = moved(*map(torch.tensor, (mask, weight, score)), fraction=0.3).numpy()
     alive = sorted(zip(*np.nonzero(mask), strict=True), key=lambda place: abs(weight[place]))
-    dead = sorted(zip(*np.nonzero(~mask), strict=True), key=lambda place: -score[place])
     count = int(0.3 * mask.sum())
+    rest = sorted([*zip(*np.nonzero(~mask), strict=True), *alive[:count]], key=lambda place: -score[place])
     assert count > 0
-    assert set(zip(*np.nonzero(new), strict=True)) == {*alive[count:], *dead[:count]}
+    assert set(zip(*np.nonzero(new), strict=True)) == {*alive[count:], *rest[:count]}
+
+
+def test_a_weight_that_dies_may_rise_at_once_and_keeps_its_value():
+    """As in RigL's own code, where all that is not kept competes."""
+    mask, gradient = torch.tensor([1, 1, 1, 1, 0, 0, 0, 0]).bool(), torch.tensor([10, 0, 0, 0, 0.1, 0.05, 0, 0])
+    weight = torch.tensor([0.01, 1, 2, 3, 0, 0, 0, 0])
+    assert moved(mask, weight, gradient, 0.25).tolist() == mask.tolist()
+    assert moved(mask, weight, gradient, 0.5).int().tolist() == [1, 0, 1, 1, 1, 0, 0, 0]
 
 
 def test_schedules_are_their_equations():
@@ -90,13 +98,13 @@ def test_rigl_is_a_loop_by_hand(tmp_path):
             if step in (2, 4, 6):  # an interval is two of the eight steps
                 alive, dead = masks[path].nonzero().tolist(), (~masks[path]).nonzero().tolist()
                 alive.sort(key=lambda place: abs(weight[tuple(place)].item()))
-                dead.sort(key=lambda place: -abs(weight.grad[tuple(place)].item()))
-                count = min(int(0.2 * (1 + math.cos(math.pi * step / steps)) * len(alive)), len(dead))
+                count = int(0.2 * (1 + math.cos(math.pi * step / steps)) * len(alive))
+                rest = sorted(dead + alive[:count], key=lambda place: -abs(weight.grad[tuple(place)].item()))
                 for place in alive[:count]:
                     masks[path][tuple(place)] = False
-                    weight.data[tuple(place)] = 0
-                for place in dead[:count]:
+                for place in rest[:count]:
                     masks[path][tuple(place)] = True
+                weight.data *= masks[path]
             weight.grad *= masks[path]
         with torch.no_grad():
             for parameter in model.parameters():

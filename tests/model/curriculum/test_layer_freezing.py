@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
@@ -16,18 +15,15 @@ from transformers import (
     TrainerCallback,
     TrainingArguments,
 )
-from transformers import default_data_collator as collate
 
+from hf_accel import LoRA
 from hf_accel.meters.flops import FlopMeter
 from hf_accel.model.curriculum.layer_freezing import (
     LayerFreezing,
-    find_blocks,
     frozen_depth,
-    settled_by_gradient,
-    settled_by_plasticity,
-    similarities,
 )
-from hf_accel.testing import check_neutral_is_trainer, check_resumes_bit_exactly, check_trains, tiny_trainer
+from hf_accel.surgery.freezing import find_blocks
+from hf_accel.testing import tiny_trainer
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "pad_token_id": 0}
 
@@ -159,124 +155,38 @@ def test_what_it_cannot_do_is_refused(tmp_path):
     args = TrainingArguments(tmp_path, use_cpu=True)
     with pytest.raises(ValueError, match=r"LayerFreezing\(.*ResNet.*no list of the blocks.*Leave it out"):
         LayerFreezing().on_train_begin(args, None, None, model=resnet)
-    args.gradient_checkpointing, args.gradient_checkpointing_kwargs = True, {"use_reentrant": True}
-    with pytest.raises(ValueError, match="Set use_reentrant=False"):
-        LayerFreezing().on_train_begin(args, None, None, model=tiny())
 
 
-def oracle_gradient(norms, depth, threshold):
-    """AutoFreeze, by hand."""
-    before, now = norms[-2], norms[-1]
-    change = [abs(b - n) / b for b, n in zip(before, now, strict=True)]
-    active = sorted(change[depth:])
-    place = threshold * (len(active) - 1)
-    low = math.floor(place)
-    limit = active[low] + (place - low) * (active[min(low + 1, len(active) - 1)] - active[low])
-    while depth < len(change) and change[depth] < limit:
-        depth += 1
-    return depth
+@pytest.mark.parametrize("how", ["the arguments", "the model"])
+def test_reentrant_checkpointing_is_refused_wherever_it_was_turned_on(how, tmp_path):
+    model = tiny()
+    fields = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": True}}
+    if how == "the model":
+        model.activation_checkpointing_enable({"use_reentrant": True})
+        fields = {}
+    with pytest.raises(ValueError, match="does not support reentrant checkpointing .* Set use_reentrant=False"):
+        train(tmp_path, LayerFreezing(), model, **fields)
+    model = tiny()
+    model.activation_checkpointing_enable({"use_reentrant": False})
+    recorder = train(tmp_path, LayerFreezing(start=0.0), model)
+    name = "model.layers.3.mlp.up_proj.weight"
+    assert not torch.equal(recorder.weights[-2][name], recorder.weights[-1][name])
 
 
-@pytest.mark.parametrize("threshold", [0.0, 0.3, 0.5, 1.0])
-def test_gradient_norms_settle_as_autofreeze_says(threshold):
-    generator = torch.Generator().manual_seed(0)
-    depths = set()
-    for depth in (0, 1, 3):
-        for _ in range(30):
-            norms = (0.1 + torch.rand(2, 6, generator=generator)).tolist()
-            found = settled_by_gradient(norms, depth, threshold)
-            assert found == oracle_gradient(norms, depth, threshold) >= depth
-            depths.add(found)
-    assert len(depths) >= (3 if threshold == 0 else 5)
-    assert settled_by_gradient(norms[:1], 2, threshold) == 2
-    assert settled_by_gradient(norms, 6, threshold) == 6
-
-
-def test_plasticity_settles_where_it_is_small_twice():
-    plasticity = [[1.0, 1.0, 1.0], [0.1, 0.1, 0.5], [0.15, 0.1, 0.1]]
-    assert settled_by_plasticity(plasticity[:1], 0, 0.2) == 0
-    assert settled_by_plasticity(plasticity[:2], 0, 0.2) == 0
-    assert settled_by_plasticity(plasticity, 0, 0.2) == 2
-    assert settled_by_plasticity(plasticity, 1, 0.2) == 2
-    assert settled_by_plasticity([row[::-1] for row in plasticity], 0, 0.2) == 0  # a prefix only
-    assert settled_by_plasticity(plasticity, 0, 0.6) == 3
-
-
-def test_similarities_are_those_of_each_two():
-    x = torch.randn(4, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    for i, row in enumerate(similarities(x)):
-        products = [float(x[i].dot(other)) for other in x]
-        torch.testing.assert_close(row.tolist(), [p / math.hypot(*products) for p in products])
-
-
-class Norms(TrainerCallback):
-    """The norm of each block's gradient, at every step."""
-
-    def on_train_begin(self, args, state, control, model, **kwargs):
-        self.norms = []
-
-    def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
-        self.norms.append(
-            [
-                math.sqrt(sum(float(p.grad.double().square().sum()) for p in block.parameters() if p.grad is not None))
-                for block in model.model.layers
-            ]
-        )
-
-
-def test_blocks_freeze_by_the_gradients_of_the_run(tmp_path):
-    technique, norms = LayerFreezing("gradient_norm", start=0.3, max_fraction=0.75, checks=4), Norms()
-    args = TrainingArguments(
-        tmp_path, per_device_train_batch_size=4, max_steps=16, use_cpu=True, report_to=[], learning_rate=1e-2,
-        save_strategy="no", disable_tqdm=True,
-    )  # fmt: skip
-    Trainer(tiny(), args, train_dataset=data(), callbacks=[technique, norms]).train()
-    means = [
-        [math.sqrt(sum(row[i] ** 2 for row in norms.norms[start : start + 4]) / 4) for i in range(4)]
-        for start in (0, 4, 8)
-    ]
-    expected = [0, 0]  # at progress 1/4 nothing is to freeze yet
-    for last in (2, 3):
-        expected.append(min(oracle_gradient(means[:last], expected[-1], 0.5), 3))
-    frozen = [sum(norm == 0.0 for norm in norms.norms[step]) for step in (0, 4, 8, 12)]
-    assert frozen == expected and expected[-1] > 0
-    assert technique.report()["frozen_blocks"] == expected[-1]
-
-
-def by_hand(x, y):
-    """The similarity-preserving loss of two layers' activations, (N, H) each."""
-    a, b = ([[float(r.dot(q)) for q in z] for r in z] for z in (x, y))
-    a, b = ([[v / math.hypot(*row) for v in row] for row in m] for m in (a, b))
-    return sum((v - w) ** 2 for r, q in zip(a, b, strict=True) for v, w in zip(r, q, strict=True)) / len(a) ** 2
-
-
-def test_plasticity_is_the_change_of_similarities(tmp_path):
-    technique, model = LayerFreezing("plasticity"), tiny().double()
-    args = TrainingArguments(tmp_path, use_cpu=True, seed=3)
-    technique.on_train_begin(args, None, None, model=model, train_dataloader=DataLoader(data(), collate_fn=collate))
-    batch = {k: torch.cat([inputs[k] for inputs in technique.examples_]) for k in ("input_ids", "labels")}
-    assert len(batch["input_ids"]) == 16 == len({tuple(row) for row in batch["input_ids"].tolist()})
-    modes = [module.training for module in model.eval().train().modules()]
-    hidden = []
-    for _ in range(2):
-        with torch.no_grad():
-            hidden.append([h.mean(1) for h in model(**batch, output_hidden_states=True).hidden_states[1:-1]])
-            technique._measure(model)
-            model.model.layers[1].mlp.down_proj.weight += 0.1
-    (found,), hooks = technique.measured_, [len(module._forward_hooks) for module in model.modules()]
-    assert found[0] == 0.0 and found[1] > 0
-    assert found[:3] == pytest.approx([by_hand(x, y) for x, y in zip(*hidden, strict=True)], rel=1e-5)
-    assert [module.training for module in model.modules()] == modes
-    assert technique._similarities(model).shape == (4, 16, 16)
-    assert [len(module._forward_hooks) for module in model.modules()] == hooks
-    with pytest.raises(ValueError, match="LayerFreezing.*examples of the training set.*Take policy='gradient_norm'"):
-        technique.on_train_begin(args, None, None, model=model, train_dataloader=DataLoader(data(1)))
-
-
-@pytest.mark.parametrize("policy", ["schedule", "plasticity"])
-@pytest.mark.parametrize("check", [check_trains, check_neutral_is_trainer, check_resumes_bit_exactly])
-def test_other_policies_keep_the_contract(policy, check, tmp_path):
-    check(LayerFreezing(policy, start=0.25, threshold=0.9, checks=12), tmp_path)
+def test_a_run_in_which_nothing_would_be_left_to_train_is_refused(tmp_path):
+    adapters = [LoRA(rank=4), LayerFreezing(max_fraction=1.0)]
+    trainer = tiny_trainer(adapters, tmp_path, max_steps=4)
+    with pytest.raises(ValueError, match="nothing that is trained lies above the first 4 of 4 blocks. Lower max_frac"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    tiny_trainer([LoRA(rank=4), LayerFreezing(max_fraction=0.75)], tmp_path, max_steps=4).train()
+    model = tiny()
+    for name, parameter in model.named_parameters():  # only what lies below the frozen blocks
+        parameter.requires_grad_("layers.0" in name or "embed" in name)
+    with pytest.raises(ValueError, match="nothing that is trained lies above the first 1 of 4 blocks"):
+        train(tmp_path, LayerFreezing(max_fraction=0.25), model)
+    # Encoder blocks still learn through the decoder's attention.
+    train(tmp_path, LayerFreezing(start=0.0, max_fraction=1.0), tiny("t5", AutoModelForSeq2SeqLM, **T5))
 
 
 @pytest.mark.parametrize("depth", [0, 1, 2, 4])
@@ -295,15 +205,3 @@ def test_flops_are_those_of_the_blocks_that_are_trained(depth, tmp_path):
     _, angles = FlopMeter().measure(model, batch, angles)
     flops = FlopMeter().measure(model, batch, lambda: model(**batch).loss.backward())[1]
     assert flops.executed == 4 * block + head + angles.executed + 2 * (4 - depth) * block + 2 * head
-
-
-def test_gradients_are_measured_as_they_were_before_clipping(tmp_path):
-    measured = []
-    for norm in (0.0, 1e-3):
-        technique = LayerFreezing("gradient_norm", checks=4)
-        args = {"max_steps": 8, "learning_rate": 0.0, "max_grad_norm": norm}
-        tiny_trainer([technique], tmp_path, **args).train()
-        measured.append(technique.measured_)
-    assert len(measured[0]) > 2 and min(min(norms) for norms in measured[0]) > 1e-3
-    for plain, clipped in zip(*measured, strict=True):
-        assert clipped == pytest.approx(plain, rel=1e-4)

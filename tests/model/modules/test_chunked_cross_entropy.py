@@ -9,8 +9,11 @@ from transformers import (
     BertForMaskedLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 from hf_accel import ChunkedCrossEntropy, InfoBatch
@@ -173,3 +176,23 @@ def test_the_end_of_a_model_is_tried():
 def test_models_without_a_projection_are_refused(tmp_path):
     with pytest.raises(ValueError, match="does not end in one linear projection to a vocabulary. Leave it out"):
         tiny_trainer([ChunkedCrossEntropy()], tmp_path, model=tiny_convnext(), modality="image")
+
+
+def test_whisper_which_cannot_do_without_its_own_loss_is_refused(tmp_path):
+    config = WhisperConfig(
+        vocab_size=40, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, num_mel_bins=8,
+        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, pad_token_id=0, bos_token_id=1,
+        eos_token_id=2, decoder_start_token_id=3,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="does not support WhisperForConditionalGeneration .* its own loss. Remove"):
+        tiny_trainer([ChunkedCrossEntropy()], tmp_path, model=WhisperForConditionalGeneration(config))
+
+
+def test_a_model_that_cannot_be_tried_is_refused(tmp_path):
+    class Particular(LlamaForCausalLM):
+        def forward(self, input_ids=None, *, wanted, **kwargs):
+            return super().forward(input_ids, **kwargs)
+
+    model = Particular(tiny_llama().config)
+    with pytest.raises(ValueError, match="does not support Particular because a trial .* Remove ChunkedCrossEntropy"):
+        tiny_trainer([ChunkedCrossEntropy()], tmp_path, model=model)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -9,15 +11,21 @@ from transformers import Trainer, TrainerState, TrainingArguments
 
 from hf_accel.optim import ExponentialMovingAverage
 from hf_accel.optim.averaging.ema import ema_update
+from hf_accel.testing import tiny_trainer
 from hf_accel.weights import local_parameters, swap
 
-HALF_LIFE = 3.0
+HALF_LIFE, STEPS = 3.0, 40
 
 
 class Host:
     """Stands for AccelTrainer, which alone can ask for averages."""
 
-    clock = None
+    def __init__(self, state):
+        self.state = state
+
+    @property
+    def clock(self):
+        return SimpleNamespace(progress=self.state.global_step / STEPS)
 
 
 class Run:
@@ -27,8 +35,8 @@ class Run:
         torch.manual_seed(0)
         self.model = nn.Linear(4, 3).to(dtype)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
-        self.state, self.technique = TrainerState(), technique
-        technique.run_ = Host()
+        self.state, self.technique = TrainerState(max_steps=STEPS), technique
+        technique.run_ = Host(self.state)
         if resume is not None:
             self.model.load_state_dict(resume["model"])
             self.optimizer.load_state_dict(resume["optimizer"])
@@ -89,6 +97,40 @@ def test_half_a_life_after_a_jump_half_the_way_is_made():
     torch.testing.assert_close(averages["w"], torch.full((2,), 0.5))
 
 
+def test_a_share_of_the_budget_is_counted_in_progress_and_warmed_up():
+    run = Run(ExponentialMovingAverage(0.1)).steps(20)
+    expected = run.iterates[0]["weight"]
+    for n, iterate in enumerate(run.iterates[1:]):  # a step is a quarter of a half life
+        decay = min(2**-0.25, (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * iterate["weight"]
+    torch.testing.assert_close(run.technique.averages_["weight"], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_progress_need_not_be_even():
+    technique, model = ExponentialMovingAverage(0.05), nn.Linear(1, 1, bias=False).double()
+    technique.run_ = SimpleNamespace(clock=SimpleNamespace(progress=0.0), model=model)
+    technique.on_train_begin(None, TrainerState(), None, model=model)
+    expected = model.weight.detach().clone()
+    for n, progress in enumerate([0.01, 0.2, 0.21, 0.5, 1.0]):
+        before, technique.run_.clock.progress = technique.run_.clock.progress, progress
+        nn.init.constant_(model.weight, n)
+        technique.on_step_end(None, TrainerState(), None)
+        decay = min(0.5 ** ((progress - before) / 0.05), (1 + n) / (10 + n))
+        expected = decay * expected + (1 - decay) * n
+    torch.testing.assert_close(technique.averages_["weight"], expected, rtol=1e-12, atol=1e-14)
+
+
+def test_short_runs_are_not_spoilt_by_the_default(tmp_path):
+    """A hundred steps at a constant rate; a half life of 100 steps ended at more than twice the loss."""
+    args = {"max_steps": 100, "lr_scheduler_type": "constant", "dropout": 0.0}
+    losses = []
+    for techniques in ([], [ExponentialMovingAverage()]):
+        trainer = tiny_trainer(techniques, tmp_path, **args)
+        trainer.train()
+        losses.append(trainer.evaluate()["eval_loss"])
+    assert losses[1] < 1.05 * losses[0]
+
+
 def test_training_is_the_same_to_the_bit():
     with_average = Run(ExponentialMovingAverage(HALF_LIFE)).steps(10).weights()
     without = Run(ExponentialMovingAverage(1e9)).steps(10).weights()
@@ -122,7 +164,7 @@ def test_parameters_frozen_at_the_start_are_left_out_and_those_frozen_later_stay
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
     technique = ExponentialMovingAverage(HALF_LIFE)
-    technique.run_ = Host()
+    technique.run_ = Host(TrainerState())
     technique.on_train_begin(None, TrainerState(), None, model=model)
     model[1].requires_grad_(False)
     technique.on_step_end(None, TrainerState(), None)

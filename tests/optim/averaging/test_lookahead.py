@@ -9,7 +9,7 @@ from torch import nn
 from transformers import TrainerState
 
 from hf_accel import ExponentialMovingAverage, Lookahead
-from hf_accel.testing import losses_of, tiny_llama, tiny_trainer
+from hf_accel.testing import losses_of, tiny_llama, tiny_trainer, weights_of
 
 SAVING = {"save_strategy": "steps", "save_steps": 4}
 
@@ -51,7 +51,9 @@ def test_fast_and_slow_weights_are_those_of_a_loop_by_hand(k, alpha):
             slow = slow + alpha * (fast - slow)
             fast = slow
         torch.testing.assert_close(model.weight.detach(), fast, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(technique.averaging()["weight"], slow, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(technique.averages_["weight"], slow, rtol=1e-12, atol=1e-14)
+        met = slow + alpha * (fast - slow)
+        torch.testing.assert_close(technique.averaging()["weight"], met, rtol=1e-12, atol=1e-14)
     assert technique.report() == {"meetings": 23 // k}
 
 
@@ -79,8 +81,23 @@ def test_slow_weights_are_returned_and_checkpoints_hold_both(tmp_path):
     assert losses_of(trainer)[:5] == losses_of(plain)[:5]
     assert losses_of(trainer)[5] != losses_of(plain)[5]
     at_meeting, later = (load_file(tmp_path / f"checkpoint-{step}" / "model.safetensors") for step in (20, 24))
-    assert all(torch.equal(slow[name], at_meeting[name]) for name in slow)
+    for name, returned in slow.items():
+        torch.testing.assert_close(returned, (at_meeting[name] + later[name]) / 2)
     assert not torch.equal(slow["lm_head.weight"], later["lm_head.weight"])
+
+
+def test_a_run_of_fewer_steps_than_k_is_not_lost(tmp_path):
+    args = {"max_steps": 3, "dropout": 0.0}
+    plain = tiny_trainer([], tmp_path / "plain", **args)
+    before = weights_of(plain)
+    plain.train()
+    trainer = tiny_trainer([Lookahead(5, 0.8)], tmp_path, **args, eval_strategy="steps", eval_steps=1)
+    trainer.train()
+    after = weights_of(plain)
+    for name, returned in weights_of(trainer).items():
+        torch.testing.assert_close(returned, before[name] + 0.8 * (after[name] - before[name]))
+    evaluated = [entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert trainer.evaluate()["eval_loss"] == evaluated[-1]
 
 
 def test_one_averaging_technique_at_a_time(tmp_path):

@@ -57,11 +57,25 @@ def test_the_first_update_is_as_long_as_the_trust_coefficient_says():
     assert float((weight.detach() - before).norm() / before.norm()) == pytest.approx(0.02)
 
 
-def test_weights_of_zero_still_learn():
-    weight = torch.nn.Parameter(torch.zeros(3))
-    weight.grad = torch.ones(3)
-    LarsSGD([{"params": [weight]}], lr=1.0, trust_coefficient=0.01).step()
-    assert torch.equal(weight.detach(), torch.full((3,), -0.01))
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_weights_of_zero_learn_by_the_plain_rate(decay):
+    """As in pytorch_optimizer, for as long as they are zero; afterwards the trust ratio holds."""
+    from pytorch_optimizer import LARS
+
+    ours, theirs = (torch.nn.Parameter(torch.zeros(3, 4, dtype=torch.float64)) for _ in range(2))
+    optimizers = (
+        LarsSGD([{"params": [ours], "weight_decay": decay}], lr=1.0, trust_coefficient=0.01),
+        LARS([theirs], lr=1.0, momentum=0.9, trust_coefficient=0.01, weight_decay=decay),
+    )
+    generator = torch.Generator().manual_seed(0)
+    for step in range(3):
+        gradient = torch.randn(3, 4, generator=generator, dtype=torch.float64)
+        for weight, optimizer in zip((ours, theirs), optimizers, strict=True):
+            weight.grad = gradient.clone()
+            optimizer.step()
+        if step == 0:
+            assert torch.equal(ours.detach(), -gradient)
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-9)
 
 
 def test_a_model_of_norms_only_is_refused(tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+from transformers.trainer_utils import HPSearchBackend
 
 from hf_accel import Budget, LearningRateSearch, LinearToZero
 from hf_accel.optim.learning_rate import learning_rate_search
@@ -94,3 +95,11 @@ def test_budgets_that_are_too_small_are_refused(limit, share, sentence, tmp_path
     trainer = tiny_trainer([Budget(limit), LearningRateSearch(share=share)], tmp_path)
     with pytest.raises(ValueError, match=sentence):
         trainer.train()
+
+
+def test_a_search_over_the_rate_that_trainer_makes_is_refused(tmp_path):
+    """A trial of Trainer's hyperparameter search, as ray gives it."""
+    trainer = tiny_trainer([LearningRateSearch()], tmp_path)
+    trainer.hp_search_backend = HPSearchBackend.RAY
+    with pytest.raises(ValueError, match="does not support a hyperparameter_search of learning_rate .* Remove"):
+        trainer.train(trial={"learning_rate": 1e-3})

@@ -278,10 +278,14 @@ def test_a_teacher_comes_from_a_folder(tmp_path):
     ("fields", "settings", "sentence"),
     [
         ({"teacher": "/no/such"}, {}, "'/no/such' cannot be loaded .* Give the folder or the id of a model"),
-        ({"teacher": "hf_accel.testing:none"}, {}, "gives no model .* Name a function"),
-        ({"teacher": "hf_accel.testing:CountingText"}, {}, "gives a CountingText. It must give a PreTrainedModel"),
-        ({"teacher": f"{__name__}:longer_vocabulary"}, {}, "knows 50 tokens, and the model 48. Give one of the same"),
-        ({"teacher": f"{__name__}:other_convnext"}, {}, "is no model for causal LM, which LlamaForCausalLM is"),
+        ({"teacher": "hf_accel.testing:none"}, {}, "returns no model .* Name a function"),
+        ({"teacher": "hf_accel.testing:CountingText"}, {}, "returns a CountingText. It must return a PreTrainedModel"),
+        (
+            {"teacher": f"{__name__}:longer_vocabulary"},
+            {},
+            "has 50 tokens, and the model has 48. Give one with the same",
+        ),
+        ({"teacher": f"{__name__}:other_convnext"}, {}, "is not a model for causal LM, but LlamaForCausalLM is"),
         ({"cache": "a", "hidden": 1.0}, {}, "hidden states are not kept in a cache"),
         ({"cache": "a"}, {"modality": "masked text"}, "masks differ each time"),
         ({"hidden": 1.0}, {"modality": "image"}, "hidden states have a width of None"),
@@ -326,6 +330,54 @@ def test_another_tokenizer_is_refused(tmp_path):
         else:
             with pytest.raises(ValueError, match="has another tokenizer. Give a model of the same vocabulary"):
                 trainer.train()
+
+
+def padded(model, size):
+    """The model with more tokens, which its tokenizer does not know."""
+    model.resize_token_embeddings(size)
+    return model
+
+
+@pytest.mark.parametrize("fields", [{}, {"top_k": 4}, {"cache": "a"}, {"top_k": 4, "cache": "a"}], ids=str)
+def test_a_teacher_whose_vocabulary_is_padded_teaches_what_both_know(fields, tmp_path):
+    losses = []
+    for size in (48, 64):
+        folder = tmp_path / str(size)
+        padded(tiny_teacher(), size).save_pretrained(folder)
+        tiny_tokenizer().save_pretrained(folder)
+        trainer = tiny_trainer([Distillation(str(folder), **fields)], folder / "run", max_steps=3, dropout=0.0)
+        trainer.processing_class = tiny_tokenizer()
+        trainer.train()
+        losses.append(losses_of(trainer))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_model_whose_vocabulary_is_padded_learns_what_both_know(tmp_path):
+    tiny_teacher().save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    student = padded(tiny_llama(dropout=0.0), 56)
+    technique = Distillation(str(tmp_path), weight=1.0, temperature=1.0)
+    args = {"max_steps": 1, "learning_rate": 0.0, "train_sampling_strategy": "sequential"}
+    trainer = tiny_trainer([technique], tmp_path, model=student, **args)
+    trainer.processing_class = tiny_tokenizer()
+    batch = collate_padded([trainer.train_dataset[i] for i in range(8)])
+    with torch.no_grad():
+        ours, theirs = (
+            m(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+            for m in (student, tiny_teacher())
+        )
+    here = batch["labels"][:, 1:] != -100
+    rows = zip(ours[:, :-1][here][:, :48].tolist(), theirs[:, :-1][here].tolist(), strict=True)
+    expected = [by_hand(*row, 1.0) for row in rows]
+    trainer.train()
+    assert losses_of(trainer) == pytest.approx([sum(expected) / len(expected)], rel=1e-5)
+
+
+def test_answers_for_another_number_of_classes_are_refused(tmp_path):
+    tiny_trainer([Distillation(TEACHER, cache=str(tmp_path / "a"))], tmp_path, max_steps=1).train()
+    trainer = tiny_trainer([Distillation(TEACHER, cache=str(tmp_path / "a"))], tmp_path, model=longer_vocabulary())
+    with pytest.raises(ValueError, match="was written with classes=48, and this run has 50"):
+        trainer.train()
 
 
 def test_a_cache_needs_indices(tmp_path):

@@ -11,6 +11,7 @@ from hf_accel.testing import (
     largest_difference,
     tiny_llama,
     tiny_teacher,
+    tiny_tokenizer,
     tiny_trainer,
     weights_of,
 )
@@ -94,3 +95,18 @@ def test_what_has_no_tokens_is_refused(tmp_path):
         ValueError, match="SelectiveLanguageModeling.*ConvNextForImageClassification .* no loss for each token"
     ):
         tiny_trainer([SelectiveLanguageModeling()], tmp_path, modality="image").train()
+
+
+def test_a_reference_of_a_longer_vocabulary_needs_the_same_tokenizer(tmp_path):
+    reference = tiny_teacher()
+    reference.resize_token_embeddings(64)
+    reference.save_pretrained(tmp_path / "reference")
+    trainer = tiny_trainer([SelectiveLanguageModeling(reference=str(tmp_path / "reference"))], tmp_path, max_steps=2)
+    trainer.processing_class = tiny_tokenizer()
+    with pytest.raises(
+        ValueError, match="has 64 tokens, and the model has 48. Give one with the same vocabulary, or both"
+    ):
+        trainer.train()
+    tiny_tokenizer().save_pretrained(tmp_path / "reference")
+    trainer.train()
+    assert trainer.receipt.techniques[0]["report"]["kept"] < 1

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import Trainer
 
 from hf_accel import InfoBatch, SharpnessAware
+from hf_accel.optim.objective.sharpness_aware import orthogonal_direction
 from hf_accel.testing import largest_difference, losses_of, tiny_convnext, tiny_llama, tiny_trainer, weights_of
 
 EXACT = {"dropout": 0.0, "dtype": torch.float64}
@@ -206,3 +207,9 @@ def test_weights_of_16_bits_are_refused(tmp_path):
     trainer = tiny_trainer([SharpnessAware()], tmp_path, model=tiny_llama().bfloat16())
     with pytest.raises(ValueError, match="SharpnessAware.*torch.bfloat16.*float32 and set bf16=True"):
         trainer.train()
+
+
+def test_a_gradient_of_zero_makes_no_direction():
+    zero, second = {"w": torch.zeros(3)}, {"w": torch.tensor([3.0, 0.0, 4.0])}
+    torch.testing.assert_close(orthogonal_direction(second, zero, False)["w"], torch.tensor([0.6, 0.0, 0.8]))
+    assert orthogonal_direction(zero, zero, False)["w"].tolist() == [0.0, 0.0, 0.0]

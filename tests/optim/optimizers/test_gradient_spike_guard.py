@@ -1,13 +1,15 @@
 """GradientSpikeGuard against a hand-written rule, and in runs with planted NaN."""
 
+import itertools
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import Trainer
+from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
-from hf_accel import Budget, GradientSpikeGuard
+from hf_accel import AccelTrainer, Budget, GradientSpikeGuard, SharpnessAware
 from hf_accel.optim.optimizers.gradient_spike_guard import is_spike
 from hf_accel.testing import largest_difference, losses_of, tiny_trainer, weights_of
 
@@ -15,7 +17,7 @@ from hf_accel.testing import largest_difference, losses_of, tiny_trainer, weight
 def test_spikes_are_those_above_the_geometric_mean():
     choose = random.Random(0)
     guard = GradientSpikeGuard(max_ratio=3.0, patience=100)
-    guard.mean_log_norm_, guard.seen_, guard.refused_, guard.in_a_row_ = 0.0, 0, 0, 0
+    guard.mean_log_norm_, guard.seen_, guard.refused_, guard.in_a_row_, guard.buffers_ = 0.0, 0, 0, 0, []
     accepted = []
     for _ in range(50):
         norm = math.exp(choose.gauss(0, 1))
@@ -93,3 +95,54 @@ def test_a_plain_trainer_is_refused(tmp_path):
     trainer.add_callback(GradientSpikeGuard())
     with pytest.raises((TypeError, ValueError), match="GradientSpikeGuard.*needs accept_step"):
         trainer.train()
+
+
+@pytest.mark.parametrize("technique", [GradientSpikeGuard(), SharpnessAware(every=1)], ids=["guard", "SAM"])
+def test_a_refused_step_leaves_the_statistics_of_batch_norm_alone(technique, tmp_path):
+    torch.manual_seed(0)
+    pixels = torch.randn(8, 3, 16, 16)
+    examples = [{"pixel_values": pixels[i], "labels": i % 2} for i in range(8)]
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1], layer_type="basic", num_labels=2)
+    model = ResNetForImageClassification(config)
+    spoilt = [dict(e, pixel_values=e["pixel_values"] * math.nan) for e in examples]
+    arguments = {"per_device_train_batch_size": 4, "max_steps": 4, "use_cpu": True, "report_to": [], "seed": 1}
+    args = TrainingArguments(
+        tmp_path, disable_tqdm=True, save_strategy="no", train_sampling_strategy="sequential", **arguments
+    )
+    data = examples[:4] + spoilt[4:]
+    trainer = AccelTrainer(model=model, args=args, train_dataset=data, eval_dataset=examples, techniques=[technique])
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, args, state, control, model, **kwargs):
+            seen.append({name: b.clone() for name, b in model.named_buffers()})
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert trainer.receipt.skipped_steps == len(seen) // 2 >= 2
+    for i, (before, after) in enumerate(itertools.pairwise(seen)):  # every second batch is spoilt
+        same = [torch.equal(before[name], after[name]) for name in before]
+        assert all(same) if i % 2 == 0 else not all(same)
+    assert math.isfinite(trainer.evaluate()["eval_loss"])
+
+
+class Scaled:
+    """Stands for AccelTrainer with a gradient scaler, which needs an accelerator."""
+
+    clock, is_deepspeed_enabled = None, False
+    accelerator = SimpleNamespace(scaler=torch.amp.GradScaler("cpu"))
+
+
+def test_an_overflow_in_fp16_is_left_to_the_scaler():
+    guard, model = GradientSpikeGuard(patience=3), torch.nn.BatchNorm1d(2)
+    guard.run_ = Scaled()
+    guard.on_train_begin(SimpleNamespace(max_grad_norm=1.0), None, None, model=model)
+    for _ in range(20):  # as the first steps, until the scale has fallen
+        guard.on_step_begin(None, None, None, model=model)
+        model(torch.full((4, 2), math.nan))
+        assert guard.accept_step(math.inf)
+    assert guard.report() == {"accepted": 0, "refused": 0}
+    assert all(b.isfinite().all() for b in model.buffers())
+    assert all(guard.accept_step(1.0) for _ in range(5)) and not guard.accept_step(100.0)
+    with pytest.raises(ValueError, match="does not support fp16 with max_grad_norm=0 .* Set max_grad_norm"):
+        guard.on_train_begin(SimpleNamespace(max_grad_norm=0.0), None, None, model=model)

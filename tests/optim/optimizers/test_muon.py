@@ -7,12 +7,18 @@ import pytest
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+)
 from transformers.utils import logging
 
+from hf_accel import LoRA, Muon
 from hf_accel.optim.optimizers import muon as muon_file
-from hf_accel.optim.optimizers.muon import Muon, MuonAdamW, matrices_in, warmed_up
-from hf_accel.testing import tiny_trainer
+from hf_accel.optim.optimizers.muon import MuonAdamW, matrices_in, warmed_up
+from hf_accel.testing import tiny_trainer, weights_of
 
 ARGS = SimpleNamespace(learning_rate=1e-3, adam_beta1=0.8, adam_beta2=0.95, adam_epsilon=1e-7, optim="adamw_torch")
 SMALL = {
@@ -226,7 +232,9 @@ class Block(nn.Module):
         self.depthwise = nn.Conv1d(4, 4, 3, groups=4)
         self.experts = Experts(False)
         self.transposed = Experts(True)
+        self.attention = nn.MultiheadAttention(6, 2)
         self.scales = nn.Parameter(torch.randn(2, 3, 4))
+        self.table = nn.Parameter(torch.randn(3, 4))
 
 
 class Blocks(nn.Module):
@@ -247,6 +255,8 @@ def test_each_kind_of_weight_is_trained_as_its_matrices():
         "query_key_value.weight": lambda w: [w],
         "conv.weight": lambda w: [w.reshape(5, 36)],
         "conv1.weight": lambda w: [w.reshape(5, 12)],
+        "attention.in_proj_weight": lambda w: list(w.chunk(3)),
+        "attention.out_proj.weight": lambda w: [w],
         "experts.up_proj": lambda w: list(w),
         "transposed.up_proj": lambda w: [expert.T for expert in w],
     }
@@ -257,6 +267,96 @@ def test_each_kind_of_weight_is_trained_as_its_matrices():
         parts = [by_hand(w, gs) for w, *gs in zip(apart(old), *map(apart, grads), strict=True)]
         for ours, theirs in zip(apart(after[name].detach()), parts, strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("modality", ["image", "speech"])
+def test_models_without_input_embeddings_are_trained(modality, tmp_path):
+    trainer = tiny_trainer([Muon()], tmp_path, modality=modality, max_steps=2)
+    before = weights_of(trainer)
+    trainer.train()
+    after = weights_of(trainer)
+    names = matrices_in(trainer.model)
+    assert names and all(not torch.equal(before[name], after[name]) for name in names)
+    assert trainer.receipt.techniques[0]["report"]["muon_share"] > 0
+
+
+def algorithms(model, optimizer):
+    names = {id(p): n for n, p in model.named_parameters()}
+    return {names[id(p)]: group["algorithm"] for group in optimizer.param_groups for p in group["params"]}
+
+
+@pytest.mark.parametrize("kind", ["mamba", "jamba", "falcon_mamba"])
+def test_decay_rates_of_state_space_models_are_no_matrices(kind):
+    fields = {"state_size": 4, "time_step_rank": 4, "mamba_d_state": 4, "mamba_dt_rank": 4}
+    fields |= {"attn_layer_period": 2, "attn_layer_offset": 1, "num_key_value_heads": 2} if kind == "jamba" else {}
+    model = tiny(kind, **fields).float()
+    found = algorithms(model, made(model))
+    tables = {n: a for n, a in found.items() if n.endswith("A_log")}
+    assert tables and set(tables.values()) == {"adamw"}
+    assert {a for n, a in found.items() if n.endswith("in_proj.weight")} == {"muon"}
+
+
+def test_position_bias_tables_are_no_matrices():
+    sizes = {"image_size": 16, "patch_size": 2, "embed_dim": 8, "depths": [1, 1], "num_heads": [2, 2], "window_size": 2}
+    config = AutoConfig.for_model("swin", **sizes)
+    model = AutoModelForImageClassification.from_config(config)
+    found = algorithms(model, made(model))
+    assert {a for n, a in found.items() if "bias_table" in n} == {"adamw"}
+    assert {a for n, a in found.items() if n.endswith("query.weight") or "fc1.weight" in n} == {"muon"}
+
+
+def test_experts_of_llama_4_are_stored_in_times_out():
+    fields = {"num_key_value_heads": 2, "num_local_experts": 3, "head_dim": 8, "intermediate_size_mlp": 24}
+    model = tiny("llama4_text", **fields)
+    before = copy.deepcopy(model)
+    after = stepped(model)
+    for name, shape in (("gate_up_proj", (16, 80)), ("down_proj", (40, 16))):
+        name = f"model.layers.1.feed_forward.experts.{name}"
+        old, grads = dict(before.named_parameters())[name].detach(), recorded(before, name)
+        assert old.shape == (3, *shape)
+        for i in range(3):
+            expected = by_hand(old[i].T, [g[i].T for g in grads]).T
+            torch.testing.assert_close(after[name][i].detach(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (4, 64), (64, 4)])
+def test_an_element_moves_as_far_as_under_adamw_with_match_rms(shape):
+    torch.manual_seed(0)
+    weight = nn.Parameter(torch.zeros(shape, dtype=torch.float64))
+    weight.grad = torch.randn(shape, dtype=torch.float64)
+    options = {"algorithm": "muon", "weight_decay": 0.0, "cautious": False, "momentum": 0.95, "transposed": False}
+    group = options | {"params": [weight], "lr": 1e-3, "scale": "match_rms", "shape": (1, *shape)}
+    expected = -1e-3 * 0.2 * math.sqrt(64) * orthogonalized(weight.grad)
+    MuonAdamW([group]).step()
+    torch.testing.assert_close(weight.detach(), expected, rtol=1e-9, atol=1e-12)
+    # 0.2 is the usual root mean square of AdamW's updates; the iteration leaves singular values within 0.68 and 1.21.
+    assert 0.2 * 0.68 <= weight.detach().square().mean().sqrt() / 1e-3 <= 0.2 * 1.21
+
+
+def test_match_rms_takes_the_trainers_rate():
+    model = tiny()
+    rates = {(g["algorithm"], g["lr"]) for g in made(model, Muon(scale="match_rms")).param_groups}
+    assert rates == {("muon", 1e-3), ("adamw", 1e-3)}
+    model = tiny()
+    groups = made(model, Muon(lr=3e-4, scale="match_rms")).param_groups
+    assert [g["lr"] for g in groups if g["algorithm"] == "muon"] == pytest.approx([3e-4] * 3)
+
+
+def test_adapters_at_the_spectral_scale_are_warned_of(tmp_path, caplog):
+    logging.enable_propagation()
+    try:
+        tiny_trainer([LoRA(rank=4), Muon(scale="match_rms")], tmp_path).create_optimizer()
+        assert "match_rms' to train adapters" not in caplog.text
+        trainer = tiny_trainer([LoRA(rank=4), Muon()], tmp_path, max_steps=1)
+        trainer.train()
+        assert "Set scale='match_rms' to train adapters at AdamW's rate." in caplog.text
+    finally:
+        logging.disable_propagation()
+
+
+def test_a_learning_rate_of_zero_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="does not support learning_rate=0 because it is the rate of embeddings"):
+        tiny_trainer([Muon()], tmp_path, learning_rate=0.0).train()
 
 
 def test_cautious_decay_passes_over_what_grows():

@@ -129,7 +129,7 @@ def test_schedule_free_weights_are_evaluated_saved_and_returned(name, tmp_path):
         (
             NamedOptimizer("SGD", options={"momentum": -1.0}),
             {},
-            "SGD refuses its options: Invalid momentum value: -1.0",
+            "SGD refuses its options: ValueError: Invalid momentum",
         ),
         (
             NamedOptimizer(rules={"layers.0": {"lr": 0.5}, "nrm": {}}),
@@ -160,8 +160,115 @@ def test_what_cannot_be_is_refused(technique, args, message, tmp_path):
     [({"optim": "adafactor"}, "optim='adafactor'"), ({"optim_args": "rank=4"}, "optim_args='rank=4'")],
 )
 def test_one_optimizer_in_arguments_and_techniques(technique, args, said, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(f"{said}: {technique!r} is the optimizer. Say it in one.")):
+    with pytest.raises(ValueError, match=re.escape(f"{said}: {technique!r} is the optimizer. Remove one.")):
         tiny_trainer([technique], tmp_path, **args)
+
+
+PROJECTED = {"rank": 2, "update_proj_gap": 3, "scale": 0.25, "projection_type": "std"}
+
+
+def galore(model):
+    from pytorch_optimizer import GaLore
+
+    named = dict(model.named_parameters())
+    rest = [p for n, p in named.items() if "proj" not in n]
+    projected = [p for n, p in named.items() if "proj" in n]
+    return GaLore([{"params": rest, "lr": 5e-3}, {"params": projected, "lr": 5e-3} | PROJECTED])
+
+
+def nor_muon(model):
+    from pytorch_optimizer import NorMuon
+
+    named = dict(model.named_parameters())
+    rest = [p for n, p in named.items() if "proj" not in n]
+    matrices = [p for n, p in named.items() if "proj" in n]
+    groups = [
+        {"params": rest, "lr": 5e-3, "weight_decay": 0.0, "use_muon": False},
+        {"params": matrices, "lr": 2e-2, "weight_decay": 0.0, "use_muon": True},
+    ]
+    return NorMuon(groups)
+
+
+@pytest.mark.parametrize(
+    ("technique", "oracle"),
+    [
+        (NamedOptimizer("GaLore", rules={"proj": PROJECTED}), galore),
+        (NamedOptimizer("NorMuon", rules={"": {"use_muon": False}, "proj": {"use_muon": True, "lr": 4.0}}), nor_muon),
+    ],
+    ids=["GaLore", "NorMuon"],
+)
+def test_rules_give_keys_that_the_optimizer_reads_from_its_groups(technique, oracle, tmp_path):
+    trainer = tiny_trainer([technique], tmp_path, num_train_epochs=1, **EXACT)
+    expected = by_hand(trainer, oracle)
+    trainer.train()
+    assert largest_difference(weights_of(trainer), expected) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["GaLore", "APOLLO", "Fira"])
+def test_moments_are_as_small_as_the_rank(name, tmp_path):
+    trainer = tiny_trainer([NamedOptimizer(name, rules={"proj": PROJECTED})], tmp_path, max_steps=2)
+    trainer.train()
+    state = trainer.optimizer.optimizer.state
+    for n, p in trainer.model.named_parameters():
+        moments = state[p]["exp_avg"]
+        assert moments.numel() == (2 * max(p.shape) if "proj" in n else p.numel()), n
+
+
+@pytest.mark.parametrize(
+    ("technique", "message"),
+    [
+        (
+            NamedOptimizer("GaLore"),
+            "GaLore works as meant only in groups with 'rank'. Set rules, for example {'proj': {'rank'",
+        ),
+        (NamedOptimizer("APOLLO"), "APOLLO works as meant only in groups with 'rank'"),
+        (NamedOptimizer("Fira"), "Fira works as meant only in groups with 'rank'"),
+        (NamedOptimizer("AdamWSN"), "AdamWSN works as meant only in groups with 'sn'"),
+        (
+            NamedOptimizer("AdaMuon"),
+            "AdaMuon works as meant only in groups with 'use_muon'. Set rules, for example {'proj'",
+        ),
+        (NamedOptimizer("pytorch_optimizer:Muon"), "Muon works as meant only in groups with 'use_muon'"),
+        (NamedOptimizer("GaLore", options={"rank": 4}), "GaLore has no option 'rank'"),
+        (
+            NamedOptimizer("GaLore", rules={"proj": {"rank": 4}}),
+            "GaLore fails at an update: KeyError: 'update_proj_gap'",
+        ),
+        (NamedOptimizer("GaLore", rules={"proj": {"rnk": 4}}), "GaLore has no option 'rnk'"),
+        (NamedOptimizer("Muon"), "Muon refuses its options: ValueError: Muon only supports 2D parameters"),
+        (NamedOptimizer("AdamMini"), "AdamMini takes a model, where Trainer has groups of parameters. Choose another."),
+        (NamedOptimizer("LOMO"), "LOMO takes a model, where Trainer has groups of parameters."),
+        (NamedOptimizer("AdaLOMO"), "AdaLOMO takes a model, where Trainer has groups of parameters."),
+        (
+            NamedOptimizer("SparseAdam"),
+            "SparseAdam fails at an update: RuntimeError: SparseAdam does not support dense",
+        ),
+        (NamedOptimizer("SophiaH"), "SophiaH fails at an update: RuntimeError"),
+        (NamedOptimizer("LoRARite"), "LoRARite fails at an update: "),
+    ],
+    ids=lambda value: getattr(value, "name", ""),
+)
+def test_what_would_fail_or_do_nothing_is_refused_before_the_first_step(technique, message, tmp_path):
+    trainer = tiny_trainer([technique], tmp_path, weight_decay=0.0)
+    with pytest.raises(ValueError, match=f"{re.escape(repr(technique))}: {re.escape(message)}"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+
+
+def test_a_state_that_cannot_be_loaded_again_is_refused_where_it_would_be_saved(tmp_path):
+    technique = NamedOptimizer("GaLore", rules={"proj": PROJECTED})
+    with pytest.raises(ValueError, match="GaLore cannot resume, .* Set save_strategy='no'."):
+        tiny_trainer([technique], tmp_path, save_strategy="steps").train()
+
+
+def test_trying_an_optimizer_leaves_the_run_alone(tmp_path):
+    """Kron draws; the run's own draws, of dropout, stay those of a run that does not try it."""
+    trainer = tiny_trainer([NamedOptimizer("Kron")], tmp_path, max_steps=1)
+    torch.manual_seed(3)
+    trainer.create_optimizer()
+    drawn = torch.rand(3)
+    torch.manual_seed(3)
+    assert torch.equal(drawn, torch.rand(3))
 
 
 def test_a_decay_by_a_technique_is_refused_too(tmp_path):

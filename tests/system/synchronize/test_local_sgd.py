@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from ranks import run_on_ranks
 
 from hf_accel import Budget, DiLoCo, ExponentialMovingAverage, GradientSpikeGuard, LayerFreezing, LocalSGD
+from hf_accel.contrib import PlasticityFreezing
 from hf_accel.testing import largest_difference, tiny_llama, tiny_trainer, weights_of
 
 EXACT = {"dropout": 0.0, "dtype": torch.float64}
@@ -124,8 +125,8 @@ def test_blocks_that_freeze_between_two_meetings_meet_all_the_same(technique, tm
 
 def test_blocks_that_each_rank_would_freeze_by_itself_are_refused(tmp_path):
     def run():
-        with pytest.raises(ValueError, match=r"does not support LayerFreezing\(.*which would decide differently"):
-            tiny_trainer([LocalSGD(), LayerFreezing("plasticity")], tmp_path).train()
+        with pytest.raises(ValueError, match=r"does not support PlasticityFreezing\(.*which would decide differently"):
+            tiny_trainer([LocalSGD(), PlasticityFreezing()], tmp_path).train()
         return True
 
     assert run_on_ranks(run) == [True, True]
