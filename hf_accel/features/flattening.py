@@ -73,7 +73,7 @@ def unpadded(
                 )
             row[name] = value[seen_1L][None]
         if "labels" in row and layout.shift:
-            row["labels"][:, :1] = IGNORED  # no example predicts the first token of the next
+            row["labels"][:, :1] = -100  # no example predicts the first token of the next
         rows.append(row)
     return rows
 

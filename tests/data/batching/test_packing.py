@@ -34,10 +34,9 @@ def features(lengths=LENGTHS, seed=0):
 
 def packing(model=None, width=9, **fields):
     technique = Packing(**fields)
-    technique.run_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"), use_cache=False))
     technique.inspect_dataset([{"input_ids": [0] * width}])
     model = model or tiny_llama(0.0)
-    model.config.use_cache = False  # as Trainer sets it
     technique.prepare_model(model)
     technique.on_train_begin(SimpleNamespace(torch_compile=False), None, None, model=model)
     return technique

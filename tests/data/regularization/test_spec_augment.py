@@ -82,7 +82,7 @@ def test_widths_rise_with_progress():
 
 def test_other_models_are_refused(tmp_path):
     with pytest.raises(
-        ValueError, match=r"SpecAugment\(.*LlamaForCausalLM it reads no spectrograms. Remove SpecAugment"
+        ValueError, match=r"SpecAugment\(.*LlamaForCausalLM because it reads no spectrograms. Remove SpecAugment"
     ):
         tiny_trainer([SpecAugment()], tmp_path, modality="text").train()
     wave = Wav2Vec2Config(

@@ -131,7 +131,7 @@ def test_a_resumed_run_with_other_data_is_refused(tmp_path):
     trainer.train()
     other = tiny_trainer([ScorePruning()], tmp_path / "other")
     other.train_dataset = CountingText(70)
-    with pytest.raises(ValueError, match="ScorePruning.*chose from 64 examples.*has now 70"):
+    with pytest.raises(ValueError, match="ScorePruning.*chose from 64 examples.*has 70 now"):
         other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
 
 
