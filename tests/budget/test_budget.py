@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hf_accel import Budget, LayerFreezing, LearningRateSearch, SharpnessAware
 from hf_accel.clock import Clock
-from hf_accel.engine.reserve import _guess_saving
+from hf_accel.engine.reserve import guess_saving
 from hf_accel.testing import CountingText, collate_padded, losses_of, tiny_llama, tiny_trainer
 
 
@@ -272,7 +272,7 @@ def test_a_first_step_that_compiles_changes_neither_the_reserve_nor_the_end(tmp_
 def test_of_adapters_a_checkpoint_holds_the_trained_weights_alone(tmp_path):
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     trained = 4 * sum(p.numel() for name, p in model.named_parameters() if "lora" in name)
-    assert _guess_saving(tiny_trainer([], tmp_path, model=model)) == pytest.approx(0.1 + 3 * trained / 300e6, rel=1e-9)
+    assert guess_saving(tiny_trainer([], tmp_path, model=model)) == pytest.approx(0.1 + 3 * trained / 300e6, rel=1e-9)
     whole = tiny_llama()
     size = 4 * sum(p.numel() for p in whole.parameters())
-    assert _guess_saving(tiny_trainer([], tmp_path, model=whole)) == pytest.approx(0.1 + 3 * size / 300e6, rel=1e-9)
+    assert guess_saving(tiny_trainer([], tmp_path, model=whole)) == pytest.approx(0.1 + 3 * size / 300e6, rel=1e-9)

@@ -25,7 +25,7 @@ from hf_accel import (
     StochasticWeightAveraging,
 )
 from hf_accel.checkpoints import format as ckpt
-from hf_accel.engine.saving import snapshot
+from hf_accel.checkpoints.background import snapshot
 from hf_accel.testing import largest_difference, losses_of, tiny_trainer, weights_of
 
 
@@ -180,7 +180,7 @@ class FillsTheDisk(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 5:
-            self.trainer.finish_saving()
+            self.trainer.accel.checkpoints.finish()
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
@@ -282,7 +282,7 @@ def alone(directory):
     trainer = make(directory)
     trainer.train()
     faults = [ckpt.integrity_error(path) for path in ckpt.checkpoints(directory)]
-    return [dist.get_backend(group) for group in trainer._saving_groups if group is not None], faults
+    return [dist.get_backend(group) for group in trainer.accel.writer.groups if group is not None], faults
 
 
 @pytest.mark.distributed

@@ -110,7 +110,7 @@ def test_killed_inside_a_save(tmp_path, asynchronous):
         assert whole is not None and ckpt.integrity_error(whole) is None
         assert whole.name in ("checkpoint-3", "checkpoint-6")
         again = tiny_trainer(six(), directory, max_steps=7)
-        assert again._checkpoint_to_resume(True) == str(whole)
+        assert again.accel.checkpoints.find(True) == str(whole)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 7
 
@@ -118,7 +118,7 @@ def test_killed_inside_a_save(tmp_path, asynchronous):
 def _train_counting_writes(directory, events, dies_at, asynchronous):
     """Train for 6 steps, saving at 3 and 6; die at a write of the second save."""
     trainer = tiny_trainer(six(), directory, save_strategy="steps", save_steps=3, save_total_limit=1, max_steps=6)
-    trainer.async_checkpoints = asynchronous
+    trainer.accel.writer.in_background = asynchronous
     saving, seen = [False], [0]
 
     def audit(event, arguments):
@@ -137,7 +137,7 @@ def _train_counting_writes(directory, events, dies_at, asynchronous):
     def saved(model, trial):
         saving[0] = trainer.state.global_step == 6
         save(trainer, model, trial)
-        trainer.finish_saving()
+        trainer.accel.checkpoints.finish()
         saving[0] = False
 
     trainer._save_checkpoint = saved
