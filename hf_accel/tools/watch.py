@@ -17,14 +17,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hf_accel.technique import Technique
 
 WARM = 5
-"""Steps before anything is measured."""
+"""Steps before the measurement."""
 STEPS = 25
-"""Steps that are measured."""
+"""Measured steps."""
 
 
 @dataclass(eq=False)
 class Watch(Technique):
-    """Measures steps: their phases, the padding of their batches, and what makes them wait for a number."""
+    """Measure steps: their phases, the padding of their batches, and the lines that wait for a number."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -71,12 +71,12 @@ class Watch(Technique):
 
     @property
     def padding(self) -> float:
-        """Share of the positions that are padding."""
+        """Return the share of the positions that are padding."""
         return self.padding_ / self.positions_ if self.positions_ else 0.0
 
     @property
     def padding_when_grouped(self) -> float:
-        """The same, if examples of similar length shared a batch."""
+        """Return the share of padding if examples of similar length shared a batch."""
         lengths = sorted(itertools.chain.from_iterable(self.lengths_))
         sizes = [len(batch) for batch in self.lengths_]
         batches = [lengths[end - size : end] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
@@ -84,7 +84,7 @@ class Watch(Technique):
 
 
 class Waits(TorchDispatchMode):
-    """Counts where a program asks for the value of a tensor, by the line of the user's code that does."""
+    """Count the reads of tensor values by line of the user's code."""
 
     def __init__(self, found: Counter[str]):
         super().__init__()
@@ -97,7 +97,7 @@ class Waits(TorchDispatchMode):
 
 
 def _line_of_the_user() -> str:
-    """The line that asked for a value; empty where an installed package did, Trainer for example, or `Watch`."""
+    """Return the line that reads a value; empty if an installed package does, such as Trainer, or `Watch`."""
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         if path == Path(__file__) and frame.name == Watch._look.__name__:

@@ -140,6 +140,7 @@ def test_a_budget_that_is_spent_already(tmp_path):
         tiny_trainer([Budget("6steps")], tmp_path).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("limit", "unit", "amount"), [("3e9flop", "flops", 3e9), ("24000tok", "tokens", 24000)])
 def test_a_search_of_the_rate_takes_its_share(limit, unit, amount, tmp_path):
     trainer = counted([Budget(limit), LearningRateSearch(share=0.8)], tmp_path)
@@ -189,6 +190,7 @@ def test_an_evaluation_that_would_make_the_run_late_is_left_out(tmp_path):
     assert len(steps) == 5 and steps[-1] == trainer.state.global_step  # at 19, 38, 57, 76 and 100, but not at 95 %
 
 
+@pytest.mark.ci
 def test_evaluations_of_a_stream_are_kept_back_for_once_one_has_been_made(tmp_path):
     rows = CountingText(16)
 

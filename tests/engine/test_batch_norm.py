@@ -112,6 +112,8 @@ def test_a_stream_of_examples_is_refused(tmp_path):
         type(trainer)(**args, techniques=[TECHNIQUES["ema"]])
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_two_ranks_have_the_same_statistics(tmp_path):
     def rank():
         trainer = train([TECHNIQUES["ema"]], tmp_path, per_device_train_batch_size=4, **backend_args("ddp"))

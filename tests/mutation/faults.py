@@ -446,8 +446,8 @@ FAULTS = (
     Fault(
         "augmentation-without-epoch",
         "features/augmentation.py",
-        "np.random.default_rng((plan.seed, plan.epoch, i % 2**32, purpose))",
-        "np.random.default_rng((plan.seed, i % 2**32, purpose))",
+        "(plan.seed, plan.epoch, i % 2**32, purpose)",
+        "(plan.seed, i % 2**32, purpose)",
         "Every epoch sees the same augmented images.",
         "tests/data/regularization/test_mixup.py tests/data/regularization/test_random_erasing.py",
     ),

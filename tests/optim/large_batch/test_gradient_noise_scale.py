@@ -9,7 +9,7 @@ import torch
 from transformers.utils import logging
 
 from hf_accel import GradientNoiseScale
-from hf_accel.optim.large_batch.gradient_noise_scale import advice, signal_and_noise
+from hf_accel.optim.large_batch.noise_scale import advice, signal_and_noise
 from hf_accel.testing import CountingText, largest_difference, losses_of, tiny_trainer, weights_of
 
 EXACT = {"dropout": 0.0, "dtype": torch.float64}
@@ -50,6 +50,7 @@ def noise_scale_of_examples(model, dataset, collate):
     return float((away_NP**2).sum() / (len(dataset) - 1) / (true_P @ true_P))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("micro_batch_size", [2, 3])
 def test_it_is_the_value_of_single_examples(micro_batch_size, tmp_path):
     technique = GradientNoiseScale(half_life=1e9)

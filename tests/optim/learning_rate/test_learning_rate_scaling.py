@@ -94,6 +94,8 @@ def report_on_a_rank(techniques, directory, accumulation):
     return trainer.receipt.techniques[0]["report"]["batch"], rates_of(trainer)
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 @pytest.mark.parametrize("others", [[], [Watch()]], ids=["plain", "streamed"])
 def test_ranks_and_accumulation_count(others, tmp_path):
     scaling = LearningRateScaling("linear", reference_batch=4)
