@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import annotated_types as at
 from torch import Tensor
 
-from hf_accel.optim.large_batch.gradient_noise_scale import GradientNoiseScale
+from hf_accel.optim.large_batch.noise_scale import NoiseScaleMeasurement
 from hf_accel.technique import Positive
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def doublings(noise_scale: float, batch_size: int, factor: int) -> int:
 
 
 @dataclass(eq=False)
-class NoiseScaleRamp(GradientNoiseScale):
+class NoiseScaleRamp(NoiseScaleMeasurement):
     """Grows the batch with the gradient noise scale.
 
     Args:
@@ -57,7 +57,7 @@ class NoiseScaleRamp(GradientNoiseScale):
     factor: Annotated[int, at.Ge(1)] = 8
     fidelity: ClassVar = "lossy"
     variations: ClassVar = {"half_life": 1.0, "factor": 1}
-    counters: ClassVar = (*GradientNoiseScale.counters, "doublings", "steps", "examples")
+    counters: ClassVar = (*NoiseScaleMeasurement.counters, "doublings", "steps", "examples")
     expected_failed_checks: ClassVar = {
         "check_micro_batch_invariant": "the measurement is made of micro-batches, and refused where a step has only one"
     }

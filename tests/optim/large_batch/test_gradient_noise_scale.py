@@ -9,7 +9,7 @@ import torch
 from transformers.utils import logging
 
 from hf_accel import GradientNoiseScale
-from hf_accel.optim.large_batch.gradient_noise_scale import advice, signal_and_noise
+from hf_accel.optim.large_batch.noise_scale import advice, signal_and_noise
 from hf_accel.testing import CountingText, largest_difference, losses_of, tiny_trainer, weights_of
 
 EXACT = {"dropout": 0.0, "dtype": torch.float64}
