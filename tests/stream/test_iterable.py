@@ -372,7 +372,7 @@ REFUSALS = {
     "ScorePruning": (ScorePruning(), r"ScorePruning\(.*\) does not support Text .* chooses examples by index"),
     "Coreset": (Coreset(), r"Coreset\(.*\) does not support Text .* chooses examples by index"),
     "Deduplicate": (Deduplicate(), r"Deduplicate\(.*\) does not support Text .* chooses examples by index"),
-    "SequenceLengthWarmup": (SequenceLengthWarmup(), r"SequenceLengthWarmup\(.*\) does not support Text .*Set max_length"),
+    "SequenceLengthWarmup": (SequenceLengthWarmup(), r"SequenceLengthWarmup\(.*\) does not support Text .*max_length="),
 }
 
 
