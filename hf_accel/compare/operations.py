@@ -52,9 +52,10 @@ class Operations(TrainerCallback, FlopMeter):
             return
         trainer.add_callback(self)
         if isinstance(trainer, AccelTrainerMixin):
-            trainer.meters = {**trainer.meters, "flops": self}
+            engine = trainer.accel
+            engine.gauges = {**(engine.gauges or {}), "flops": self}
             trainer.clock.now = self.now
-            self._charge = trainer.stopwatch.charge
+            self._charge = lambda name: engine.meter.stopwatch.charge(name)
         else:
             step: Callable = trainer.training_step
 

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from hf_accel.adapters import unwrapped
 from hf_accel.features.truncation import refuse_media_tokens
 from hf_accel.losses import IGNORED, kind_of
+from hf_accel.preserve import evaluation_mode
 from hf_accel.technique import Technique
 
 Result = TypeVar("Result")
@@ -163,21 +164,18 @@ def flattening_fault(model: Any, num_rows: int = 1, run: Any = None, layout: Lay
 @torch.no_grad()
 def _tried(model: Any, run: Any, layout: Layout, trial: Callable[[Any], Result]) -> Result:
     """Run a trial on a model, or on a fresh one of its kind if its weights are elsewhere."""
-    modes = [(module, module.training) for module in model.modules()]
     device = next(model.parameters()).device if run is None else run.args.device
     accelerator = getattr(run, "accelerator", None)  # a quantized model is asked before there is one
     precision = contextlib.nullcontext() if accelerator is None else accelerator.autocast()
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
         tried = model if _can_run(model, device) else _fresh(model).to(device)
         try:
-            tried.eval()
             if layout.masked:
                 tell_apart(tried)
-            return trial(tried)
+            with evaluation_mode(tried):
+                return trial(tried)
         finally:
             stop_telling_apart(tried)
-            for module, mode in modes:
-                module.training = mode
 
 
 def _can_run(model: Any, device: torch.device) -> bool:

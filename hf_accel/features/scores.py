@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from hf_accel.batch import StepPlan
 from hf_accel.features.columns import column
 from hf_accel.losses import IGNORED, ClassHead, ExampleLosses, Head, TokenHead
-from hf_accel.preserve import random_state_kept
+from hf_accel.preserve import evaluation_mode, random_state_kept
 from hf_accel.stream.reader import StepReader
 from hf_accel.technique import Technique
 
@@ -43,26 +43,22 @@ def score_examples(
     """
     run: Any = technique.run_
     check_whole_weights(technique)
-    model, args = run.model if model is None else model, run.args
+    args = run.args
+    model = run.model if model is None else model
+    assert model is not None
     rank, world, size = args.process_index, args.world_size, batch_size or args.eval_batch_size
     reader = reader_for(run, dataset)
     ids, values = [], []
-    modes = [(module, module.training) for module in model.modules()]
     steps = range(0, len(dataset), size * world)
     bar = tqdm(steps, desc=type(technique).__name__, disable=args.disable_tqdm or not run.is_world_process_zero())
-    with random_state_kept(args.device), run.accelerator.autocast():
-        try:
-            model.eval()
-            for start in bar:
-                ids_N = torch.arange(start, min(start + size * world, len(dataset)))
-                plan = StepPlan(0, ids_N, None, size, rank, world, args.seed)
-                for micro in reader[plan].micro_batches:
-                    inputs = send_to_device(micro.inputs, args.device)
-                    ids.append(micro.ids_B)
-                    values.append(score(inputs, len(micro.ids_B)).float())
-        finally:
-            for module, mode in modes:
-                module.training = mode
+    with random_state_kept(args.device), evaluation_mode(model), run.accelerator.autocast():
+        for start in bar:
+            ids_N = torch.arange(start, min(start + size * world, len(dataset)))
+            plan = StepPlan(0, ids_N, None, size, rank, world, args.seed)
+            for micro in reader[plan].micro_batches:
+                inputs = send_to_device(micro.inputs, args.device)
+                ids.append(micro.ids_B)
+                values.append(score(inputs, len(micro.ids_B)).float())
     ids_N, values_N = run.gather(torch.cat(ids), torch.cat(values))
     return values_N[ids_N.argsort()]
 

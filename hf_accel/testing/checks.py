@@ -213,7 +213,7 @@ def check_neutral_is_trainer(technique: Technique, directory: Path) -> None:
     neutral = dataclasses.replace(technique, **technique.neutral)  # type: ignore[type-var]
     losses, weights = _plain(technique.modality)
     hosted = tiny_trainer([neutral], directory)
-    averaging = hosted._owners["averaging"] is not None
+    averaging = hosted.accel.roster.owner("averaging") is not None
     hosted.train()
     assert losses_of(hosted) == list(losses), f"{neutral!r}: the losses are not Trainer's"
     if not averaging:

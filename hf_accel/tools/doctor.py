@@ -98,7 +98,7 @@ class Watch(Technique):
         self.run_.stopwatch.synchronizes = True  # type: ignore[union-attr]
 
     def on_step_begin(self, args, state, control, **kwargs):
-        host: Any = self.run_
+        run: Any = self.run_
         self.mode_.close()
         if state.global_step == 1:
             self.mode_.enter_context(Waits(self.waits_))
@@ -106,19 +106,19 @@ class Watch(Technique):
         if state.global_step > WARM:
             self.steps_.append(now - self.began_)
         elif state.global_step == WARM:
-            self.before_ = dict(host.stopwatch.seconds)
+            self.before_ = dict(run.stopwatch.seconds)
         self.began_ = now
 
     def on_train_end(self, args, state, control, **kwargs):
-        host: Any = self.run_
+        run: Any = self.run_
         self.hook_.remove()
         self.mode_.close()
         steps = max(state.global_step - WARM, 1)
-        host.stopwatch._settle()
-        host.stopwatch.synchronizes = False
+        run.stopwatch._settle()
+        run.stopwatch.synchronizes = False
         self.seconds_ = {
             name.partition(".")[2] or name: (seconds - self.before_.get(name, 0.0)) / steps
-            for name, seconds in host.stopwatch.seconds.items()
+            for name, seconds in run.stopwatch.seconds.items()
         }
 
     def _look(self, module: Any, args: Any, inputs: dict[str, Any]) -> None:
@@ -182,9 +182,10 @@ def examine(trainer: Trainer, techniques: list[Technique] | None = None) -> Exam
         quiet(trainer, folder)
         attach(trainer, techniques=[Horizon({"steps": float(WARM + STEPS)}), *(techniques or []), watch])
         trainer.train()
+        accel: Any = trainer.accel  # type: ignore[attr-defined]
         step = statistics.median(watch.steps_)
         has_data = trainer.eval_dataset is not None and evaluations
-        evaluation = probe_evaluation(trainer) if has_data else 0.0  # type: ignore[arg-type]
+        evaluation = probe_evaluation(accel.host, accel.meter.clock.now) if has_data else 0.0  # type: ignore[arg-type]
         run_seconds = None if steps is None else steps * step + evaluations * evaluation
         waiting, seconds = communication(trainer), dict(watch.seconds_)
         if waiting:  # DDP sends gradients during the backward pass, whose end waits for the last ones
@@ -209,10 +210,10 @@ def communication(trainer: Any, passes: int = 5) -> float:
     All ranks must call it together.  Return 0 for one process, and for FSDP and DeepSpeed, which cannot skip the
     exchange.  Return 0 also if a technique skips it.
     """
-    wrapped, owner = trainer.model_wrapped, trainer._owners["synchronize"]
+    wrapped, owner = trainer.model_wrapped, trainer.accel.roster.owner("synchronize")
     if not isinstance(wrapped, DistributedDataParallel) or (owner is not None and not owner.synchronize()):
         return 0.0
-    inputs = trainer._prepare_inputs(next(iter(Trainer.get_train_dataloader(trainer))))
+    inputs = trainer.accel.host.prepare_inputs(next(iter(Trainer.get_train_dataloader(trainer))))
     wrapped.train()
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for exchanges in (True, False) * (passes + 1):
@@ -352,7 +353,7 @@ def _memory_and_seconds(trainer: Any, batch: Any, passes: int = 3) -> tuple[int,
     model, kept, seconds = trainer.model, 0, []
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     model.train()
-    inputs = trainer._prepare_inputs(batch)
+    inputs = trainer.accel.host.prepare_inputs(batch)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal kept

@@ -54,6 +54,7 @@ def test_the_known_answers_are_in_their_intervals(name, answer, finished):
     assert found.high / found.low < 1.5, "an interval that says something"
 
 
+@pytest.mark.ci
 def test_the_verdicts_are_those_of_the_task(finished):
     results, _, _ = finished
     # Half of the work is certainly worse; the rest is for more seeds to say, as there is more noise than margin.
@@ -62,6 +63,7 @@ def test_the_verdicts_are_those_of_the_task(finished):
     assert results.margin == 0.003
 
 
+@pytest.mark.ci
 def test_a_candidate_that_fails_has_infinite_time_and_says_why(finished):
     results, _, _ = finished
     row = results.row("InfoBatch(keep=0.5)")
@@ -71,6 +73,7 @@ def test_a_candidate_that_fails_has_infinite_time_and_says_why(finished):
     assert "InfoBatch" in row.errors[0] and "loss for each example" in row.errors[0]
 
 
+@pytest.mark.ci
 def test_progress_is_told_from_the_first_run(finished):
     _, _, told = finished
     assert told[0].seconds_left is None and told[0].done == 0
@@ -80,6 +83,7 @@ def test_progress_is_told_from_the_first_run(finished):
     assert (told[-1].done, told[-1].total, told[-1].seconds_left) == (46, 46, 0.0)
 
 
+@pytest.mark.ci
 def test_the_reports_are_written(finished):
     _, out, _ = finished
     plain = json.loads((out / "results.json").read_text())
@@ -92,6 +96,7 @@ def test_the_reports_are_written(finished):
     assert record["peak_memory_bytes"] > 0 and record["log"] and record["uncharged"]["evaluation"]["cpu_seconds"] > 0
 
 
+@pytest.mark.ci
 def test_an_interrupted_comparison_goes_on_where_it_stopped(finished, monkeypatch):
     results, out, _ = finished
     lost = sorted((out / "runs").glob("baseline-0.375-2-*.json"))
@@ -137,6 +142,7 @@ def test_a_killed_comparison_goes_on_from_its_records(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "no run is made twice"
 
 
+@pytest.mark.ci
 def test_when_the_time_is_up_whole_seeds_are_reported(finished, monkeypatch, tmp_path):
     _, out, _ = finished
     now = [0.0]
@@ -384,6 +390,7 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(line, message, tmp_path,
     assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.ci
 def test_the_command_prints_what_python_returns(monkeypatch, finished):
     results, _, _ = finished
     monkeypatch.setattr(Comparison, "run", lambda self, progress: results)

@@ -189,6 +189,7 @@ def simulated(generator: np.random.Generator) -> bool:
     return result.low <= truth <= result.high
 
 
+@pytest.mark.ci
 def test_intervals_of_95_percent_cover_at_least_93():
     generator = np.random.default_rng(0)
     covered = np.mean([simulated(generator) for _ in range(1000)])

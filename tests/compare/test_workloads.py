@@ -323,6 +323,7 @@ def test_a_metric_that_cannot_be_loaded_is_one_sentence(tmp_path):
 # Real data ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 @FROM_FILES
 def test_real_data(name, monkeypatch):
     if REAL_DATA is None:

@@ -269,6 +269,8 @@ def examined_on_a_rank(directory, words, techniques=()):
     return found.seconds, [finding.what for finding in found.findings]
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_communication_of_two_ranks(tmp_path):
     for seconds, findings in run_on_ranks(examined_on_a_rank, tmp_path, 60_000):
         assert findings[0].startswith("Communication: a step waits"), (seconds, findings)

@@ -325,6 +325,7 @@ def test_it_reports_the_padding_it_avoided():
     assert other.report() == technique.report()
 
 
+@pytest.mark.ci
 def test_workers_that_are_not_forks_read_the_same(tmp_path):
     runs = []
     for context in (None, "spawn"):
@@ -353,6 +354,8 @@ def under_zero_3(directory):
     return [losses_of(run) for run in runs]
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_models_that_are_sharded_from_the_beginning_train(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "model")
     for apart, sharded in run_on_ranks(under_zero_3, tmp_path, backend="zero3"):

@@ -22,7 +22,7 @@ def test_the_sum_is_the_nearest(lengths, tokens):
 def tokens_of_steps(trainer):
     """The real tokens of each step, by epoch, counted at the model's door."""
     epochs = [[]]
-    accumulate = trainer._accumulate
+    accumulate = trainer.accel.step.accumulate
 
     def counted(model, batch, num_items):
         if batch.plan.epoch == len(epochs):
@@ -30,7 +30,7 @@ def tokens_of_steps(trainer):
         epochs[-1].append(sum(int(micro.inputs["attention_mask"].sum()) for micro in batch.micro_batches))
         return accumulate(model, batch, num_items)
 
-    trainer._accumulate = counted
+    trainer.accel.step.accumulate = counted
     trainer.train()
     return epochs
 
