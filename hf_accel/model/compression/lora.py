@@ -206,7 +206,7 @@ class LoRA(Technique):
                 f"Set rank={min(out, width)} or less, or another target."
             )
         # The script's own save_pretrained would otherwise write parameter names that no model loads.
-        model.save_pretrained = functools.partial(_save_adapters, model, adapted)
+        model.save_pretrained = functools.partial(_save_adapters, model, adapted)  # type: ignore[assignment]
         trained, total = adapted.get_nb_trainable_parameters()
         self.layers_, self.trained_share_ = len(layers), trained / total
         if self.lr_factor != 1:

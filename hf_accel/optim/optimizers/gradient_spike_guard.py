@@ -70,7 +70,7 @@ class GradientSpikeGuard(Technique):
             )
         self.mean_log_norm_, self.seen_, self.refused_, self.in_a_row_ = 0.0, 0, 0, 0
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(self, args, state, control, model: Any = None, **kwargs):
         self.buffers_ = copies_of_buffers(model)
 
     def accept_step(self, grad_norm: Tensor | float) -> bool:
