@@ -217,7 +217,7 @@ def duration(seconds: float) -> dict[str, Any]:
             trainer = of_recipe(recipe, folder)
             trainer.clock.now = time.process_time
             forecast = calibrate(trainer, seconds=seconds)
-            steps = forecast.steps(trainer._limits())
+            steps = forecast.steps(trainer.accel.limits())
             trainer.train()
         taken = trainer.receipt.wall_seconds
         line = {

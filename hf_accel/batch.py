@@ -28,6 +28,14 @@ class MicroBatch(NamedTuple):
     repeats_B: Tensor | None = None
     """How often each example came before, see `StepPlan.repeats_N`."""
 
+    @property
+    def model_inputs(self) -> dict[str, Tensor]:
+        """The inputs; of packed rows without ``attention_mask``, which would hide ``position_ids`` from the model."""
+        mask = self.inputs.get("attention_mask")
+        if mask is None or len(mask) >= len(self.ids_B):
+            return self.inputs
+        return {name: value for name, value in self.inputs.items() if name != "attention_mask"}
+
 
 @dataclass(frozen=True)
 class StepPlan:

@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 
 from hf_accel import Budget, LayerFreezing, LearningRateSearch, SharpnessAware
 from hf_accel.clock import Clock
-from hf_accel.engine.reserve import _guess_saving
+from hf_accel.engine.reserve import guess_saving
 from hf_accel.testing import CountingText, collate_padded, losses_of, tiny_llama, tiny_trainer
 
 
@@ -140,6 +140,7 @@ def test_a_budget_that_is_spent_already(tmp_path):
         tiny_trainer([Budget("6steps")], tmp_path).train(resume_from_checkpoint=True)
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize(("limit", "unit", "amount"), [("3e9flop", "flops", 3e9), ("24000tok", "tokens", 24000)])
 def test_a_search_of_the_rate_takes_its_share(limit, unit, amount, tmp_path):
     trainer = counted([Budget(limit), LearningRateSearch(share=0.8)], tmp_path)
@@ -189,6 +190,7 @@ def test_an_evaluation_that_would_make_the_run_late_is_left_out(tmp_path):
     assert len(steps) == 5 and steps[-1] == trainer.state.global_step  # at 19, 38, 57, 76 and 100, but not at 95 %
 
 
+@pytest.mark.ci
 def test_evaluations_of_a_stream_are_kept_back_for_once_one_has_been_made(tmp_path):
     rows = CountingText(16)
 
@@ -270,7 +272,7 @@ def test_a_first_step_that_compiles_changes_neither_the_reserve_nor_the_end(tmp_
 def test_of_adapters_a_checkpoint_holds_the_trained_weights_alone(tmp_path):
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     trained = 4 * sum(p.numel() for name, p in model.named_parameters() if "lora" in name)
-    assert _guess_saving(tiny_trainer([], tmp_path, model=model)) == pytest.approx(0.1 + 3 * trained / 300e6, rel=1e-9)
+    assert guess_saving(tiny_trainer([], tmp_path, model=model)) == pytest.approx(0.1 + 3 * trained / 300e6, rel=1e-9)
     whole = tiny_llama()
     size = 4 * sum(p.numel() for p in whole.parameters())
-    assert _guess_saving(tiny_trainer([], tmp_path, model=whole)) == pytest.approx(0.1 + 3 * size / 300e6, rel=1e-9)
+    assert guess_saving(tiny_trainer([], tmp_path, model=whole)) == pytest.approx(0.1 + 3 * size / 300e6, rel=1e-9)

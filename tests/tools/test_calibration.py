@@ -61,7 +61,7 @@ def slow_trainer(directory, *techniques, **args):
 def test_a_run_takes_what_was_predicted(args, techniques, tmp_path):
     trainer = slow_trainer(tmp_path, *techniques, **args)
     forecast = calibrate(trainer, seconds=10.0)
-    steps = forecast.steps(trainer._limits())
+    steps = forecast.steps(trainer.accel.limits())
     assert (forecast.start, forecast.step) == (3.0, 1.0)
     assert trainer.state.global_step == 0 and trainer.clock.now.seconds == forecast.cost
     trainer.train()
@@ -72,7 +72,7 @@ def test_a_run_takes_what_was_predicted(args, techniques, tmp_path):
 def test_seconds_buy_steps(tmp_path):
     trainer = slow_trainer(tmp_path, Budget("40s"), eval_strategy="epoch")
     forecast = calibrate(trainer, seconds=6.0)
-    steps = forecast.steps(trainer._limits())
+    steps = forecast.steps(trainer.accel.limits())
     trainer.train()
     # The budget keeps back an evaluation, which the forecast counts as it comes, at the end of each epoch.
     assert abs(trainer.receipt.steps - steps) <= 1 + forecast.evaluation
@@ -86,7 +86,7 @@ def test_other_units():
     assert forecast.steps({"epochs": 3, "seconds": 1000, "samples": 80}) == 10
     assert forecast.seconds(10) == 2 + 4 + 10 * (0.5 + 0.4)
     assert forecast.steps({"seconds": 15}) == 10
-    with pytest.raises(ValueError, match=r"budget: a run takes 6.9 s with a single step.*Give more"):
+    with pytest.raises(ValueError, match=r"budget: the start, one step and the evaluations take 6.9 s.*Give more"):
         forecast.steps({"seconds": 6})
     forecast.spent["tokens"] = 0.0
     with pytest.raises(ValueError, match=r"budget: the batches hold no tokens\. Give samples or epochs"):
@@ -97,4 +97,4 @@ def test_operations_are_counted_for_a_budget_of_them(tmp_path):
     trainer = slow_trainer(tmp_path, Budget("1e9flop"))
     forecast = calibrate(trainer, seconds=6.0)
     trainer.train()
-    assert trainer.receipt.steps == pytest.approx(forecast.steps(trainer._limits()), rel=0.1)
+    assert trainer.receipt.steps == pytest.approx(forecast.steps(trainer.accel.limits()), rel=0.1)

@@ -65,6 +65,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from hf_accel.adapters import is_adapted
 from hf_accel.surgery.blocks import has_experts
 from hf_accel.technique import Positive, Technique
 
@@ -144,9 +145,9 @@ def add_adapters(
 
 def _save_adapters(model: Any, adapted: Any, *args: Any, **kwargs: Any) -> None:
     """Save the adapters of a model that was loaded from somewhere, and otherwise the merged model."""
-    if hasattr(model, "peft_config") and getattr(model, "name_or_path", ""):
+    if is_adapted(model) and getattr(model, "name_or_path", ""):
         return adapted.save_pretrained(*args, **kwargs)
-    whole = copy.deepcopy(adapted).merge_and_unload() if hasattr(model, "peft_config") else model
+    whole = copy.deepcopy(adapted).merge_and_unload() if is_adapted(model) else model
     type(model).save_pretrained(whole, *args, **kwargs)
 
 
@@ -176,8 +177,8 @@ class LoRA(Technique):
         """Put adapters on the layers of ``target``."""
         assert self.run_ is not None
         args = self.run_.args
-        if hasattr(model, "peft_config") or not hasattr(model, "get_output_embeddings"):
-            problem = "has adapters already" if hasattr(model, "peft_config") else "is not a model of transformers"
+        if is_adapted(model) or not hasattr(model, "get_output_embeddings"):
+            problem = "has adapters already" if is_adapted(model) else "is not a model of transformers"
             place = " to AccelTrainer; other trainers refuse it" if getattr(model, "is_quantized", False) else ""
             raise ValueError(
                 f"{self!r} does not support {type(model).__name__} because it {problem}. Pass the pretrained model "

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_accel.adapters import is_adapted
 from hf_accel.surgery.blocks import linear_layers
 
 SCALES = "the scales of a product depend on the examples in it"
@@ -21,7 +22,7 @@ MULTIPLE = 16
 
 def convertible_layers(model: Any) -> dict[str, nn.Linear]:
     """Return the plain linear layers in blocks by path, without those of adapters."""
-    adapted = hasattr(model, "peft_config")
+    adapted = is_adapted(model)
     layers = {
         path: layer
         for path, layer in linear_layers(model).items()

@@ -40,6 +40,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from hf_accel.adapters import is_adapted
 from hf_accel.surgery.blocks import linear_layers
 from hf_accel.technique import Fraction, State, Technique
 
@@ -166,7 +167,7 @@ class LowRankTraining(Technique):
                 f"{self!r} leaves parameters unused before and after the change, so DDP must look for them. "
                 "Set ddp_find_unused_parameters=True and activation_checkpointing=False."
             )
-        if hasattr(model, "peft_config"):
+        if is_adapted(model):
             raise ValueError(
                 f"{self!r} does not support {type(model).__name__} because adapters are thin already. Remove one of "
                 "the two."

@@ -45,6 +45,7 @@ import torch
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
+from hf_accel.adapters import is_adapted
 from hf_accel.surgery.blocks import linear_layers
 from hf_accel.technique import Fraction, State, Technique
 
@@ -121,7 +122,7 @@ class SparseTraining(Technique):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.deepspeed_plugin is not None or args.fsdp or any(isinstance(m, FSDPModule) for m in model.modules()):
             raise ValueError(f"{self!r} does not support FSDP and ZeRO because a mask covers a whole matrix. Use DDP.")
-        if hasattr(model, "peft_config"):
+        if is_adapted(model):
             raise ValueError(
                 f"{self!r} does not support {type(model).__name__} because adapters are small. Remove one of the two."
             )

@@ -70,6 +70,10 @@ class ProgressiveLayerDrop(Technique):
     keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5
     decay: Positive = 100.0
     neutral: ClassVar = {"keep": 1.0}
+    expected_failed_checks: ClassVar = {
+        "check_reentrant_checkpointing": "it adds the gradients of a block's examples in another order: losses differ "
+        "in the last digit"
+    }
     probe_fields: ClassVar = {"decay": 10.0}
     refused_backends: ClassVar = {"zero": "skipped weights keep moving in its flat partitions"}
     counters: ClassVar = ("counts",)

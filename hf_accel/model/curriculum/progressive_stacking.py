@@ -50,7 +50,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hf_accel.adapters import unwrapped
+from hf_accel.adapters import is_adapted, unwrapped
 from hf_accel.surgery.block_wrapper import refuse_waiting_ddp, refuse_zero
 from hf_accel.surgery.blocks import residual_projections
 from hf_accel.surgery.depth_growth import (
@@ -167,7 +167,7 @@ class ProgressiveStacking(Technique):
             raise ValueError(
                 f"{type(model).__name__} has no num_hidden_layers in its configuration. Remove ProgressiveStacking."
             )
-        if hasattr(model, "peft_config"):
+        if is_adapted(model):
             raise ValueError(
                 "adapters need a trained model, and this one grows from random weights. Remove one of the two."
             )

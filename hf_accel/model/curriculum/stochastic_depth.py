@@ -112,6 +112,10 @@ class StochasticDepth(Technique):
 
     keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5
     neutral: ClassVar = {"keep": 1.0}
+    expected_failed_checks: ClassVar = {
+        "check_reentrant_checkpointing": "it adds the gradients of a block's examples in another order: losses differ "
+        "in the last digit"
+    }
     rank_counters: ClassVar = ("counts",)
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):

@@ -93,6 +93,9 @@ class ExpandFrom(WeightInit):
     checkpoint: str | None = None
     depth: Literal["stacked", "interleaved", "on_top", "middle"] = "stacked"
     noise: Annotated[float, at.Ge(0)] = 0.1
+    expected_failed_checks: ClassVar = {
+        "check_tied_head": "refused: the checkpoint must be tied where the model is, and that of the contract is not"
+    }
     probe_fields: ClassVar = {"checkpoint": "hf_accel.testing:tiny_smaller"}
     variations: ClassVar = {"checkpoint": "hf_accel.testing:tiny_teacher"}
     claims: ClassVar = frozenset({"initial_blocks", "initial_weights", "pretrained_weights"})

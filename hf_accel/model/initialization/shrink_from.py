@@ -70,6 +70,9 @@ class ShrinkFrom(WeightInit):
     checkpoint: str | None = None
     elements: Literal["uniform", "first"] = "uniform"
     blocks: Literal["first", "interleaved"] = "first"
+    expected_failed_checks: ClassVar = {
+        "check_tied_head": "refused: the checkpoint must be tied where the model is, and that of the contract is not"
+    }
     probe_fields: ClassVar = {"checkpoint": "hf_accel.testing:tiny_larger"}
     variations: ClassVar = {"checkpoint": "hf_accel.testing:tiny_teacher"}
     claims: ClassVar = frozenset({"initial_blocks", "initial_weights", "pretrained_weights"})

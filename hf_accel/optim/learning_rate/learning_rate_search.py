@@ -65,7 +65,7 @@ class LearningRateSearch(Technique):
             limits = {u: limit - run.clock.excluded_cost.get(u, 0.0) for u, limit in run.clock.limits.items()}
             if budgeted and self.share >= 1:
                 raise ValueError(f"{self!r}: nothing of {run.owner('budget')!r} is left to train. Give less than 1.")
-            found = search(run, self.share, limits, kept=budgeted, asking=repr(self), without=[self])
+            found = search(run.engine, self.share, limits, kept=budgeted, asking=repr(self), without=[self])
             self.report_ = {
                 "learning_rate": found.learning_rate,
                 "given": found.given,
@@ -106,5 +106,6 @@ def find_lr(trainer: Any, *, share: float = 3.0, follow: Callable[[str], None] =
     if not 0 < share < float("inf"):
         raise ValueError(f"find_lr(share={share!r}): share must be > 0. Give, for example, 2.")
     own = [technique for technique in trainer.techniques if isinstance(technique, LearningRateSearch)]
-    limits = trainer._limits()
-    return search(trainer, share, limits, kept=True, asking=f"find_lr(share={share:g})", without=own, follow=follow)
+    engine = trainer.accel
+    limits = engine.limits()
+    return search(engine, share, limits, kept=True, asking=f"find_lr(share={share:g})", without=own, follow=follow)

@@ -21,8 +21,10 @@ from transformers import SchedulerType
 from transformers.trainer_utils import has_length
 
 from hf_accel.clock import CONTINUOUS
+from hf_accel.engine.engine import Engine
 from hf_accel.engine.short_run import ShortRun, many_runs, probe_of, short_run
 from hf_accel.host.arguments import nominal_steps
+from hf_accel.host.view import TrainerView
 from hf_accel.technique import Technique
 
 LOWEST, HIGHEST = 1e-6, 10.0
@@ -230,7 +232,7 @@ class _RangeTest(Technique):
 
 @many_runs()
 def search(
-    host: Any,
+    engine: Engine,
     share: float,
     limits: Mapping[str, float],
     *,
@@ -242,7 +244,7 @@ def search(
     """Search the peak rate of a trainer's run.
 
     Args:
-        host: A trainer that hosts techniques, before or at the start of its training.
+        engine: Of the trainer, before or at the start of its training.
         share: What the search may cost, as a share of the limits.
         limits: What the run may spend.
         kept: Whether the share must be kept; otherwise, the shortest run is of one update at least.
@@ -250,8 +252,9 @@ def search(
         without: Techniques that are no part of the short runs.
         follow: Is told of every run that ended.
     """
-    _refuse(host, asking)
-    began = host.clock.now()
+    _refuse(engine.host, asking)
+    host, clock = engine.host, engine.meter.clock
+    began = clock.now()
     given = host.args.learning_rate
     found = FoundRate(given=given)
 
@@ -263,8 +266,8 @@ def search(
         found.flops += run.flops
         return run
 
-    per_epoch = math.ceil(len(host.train_dataset) / host.nominal_batch_size) if has_length(host.train_dataset) else 0
-    known = nominal_steps(limits, per_epoch, host.nominal_batch_size)
+    per_epoch = math.ceil(len(host.train_dataset) / engine.nominal_batch_size) if has_length(host.train_dataset) else 0
+    known = nominal_steps(limits, per_epoch, engine.nominal_batch_size)
     steps = 48 if known is None else min(max(round(share * known / 15), 24), 192)
 
     def shortest(whole: float, lost: float) -> int:
@@ -283,7 +286,7 @@ def search(
     range_test = _RangeTest()
     run = counted(
         short_run(
-            host,
+            engine,
             HIGHEST,
             unlimited | {"steps": float(steps)},
             techniques=[range_test],
@@ -303,9 +306,9 @@ def search(
     pace = {u: run.step_seconds if u == "seconds" else run.spent[u] / run.steps for u in limits}
     whole, lost = known or min(limit / max(pace[u], 1e-12) for u, limit in limits.items()), float(steps)
     if any(u in limits for u in CONTINUOUS):  # beside its updates, every run has a beginning and an end
-        passed = host.clock.now() - began
+        passed = clock.now() - began
         lost = (passed + sum(MOST_RUNS) * (passed - run.steps * run.step_seconds)) / max(run.step_seconds, 1e-12)
-    whole, lost = host._share([float(whole), lost])
+    whole, lost = engine.ranks.share([float(whole), lost])
     found.horizon_steps = whole
     unit = shortest(whole, lost) * (1 - 1e-9) / whole  # whole updates, whatever the unit
     warmup = host.args.warmup_steps / whole if host.args.warmup_steps >= 1 else None
@@ -313,9 +316,9 @@ def search(
     def loss(index: int, length: int) -> float:
         part = length * unit
         own = {u: part * limit for u, limit in limits.items() if u not in CONTINUOUS} or {"steps": part * whole}
-        examples = max(round(EVALUATED * part * whole * host.nominal_batch_size), 1)
-        probe = probe_of(host, examples)
-        run = counted(short_run(host, rate_at(index), own, without=without, warmup=warmup, probe=probe))
+        examples = max(round(EVALUATED * part * whole * engine.nominal_batch_size), 1)
+        probe = probe_of(engine, examples)
+        run = counted(short_run(engine, rate_at(index), own, without=without, warmup=warmup, probe=probe))
         follow(f"learning rate {rate_at(index):g}, {part:.2g} of the horizon: loss {run.loss:.4f}")
         return run.loss
 
@@ -327,11 +330,11 @@ def search(
     if math.isinf(min(rounds[-1].values())):
         raise ValueError(f"{asking}: no learning rate from {rate_at(min(rounds[0])):g} on trained. Look at the model.")
     found.learning_rate = rate_at(at_whole_horizon(best(rounds[-1]), found.rounds[-1]["share"]))
-    found.seconds = host.clock.now() - began
+    found.seconds = clock.now() - began
     return found
 
 
-def _refuse(host: Any, asking: str) -> None:
+def _refuse(host: TrainerView, asking: str) -> None:
     """Raise ValueError where short runs are not possible, or would not tell."""
     if host.is_deepspeed_enabled or host.is_fsdp_enabled:
         raise ValueError(f"{asking}: the model's weights are in parts. Search on one device, and give the rate.")

@@ -49,6 +49,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+from hf_accel.adapters import is_adapted
 from hf_accel.optim.optimizers.newton_schulz import orthogonalized
 from hf_accel.surgery.blocks import embedding_layers
 from hf_accel.technique import Fraction, Positive, Technique
@@ -255,7 +256,7 @@ class Muon(Technique):
             raise ValueError(
                 f"{self!r}: {type(model).__name__} has no trainable matrix in a block. Use another optimizer."
             )
-        if self.scale == "spectral" and hasattr(model, "peft_config"):
+        if self.scale == "spectral" and is_adapted(model):
             logger.warning(
                 f"{self!r}: with scale='spectral', a step of a tall adapter (out x rank) is sqrt(out / rank) times as "
                 "long as that of a square matrix. Set scale='match_rms' to train adapters at AdamW's rate."

@@ -22,7 +22,7 @@ def test_the_sum_is_the_nearest(lengths, tokens):
 def tokens_of_steps(trainer):
     """The real tokens of each step, by epoch, counted at the model's door."""
     epochs = [[]]
-    accumulate = trainer._accumulate
+    accumulate = trainer.accel.step.accumulate
 
     def counted(model, batch, num_items):
         if batch.plan.epoch == len(epochs):
@@ -30,7 +30,7 @@ def tokens_of_steps(trainer):
         epochs[-1].append(sum(int(micro.inputs["attention_mask"].sum()) for micro in batch.micro_batches))
         return accumulate(model, batch, num_items)
 
-    trainer._accumulate = counted
+    trainer.accel.step.accumulate = counted
     trainer.train()
     return epochs
 
@@ -79,12 +79,12 @@ def test_a_budget_that_an_example_exceeds_is_refused():
     technique = TokensPerBatch(tokens=5)
     technique.run_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length"))
     with pytest.raises(
-        ValueError, match=r"TokensPerBatch\(tokens=5\): the longest example has 9 tokens\. Give at least"
+        ValueError, match=r"TokensPerBatch\(tokens=5\) does not support an example of 9 tokens\. Set tokens=9"
     ):
         technique.inspect_dataset([{"length": n} for n in (3, 9)])
     technique = TokensPerBatch()
     technique.run_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length"))
-    with pytest.raises(ValueError, match=r"TokensPerBatch\(tokens=None\): how long .*\(Text\).* Give tokens="):
+    with pytest.raises(ValueError, match=r"TokensPerBatch\(tokens=None\) does not support Text .* Set tokens="):
         technique.inspect_dataset(Text())
 
 

@@ -291,7 +291,7 @@ def test_bad_input_is_refused_before_training(tmp_path):
     refused(technique, "several stacks of blocks", tmp_path, model=tiny("T5"))
     refused(technique, "has no list of the blocks", tmp_path, model=tiny("ResNet"), modality="image")
     refused(ProgressiveStacking("middle"), "makes at most 2 blocks from 1, and 4 come next. Raise", tmp_path)
-    refused(ProgressiveStacking(start=0.9), "start=0.9 covers all 4 blocks, so none is left to add. Lower start", tmp_path)
+    refused(ProgressiveStacking(start=0.9), "covers all 4 blocks, so none is left to add. Lower start", tmp_path)
     adapted = add_adapters(tiny_llama(), rank=2, alpha=4)
     refused(technique, "adapters need a trained model", tmp_path, model=adapted)
     refused(technique, "and LoRA.* both claim the form of the weight matrices", tmp_path, [LoRA()])

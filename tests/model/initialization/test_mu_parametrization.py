@@ -123,7 +123,7 @@ def test_at_the_width_of_the_base_it_changes_nothing(tmp_path):
 
 def test_a_model_that_is_narrower_than_the_base_learns_faster_within_its_width(tmp_path):
     trainer = tiny_trainer([MuParametrization(base_width=32)], tmp_path, weight_decay=0.1)
-    groups = trainer._parameter_groups(trainer.model)
+    groups = trainer.accel.optimization.parameter_groups(trainer.model)
     rates = {name: (group["lr"], group["weight_decay"]) for group in groups for name in group["names"]}
     assert rates["model.layers.0.mlp.up_proj.weight"] == pytest.approx((2 * 5e-3, 0.05))
     assert rates["lm_head.weight"] == pytest.approx((2 * 5e-3, 0.05))

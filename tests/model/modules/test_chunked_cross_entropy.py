@@ -94,6 +94,7 @@ class PeakBytes(TorchDispatchMode):
         self.now -= size
 
 
+@pytest.mark.ci
 def test_a_large_vocabulary_takes_a_quarter_of_the_memory_or_less():
     tokens, width, vocabulary = 4096, 64, 50257
     hidden, weight, _, targets = problem(tokens, width, vocabulary, torch.float32, bias=False)

@@ -39,6 +39,7 @@ def test_blocks_are_compiled_once_for_all_shapes(plain, tmp_path):
         assert trainer.receipt.seconds["0.RegionalCompile"] == trainer.receipt.techniques[0]["seconds"]
 
 
+@pytest.mark.ci
 def test_a_resumed_run_is_the_same(tmp_path):
     straight = tiny_trainer([RegionalCompile(**TRACED)], tmp_path, save_strategy="steps", save_steps=13)
     straight.train()

@@ -99,6 +99,7 @@ def test_a_batch_without_masks_has_no_loss_and_gradients_of_0(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("first", [True, False])
 def test_copies_of_the_model_are_trained_beside_it(first, tmp_path):
     techniques = [SparseMaskedHead(), LearningRateSearch(share=0.5), SharpnessAware()]
@@ -122,6 +123,8 @@ def test_what_it_cannot_do_is_refused(tmp_path):
         tiny_trainer([SparseMaskedHead()], tmp_path, model=model)
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_weights_that_zero_has_cut_are_refused(tmp_path):
     def run():
         args = TrainingArguments(str(tmp_path), **backend_args("zero3"))  # from now on models are made in parts

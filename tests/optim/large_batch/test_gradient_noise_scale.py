@@ -50,6 +50,7 @@ def noise_scale_of_examples(model, dataset, collate):
     return float((away_NP**2).sum() / (len(dataset) - 1) / (true_P @ true_P))
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("micro_batch_size", [2, 3])
 def test_it_is_the_value_of_single_examples(micro_batch_size, tmp_path):
     technique = GradientNoiseScale(half_life=1e9)

@@ -94,6 +94,8 @@ def report_on_a_rank(techniques, directory, accumulation):
     return trainer.receipt.techniques[0]["report"]["batch"], rates_of(trainer)
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 @pytest.mark.parametrize("others", [[], [Watch()]], ids=["plain", "streamed"])
 def test_ranks_and_accumulation_count(others, tmp_path):
     scaling = LearningRateScaling("linear", reference_batch=4)
@@ -161,7 +163,7 @@ def test_betas_that_are_set_elsewhere_are_refused(tmp_path):
 
 def test_with_micro_batches_of_its_own_the_step_stays(tmp_path):
     trainer = tiny_trainer([LearningRateScaling(), Watch()], tmp_path, auto_find_batch_size=True)
-    assert trainer.requested_micro_batch_size == "auto" and trainer.nominal_batch_size == 8
+    assert trainer.accel.options.micro_batch_size == "auto" and trainer.accel.nominal_batch_size == 8
 
 
 def test_a_bad_value_names_itself():
