@@ -1,32 +1,37 @@
-"""Gradient noise scale: the batch size above which larger steps waste examples, measured while training.
+"""Measure the batch size above which larger steps waste examples, while the run trains.
 
 The gradient of a step is the true gradient G plus noise that shrinks with the batch.  With the covariance Sigma of the
 gradient of one example, a batch of
 
     B_simple = tr(Sigma) / |G|^2
 
-examples has as much noise as signal.  Far below it, a step of twice as many examples saves half of the steps; far
-above, it saves none, and the examples are wasted.  Both terms are estimated from what a step computes anyway: the
-gradients h_i of its micro-batches, on all ranks, and their sum, the gradient of the step.  A micro-batch that has the
-share w_i of the step's items has the mean w_i G, and micro-batches are independent, so without bias
+examples has as much noise as signal.  Far below it, a step of twice as many examples saves half of the steps.  Far
+above, it saves none, and the examples are wasted.
+
+Both terms are estimated from quantities that a step computes anyway.  They are the gradients h_i of its micro-batches,
+on all ranks, and their sum, the gradient of the step.  A micro-batch with the share w_i of the step's items has the
+mean w_i G, and micro-batches are independent.  So without bias
 
     |G|^2     = (|sum_i h_i|^2 - sum_i |h_i|^2) / (1 - sum_i w_i^2)
     tr(Sigma) = batch_size * (|sum_i h_i|^2 - |G|^2)
 
-One step says little; both are averaged, first over all steps and then with a half life, before they are divided.
+One step says little; both are averaged, first over all steps and then with a half-life, before they are divided.
 
-The gradients of micro-batches are seen by hooks on the parameters, as they are added up and before the ranks exchange
-them: there is no further pass, and training is the same bit for bit.  A step of one micro-batch on one rank cannot be
-measured; if all are, it is said before training.
+Hooks on the parameters see the gradients of micro-batches before the ranks exchange them.  So there is no further pass,
+and training is the same bit for bit.  A step of one micro-batch on one rank cannot be measured.  If all steps are like
+that, a warning says so before training.
 
+Recommendation: Use GradientNoiseScale if you have to choose a batch size for many devices or for gradient accumulation.
+When to use: The choice of a batch size for many devices, or of gradient accumulation.  The noise scale grows while the
+loss falls, often by an order, so look at the values over the run.
+When not to use:
+- As an exact number.  Adam's best batch may be larger or smaller by an order, because Adam scales each coordinate.
+- Data sets of N examples without replacement, if B_simple is near N: it is too large by a share of about B_simple / N.
+- FSDP or ZeRO, which exchange gradients before hooks can see them.
+Defaults: The half-life is not taken from a paper.
+Differences from the paper: Micro-batches may have different numbers of items.
 Reference: McCandlish et al. (2018), An Empirical Model of Large-Batch Training, https://arxiv.org/abs/1812.06162, with
-its appendix A.1.  Departure: micro-batches may have different numbers of items.
-
-When to use: to choose a batch size for many devices, or gradient accumulation.  It grows while the loss falls, often by
-an order: look at the values over the run.
-When not to use: as an exact number. Adam's best batch may be larger or smaller by an order, for it scales each
-coordinate; of N examples without replacement, it comes out too large by a share of about B_simple / N. Where FSDP or
-ZeRO exchange gradients before they can be seen.
+its appendix A.1.
 """
 
 from __future__ import annotations
@@ -46,18 +51,18 @@ from hf_accel.technique import Positive, Technique
 logger = logging.get_logger(__name__)
 
 POINTS = 10
-"""Parts of the run after each of which the value is kept for the report."""
+"""Number of parts of the run; the report has the value after each part."""
 
 
 def signal_and_noise(
     squared_norm: Tensor, squared_norms_of_parts: Tensor, squared_shares: Tensor, batch_size: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Unbiased estimates of |G|^2 and of tr(Sigma) for one example.
+    """Estimate |G|^2, and tr(Sigma) for one example, without bias.
 
     Args:
-        squared_norm: Of the gradient of a step of ``batch_size`` examples.
-        squared_norms_of_parts: Sum over the parts of the step, whose gradients add up to its own.
-        squared_shares: Sum over the parts of the square of each part's share, all of which add up to 1.
+        squared_norm: Squared norm of the gradient of a step of ``batch_size`` examples.
+        squared_norms_of_parts: Sum over the parts of the step; their gradients add up to that of the step.
+        squared_shares: Sum over the parts of the square of each part's share; the shares add up to 1.
     """
     signal = (squared_norm - squared_norms_of_parts) / (1 - squared_shares)
     return signal, batch_size * (squared_norm - signal)
@@ -65,7 +70,7 @@ def signal_and_noise(
 
 @dataclass(eq=False)
 class GradientNoiseScale(Technique):
-    """Measures the gradient noise scale, in examples, and changes nothing.
+    """Measure the gradient noise scale, in examples, and change nothing.
 
     Args:
         half_life: Steps after which a measurement counts half, above 0.
@@ -76,8 +81,8 @@ class GradientNoiseScale(Technique):
     probe_micro_batch_size: ClassVar = 2
     variations: ClassVar = {"half_life": 1.0}
     refused_backends: ClassVar = {
-        "fsdp2": "it exchanges gradients before they can be seen",
-        "zero": "it exchanges gradients before they can be seen",
+        "fsdp2": "it exchanges gradients before hooks can see them",
+        "zero": "it exchanges gradients before hooks can see them",
     }
     counters: ClassVar = ("means", "values")
 
@@ -86,20 +91,21 @@ class GradientNoiseScale(Technique):
         run: Any = self.run_
         if run.is_deepspeed_enabled or run.is_fsdp_enabled:
             raise ValueError(
-                f"{self!r}: FSDP and DeepSpeed exchange gradients before they can be seen. Use DDP, or leave it out."
+                f"{self!r} does not support FSDP or DeepSpeed because they exchange gradients before hooks can see "
+                f"them. Use DDP, or remove {type(self).__name__}."
             )
         if run.owner("synchronize") is not None and args.world_size > 1:
             raise ValueError(
-                f"{self!r}: {run.owner('synchronize')!r} lets ranks differ, and there is no gradient of a step. "
-                "Leave one out."
+                f"{self!r} does not support {run.owner('synchronize')!r} because ranks differ, so no gradient of the "
+                "whole step exists. Remove one of the two."
             )
-        self.means_ = torch.zeros(3, device=args.device)  # of the signal, of the noise; number of measurements
+        self.means_ = torch.zeros(3, device=args.device)  # signal, noise, number of measurements
         self.values_: dict[str, float | None] = {}
         size = run.nominal_batch_size
         if args.world_size == 1 and run.micro_batch_size >= size:
             remedy = f"micro_batch_size={size // 2} or less" if size > 1 else "gradient_accumulation_steps=2 or more"
             self._cannot_measure(
-                f"{self!r}: a step of {size} examples is one micro-batch, and its noise cannot be measured. "
+                f"{self!r}: a step of {size} examples is one micro-batch, so its noise cannot be measured. "
                 f"Set {remedy}."
             )
 
@@ -107,7 +113,7 @@ class GradientNoiseScale(Technique):
         logger.warning(sentence)
 
     def objective(self, model: nn.Module, backward: Callable[[], Tensor]) -> Tensor:
-        """The plain gradient; the micro-batches' own are looked at on the way."""
+        """Compute the plain gradient, and measure those of the micro-batches on the way."""
         run: Any = self.run_
         squares: list[Tensor] = []
         seen: dict[int, MicroBatch] = {}
@@ -115,7 +121,7 @@ class GradientNoiseScale(Technique):
 
         def look(gradient: Tensor) -> None:
             nonlocal size
-            if run.micro_batch_size != size:  # memory ran out, and the step is done again in smaller micro-batches
+            if run.micro_batch_size != size:  # memory ran out, so the step is repeated with smaller ones
                 size = run.micro_batch_size
                 squares.clear()
                 seen.clear()
@@ -157,7 +163,7 @@ class GradientNoiseScale(Technique):
         self.means_ = torch.where(now.isfinite().all(), after, self.means_.to(now))
 
     def _items(self, micro: MicroBatch) -> Tensor:
-        """What the loss of a micro-batch counts, (K,); examples where that is not known."""
+        """Return how many items each term of the loss counts, (K,); examples for an unknown head."""
         num_examples = int((micro.ids_B >= 0).sum())
         head = self.run_.head  # type: ignore[union-attr]
         if head is None:
@@ -166,7 +172,7 @@ class GradientNoiseScale(Technique):
         return items_K if num_examples else torch.zeros_like(items_K)
 
     def noise_scale(self) -> float | None:
-        """B_simple, in examples; infinite where the noise hides the signal, None before the first measurement."""
+        """Return B_simple in examples: infinite if noise hides the signal, None before the first measurement."""
         signal, noise, number = self.means_.tolist()
         if number == 0:
             return None
@@ -183,7 +189,7 @@ class GradientNoiseScale(Technique):
             logs["accel/noise_scale"] = state.log_history[-1]["accel/noise_scale"] = value
 
     def report(self) -> Mapping[str, Any]:
-        """The noise scale at tenths of the run and at its end, and what that means for the batch."""
+        """Report the noise scale at tenths of the run and at its end, with advice about the batch."""
         run: Any = self.run_
         value, measured = self.noise_scale(), int(self.means_[2])
         numbers = {"noise_scale": _written(value), "measured_steps": measured, **self.values_}
@@ -194,7 +200,7 @@ class GradientNoiseScale(Technique):
 
 
 def advice(noise_scale: float | None, batch_size: int) -> str:
-    """What a noise scale says of a batch size, in a sentence."""
+    """Compare a batch size with a noise scale, in a sentence."""
     if noise_scale is None:
         return "The noise scale was not measured: no step had two micro-batches."
     if math.isinf(noise_scale):
@@ -208,7 +214,7 @@ def advice(noise_scale: float | None, batch_size: int) -> str:
 
 
 def _written(noise_scale: float | None) -> float | None:
-    """What stands in files, which know no infinity."""
+    """Return None for infinity, which JSON cannot represent."""
     return noise_scale if noise_scale is not None and math.isfinite(noise_scale) else None
 
 
