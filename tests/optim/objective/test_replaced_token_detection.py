@@ -130,14 +130,14 @@ def test_other_models_are_refused(model, sentence, tmp_path):
 
 
 def test_the_size_of_micro_batches_is_given(tmp_path):
-    with pytest.raises(ValueError, match="tokens are replaced before .* Give micro_batch_size a number"):
+    with pytest.raises(ValueError, match="tokens are replaced before .* Set micro_batch_size to a number"):
         tiny_trainer([ReplacedTokenDetection()], tmp_path, micro_batch_size="auto").train()
 
 
 def test_a_mask_token_is_needed(tmp_path):
     trainer = tiny_trainer([ReplacedTokenDetection()], tmp_path)
     trainer.processing_class = SimpleNamespace(mask_token_id=None)
-    with pytest.raises(ValueError, match="no mask token is known. Give a tokenizer"):
+    with pytest.raises(ValueError, match="needs a mask token. Pass a tokenizer"):
         trainer.train()
 
 
