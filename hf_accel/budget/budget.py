@@ -119,7 +119,7 @@ class Budget(Technique):
         fits = all(clock.can_afford(unit, amount) for unit, amount in taken.items() if unit in clock.limits)
         if not all(clock.share([float(fits)])):
             raise ValueError(
-                f"{self!r} is too small for one step and the evaluation and checkpoint after it. Set a larger one."
+                f"{self!r} is too small for one step and the evaluation and checkpoint after it. Set a larger limit."
             )
 
     def state_dict(self, scope: Literal["global", "rank"]) -> State:

@@ -20,7 +20,7 @@ When not to use:
 - A rate that was tuned at the current batch size.
 - Batches far above the critical batch size, the noise scale of the gradient.  There, more examples hardly make a better
   step, and the rules overstate the rate.
-Defaults: Krizhevsky's square root, and the reference batch of Goyal et al.
+Defaults: The square root is Krizhevsky's, and the reference batch is that of Goyal et al.
 Differences from the paper: None.
 Example: LearningRateScaling(rule="sqrt", reference_batch=256)
 References: Goyal et al. (2017), Accurate, large minibatch SGD, https://arxiv.org/abs/1706.02677 (linear); Krizhevsky

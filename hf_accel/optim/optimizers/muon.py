@@ -33,7 +33,7 @@ When not to use:
 - Full fine-tuning of models that were pre-trained with Adam, which it degrades (https://arxiv.org/abs/2605.10468).
 - Convolutional networks.
 - Small models or steps, because the iteration costs 10 to 40 % more time.
-Defaults: Rate, momentum and scale are Jordan's, without the warm-up of the momentum and without cautious decay.
+Defaults: Rate, momentum and scale are Jordan's.  Cautious decay and the warm-up of the momentum are off.
 Differences from the paper: None.  The scale "match_rms" is that of Liu et al.
 References: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon/; Liu et al. (2025), Muon is scalable for
 LLM training, https://arxiv.org/abs/2502.16982; the numbers: Wen et al. (2025), https://arxiv.org/abs/2509.02046;

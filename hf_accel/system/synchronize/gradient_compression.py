@@ -17,7 +17,6 @@ When to use: DDP over a slow network, if waiting for gradients takes most of a s
 When not to use:
 - A fast interconnect, because compressing takes longer than sending.
 - One process, which sends nothing.
-Defaults: A half precision is the first choice.  The comments of the other fields name their sources.
 Differences from the paper: E and Q are kept by parameter instead of DDP's bucket, because a resumed run forms new
 buckets.
 Reference: Vogels, Karimireddy, Jaggi (2019), PowerSGD: Practical low-rank gradient compression for distributed
@@ -69,7 +68,7 @@ class GradientCompression(Technique):
         start: Progress, in [0, 1], from which PowerSGD compresses.
     """
 
-    method: Literal["fp16", "bf16", "powersgd"] = "fp16"
+    method: Literal["fp16", "bf16", "powersgd"] = "fp16"  # not taken from a paper
     rank: Annotated[int, at.Gt(0)] = 4  # table 3 of the paper: ranks of 2 and 4 keep the quality
     start: Fraction = 0.1  # torch's own waits for 1,000 steps
     refused_backends: ClassVar = {

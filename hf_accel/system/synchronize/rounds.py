@@ -32,6 +32,7 @@ class Rounds(Technique):
         "zero": "no rank has the whole weights",
     }
 
+    counters: ClassVar = ("steps", "meetings", "bytes")
     probe_fields: ClassVar = {"every": 4}
     expected_failed_checks: ClassVar = {"two_ranks_equal_one[ddp]": "each rank trains by itself"}
 
@@ -110,12 +111,7 @@ class Rounds(Technique):
     def state_dict(self, scope: Literal["global", "rank"]) -> State:
         run: Any = self.run_
         if scope == "global":
-            return {
-                "steps": self.steps_,
-                "meetings": self.meetings_,
-                "bytes": self.bytes_,
-                "ranks": run.args.world_size,
-            }
+            return {**super().state_dict(scope), "ranks": run.args.world_size}
         if run.args.world_size == 1:
             return {}
         return {"optimizer": run.optimizer.state_dict()["state"]}
@@ -128,7 +124,7 @@ class Rounds(Technique):
                     f"{self!r} does not support resuming on {run.args.world_size} ranks because the checkpoint has one "
                     f"optimizer for each of {state['ranks']} ranks. Resume on {state['ranks']}."
                 )
-            self.steps_, self.meetings_, self.bytes_ = state["steps"], state["meetings"], state["bytes"]
+            super().load_state_dict(scope, state)
         elif state:
             own = {int(index): values for index, values in state["optimizer"].items()}
             groups = run.optimizer.state_dict()["param_groups"]

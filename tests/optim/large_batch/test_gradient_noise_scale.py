@@ -124,7 +124,7 @@ def test_one_micro_batch_a_step_is_said_before_training(tmp_path, caplog):
     trainer.train()
     logging.disable_propagation()
     sentence = (
-        "a step of 8 examples is one micro-batch, and its noise cannot be measured. Set micro_batch_size=4 or less."
+        "a step of 8 examples is one micro-batch, so its noise cannot be measured. Set micro_batch_size=4 or less."
     )
     assert sum(sentence in record.message for record in caplog.records) == 1
     report = trainer.receipt.techniques[0]["report"]

@@ -106,7 +106,7 @@ def test_ranks_and_accumulation_count(others, tmp_path):
 def test_the_log_says_what_is_changed_and_warns_above_the_critical_batch(tmp_path, caplog):
     tiny_trainer([LearningRateScaling("sde", reference_batch=2, critical_batch=8)], tmp_path, **ADAM)
     (said,) = caplog.messages
-    assert "a step takes 8 examples, 4 times as many" in said
+    assert "a step takes 8 examples, 4 times the reference batch" in said
     assert "learning_rate: 0.001 -> 0.002; adam_beta1: 0.9 -> 0.6; adam_beta2: 0.99 -> 0.96" in said
     assert said.endswith("adam_epsilon: 1e-06 -> 5e-07")
     caplog.clear()
