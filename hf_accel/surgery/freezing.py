@@ -44,6 +44,9 @@ class BlockFreezing(Technique):
     start: Annotated[float, at.Interval(ge=0, lt=1)] = 0.5
     max_fraction: Fraction = 0.5
     neutral: ClassVar = {"max_fraction": 0.0}
+    expected_failed_checks: ClassVar = {
+        "check_reentrant_checkpointing": "refused: blocks above frozen ones would get no gradient"
+    }
     variations: ClassVar = {"start": 0.75}
     refused_backends: ClassVar = {"zero": "frozen weights keep moving in its flat partitions"}
     claims: ClassVar = frozenset({"frozen_blocks"})

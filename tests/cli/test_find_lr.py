@@ -75,7 +75,7 @@ def test_a_workload_has_a_recipe_of_its_own(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ([], "neither a recipe nor a workload"),
+        ([], "find-lr needs a recipe or a workload"),
         (["--workload", "sst3"], "workload('sst3'): there is none of this name"),
         (["--workload", "sst2", "--data", "nowhere"], "there is no such file"),
         (["nothing.yaml"], "recipe('nothing.yaml'): there is no such file"),

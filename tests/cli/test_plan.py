@@ -29,7 +29,7 @@ def test_tables_words_and_files(model, run, tmp_path):
     result = run(model, "--devices", 4, "--memory", "24GB", "--batch", 2, "--output", "here")
     assert result.exit_code == 0, result.output
     assert "model: 2 x 64 tokens a device, 4 x 24GB, AdamW" in result.stdout
-    assert "Take ddp, all weights:" in result.stdout
+    assert "Use ddp, all weights:" in result.stdout
     assert "accelerate launch --config_file here/accelerate.yaml train.py" in result.stdout
     assert load_yaml((tmp_path / "here" / "accelerate.yaml").read_text())["num_processes"] == 4
     for engine in ("ddp", "zero1", "zero2", "fsdp2", "zero3", "fsdp2-offload", "zero3-offload"):
@@ -42,7 +42,7 @@ def test_nothing_fits(model, run, tmp_path):
     result = run(model, "--memory", "1MB")
     assert result.exit_code == 1
     words = " ".join(result.stdout.split())
-    assert "Nothing fits: the least is" in words and "Take fewer --batch or --length" in words
+    assert "Nothing fits: the smallest setting (" in words and "Lower --batch or --length" in words
     assert not (tmp_path / "accel_plan").exists()
 
 
@@ -61,7 +61,7 @@ def test_for_programs(model, run):
     [
         (["nowhere"], "error: model('nowhere'): neither a path nor found on the Hub. Check the path."),
         (["model", "--memory", "much"], "error: memory('much'): not an amount of memory."),
-        (["model", "--length", "65"], "error: length(65): model has 64 positions. Give at most these."),
+        (["model", "--length", "65"], "error: length(65): model has 64 positions. Give at most 64."),
         (["model", "--output", "model/config.json"], "error: output('model/config.json'): is a file."),
         (["nowhere.yaml"], "error: recipe('nowhere.yaml'): there is no such file. Check the path."),
     ],
@@ -98,11 +98,11 @@ def short(monkeypatch):
 def test_what_fits_in_a_budget(recipe, run, tmp_path):
     result = run(recipe, "--budget", "40steps", "--batch", 16)
     assert result.exit_code == 0, result.output
-    assert "What fits in 40steps" in result.stdout
+    assert "Work within 40steps" in result.stdout
     rows = {
         line.split("│")[1].strip(): line.split("│")[2].strip() for line in result.stdout.splitlines() if "│" in line
     }
-    assert rows["updates"] == "40" and rows["examples of an update"] == "16"
+    assert rows["updates"] == "40" and rows["examples per update"] == "16"
     assert int(rows["samples"]) == pytest.approx(40 * 16, rel=0.1)  # the last of an epoch are fewer
     assert rows["peak learning rate"] == "0.002 (sqrt rule, 4 x the batch)"
     assert rows["duration"].endswith(" s")
@@ -126,9 +126,9 @@ def test_epochs_of_several_devices_are_evaluated_as_often(recipe, run):
 @pytest.mark.parametrize(
     "line, sentence",
     [
-        (["model", "--budget", "2h"], "error: budget('2h'): takes the data of a recipe, and model is none."),
+        (["model", "--budget", "2h"], "error: budget('2h') needs the data of a recipe, and model is not a recipe."),
         (["recipe.yaml", "--budget", "3 moons"], "error: Budget('3 moons'): there is no unit 'moons'."),
-        (["recipe.yaml", "--budget", "0.001s"], "error: budget: a run takes"),
+        (["recipe.yaml", "--budget", "0.001s"], "error: budget: the start, one step and the evaluations take"),
     ],
 )
 def test_budgets_that_are_none(model, recipe, run, line, sentence):

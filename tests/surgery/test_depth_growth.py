@@ -39,7 +39,7 @@ def test_every_block_is_kept_and_ends_stay_ends(depth, more):
         assert len(repeats(sources)) == more
         assert operator is stacked or sources[-1] == depth - 1
     if more > depth:
-        with pytest.raises(ValueError, match="at most all of them"):
+        with pytest.raises(ValueError, match="blocks repeat at most once"):
             middle(depth, depth + more)
 
 

@@ -105,7 +105,7 @@ def checkpointing_without_need(directory):
         (much_padding, "Padding: 71% of the positions"),
         (
             values_at_every_step,
-            "Waiting for numbers: every step asks for values of tensors (.item(), float(), print) in",
+            "Waiting for numbers: every step reads values of tensors (.item(), float(), print) in",
         ),
         (logging_at_every_step, "Logging: logging_steps=1"),
         (evaluation_too_often, "Evaluation: 160 of"),
@@ -228,7 +228,7 @@ def test_a_script_is_examined_and_goes_no_further(tmp_path):
     assert "Where a step's time goes" in done.output and "forward" in done.output
     (tmp_path / "idle.py").write_text("print('nothing')\n")
     done = CliRunner().invoke(app, ["doctor", str(tmp_path / "idle.py")])
-    assert done.exit_code == 2 and "called no Trainer's train()" in " ".join(done.output.split())
+    assert done.exit_code == 2 and "never called Trainer.train()" in " ".join(done.output.split())
 
 
 def test_a_recipe_is_examined(tmp_path):

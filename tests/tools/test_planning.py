@@ -201,7 +201,7 @@ def test_too_long(llama):
 
 def test_an_unknown_kind_of_model(tmp_path):
     BertConfig(architectures=["BertForQuestionAnswering"]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="names BertForQuestionAnswering, and plan knows language models"):
+    with pytest.raises(ValueError, match="plan does not support BertForQuestionAnswering, only language models"):
         subject_of(str(tmp_path))
 
 

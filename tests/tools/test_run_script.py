@@ -126,7 +126,7 @@ def test_what_a_trainer_has_settled_is_refused(name, script, tmp_path):
     value = 0.1 if name == "label_smoothing_factor" else True
     Recipe(args={name: value}, budget="5steps").save(tmp_path / "recipe.yaml")
     done = run("--recipe", tmp_path / "recipe.yaml", script, tmp_path / "out")
-    assert done.exit_code == 2 and f"args.{name}: the script has built its trainer" in done.output
+    assert done.exit_code == 2 and f"args.{name}: the script built its trainer" in done.output
 
 
 @pytest.mark.parametrize("name", BUILDERS)

@@ -79,12 +79,12 @@ def test_a_budget_that_an_example_exceeds_is_refused():
     technique = TokensPerBatch(tokens=5)
     technique.run_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length"))
     with pytest.raises(
-        ValueError, match=r"TokensPerBatch\(tokens=5\): the longest example has 9 tokens\. Give at least"
+        ValueError, match=r"TokensPerBatch\(tokens=5\) does not support an example of 9 tokens\. Set tokens=9"
     ):
         technique.inspect_dataset([{"length": n} for n in (3, 9)])
     technique = TokensPerBatch()
     technique.run_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length"))
-    with pytest.raises(ValueError, match=r"TokensPerBatch\(tokens=None\): how long .*\(Text\).* Give tokens="):
+    with pytest.raises(ValueError, match=r"TokensPerBatch\(tokens=None\) does not support Text .* Set tokens="):
         technique.inspect_dataset(Text())
 
 

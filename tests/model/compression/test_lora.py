@@ -261,7 +261,7 @@ def test_a_quantized_model_trains_with_adapters_that_are_there_first(tmp_path):
 
 
 def test_quantized_models_that_cannot_be_trained_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has quantized weights.*no adapters.*Add them"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has quantized weights.*no adapters.*Add adapters"):
         tiny_trainer([], tmp_path, model=quantized_llama("int8", tmp_path / "base"))
     plain = tiny_trainer([], tmp_path, trainer_class=Trainer, model=add_adapters(tiny_llama(), rank=4, alpha=8))
     with pytest.raises(ValueError, match=r"has adapters already\. Give the pretrained model itself\.$"):

@@ -278,10 +278,14 @@ def test_a_teacher_comes_from_a_folder(tmp_path):
     ("fields", "settings", "sentence"),
     [
         ({"teacher": "/no/such"}, {}, "'/no/such' cannot be loaded .* Give the folder or the id of a model"),
-        ({"teacher": "hf_accel.testing:none"}, {}, "gives no model .* Name a function"),
-        ({"teacher": "hf_accel.testing:CountingText"}, {}, "gives a CountingText. It must give a PreTrainedModel"),
-        ({"teacher": f"{__name__}:longer_vocabulary"}, {}, "knows 50 tokens, and the model 48. Give one of the same"),
-        ({"teacher": f"{__name__}:other_convnext"}, {}, "is no model for causal LM, which LlamaForCausalLM is"),
+        ({"teacher": "hf_accel.testing:none"}, {}, "returns no model .* Name a function"),
+        ({"teacher": "hf_accel.testing:CountingText"}, {}, "returns a CountingText. It must return a PreTrainedModel"),
+        (
+            {"teacher": f"{__name__}:longer_vocabulary"},
+            {},
+            "has 50 tokens, and the model has 48. Give one with the same",
+        ),
+        ({"teacher": f"{__name__}:other_convnext"}, {}, "is not a model for causal LM, but LlamaForCausalLM is"),
         ({"cache": "a", "hidden": 1.0}, {}, "the cache does not hold hidden states"),
         ({"cache": "a"}, {"modality": "masked text"}, "masks differ each time"),
         ({"hidden": 1.0}, {"modality": "image"}, "hidden states have a width of None"),
@@ -379,7 +383,7 @@ def test_answers_for_another_number_of_classes_are_refused(tmp_path):
 def test_a_cache_needs_indices(tmp_path):
     trainer = tiny_trainer([Distillation(cache="a")], tmp_path, max_steps=2)
     trainer.train_dataset = datasets.Dataset.from_list([CountingText()[0]]).to_iterable_dataset()
-    with pytest.raises(ValueError, match="it chooses examples by their index"):
+    with pytest.raises(ValueError, match="it chooses examples by index"):
         trainer.train()
 
 

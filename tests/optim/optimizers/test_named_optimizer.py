@@ -160,7 +160,7 @@ def test_what_cannot_be_is_refused(technique, args, message, tmp_path):
     [({"optim": "adafactor"}, "optim='adafactor'"), ({"optim_args": "rank=4"}, "optim_args='rank=4'")],
 )
 def test_one_optimizer_in_arguments_and_techniques(technique, args, said, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(f"{said}: {technique!r} is the optimizer. Say it in one.")):
+    with pytest.raises(ValueError, match=re.escape(f"{said}: {technique!r} is the optimizer. Remove one.")):
         tiny_trainer([technique], tmp_path, **args)
 
 
