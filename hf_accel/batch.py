@@ -18,7 +18,7 @@ ORDER = "order_B"
 
 
 class MicroBatch(NamedTuple):
-    """What one forward and backward pass sees."""
+    """The inputs of one forward and backward pass."""
 
     inputs: dict[str, Tensor]
     ids_B: Tensor
@@ -28,9 +28,15 @@ class MicroBatch(NamedTuple):
     repeats_B: Tensor | None = None
     """How often each example came before, see `StepPlan.repeats_N`."""
 
+    def of(self, inputs: dict[str, Tensor], positions_B: Tensor) -> MicroBatch:
+        """Return a micro-batch of other inputs, whose examples are those at the given positions of this one."""
+        weights_B = None if self.weights_B is None else self.weights_B[positions_B]
+        repeats_B = None if self.repeats_B is None else self.repeats_B[positions_B]
+        return MicroBatch(inputs, self.ids_B[positions_B], weights_B, repeats_B)
+
     @property
     def model_inputs(self) -> dict[str, Tensor]:
-        """The inputs; of packed rows without ``attention_mask``, which would hide ``position_ids`` from the model."""
+        """Return the inputs without the ``attention_mask`` of packed rows, which would hide ``position_ids``."""
         mask = self.inputs.get("attention_mask")
         if mask is None or len(mask) >= len(self.ids_B):
             return self.inputs

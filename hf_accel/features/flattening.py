@@ -146,9 +146,10 @@ def check_kept_apart(model: Any, asking: Technique, num_rows: int = 1) -> Layout
         if (fault := flattening_fault(model, num_rows, run, layout)) is None:
             return layout._replace(shift=not _tried(model, run, layout, _predicts_itself))
         faults.append(fault)
+    remedy = "PaddingFree()" if num_rows > 1 and len(_layouts(base, 1)) > 1 else "LengthGrouped()"
     raise ValueError(
         f"{asking!r} does not support {type(model).__name__} with {model.config._attn_implementation!r} attention "
-        f"because {faults[0]}. Use LengthGrouped()."
+        f"because {faults[0]}. Use {remedy}."
     )
 
 

@@ -124,7 +124,7 @@ def _of_rows(values: pa.Array, mask: pa.Array | None, column: str, asking: Techn
     )
 
 
-def _seen(mask: pa.Array | None, lengths_R: Tensor) -> Tensor | None:
+def _seen(mask: Any, lengths_R: Tensor) -> Tensor | None:
     """Return the items that an attention mask shows; None if it does not belong to the same rows."""
     if mask is None or mask.null_count or not _is_list(mask.type):
         return None

@@ -123,7 +123,7 @@ def rechunk(micro: MicroBatch, length: int, shift: bool = True) -> MicroBatch:
         name: value[kept_R] if isinstance(value, Tensor) and name not in BORDERS else value
         for name, value in cut.items()
     }
-    return _pieces_of(micro, _with_borders(kept), of_R)
+    return micro.of(_with_borders(kept), of_R)
 
 
 def _rechunk_packed(micro: MicroBatch, used_RL: Tensor, length: int, shift: bool) -> MicroBatch:
@@ -136,7 +136,7 @@ def _rechunk_packed(micro: MicroBatch, used_RL: Tensor, length: int, shift: bool
     starts_RL = (rows["position_ids"] == first) & used_RL
     if shift:
         rows["labels"] = rows["labels"].masked_fill(starts_RL, IGNORED)
-    return _pieces_of(micro, _with_borders(rows), example_RL[starts_RL])
+    return micro.of(_with_borders(rows), example_RL[starts_RL])
 
 
 def _by_position(name: str, value: Any, ids_RL: Tensor) -> bool:
@@ -161,12 +161,6 @@ def _with_borders(rows: dict[str, Any]) -> dict[str, Any]:
         given = rows[name]
         rows[name] = fresh[name].to(given) if isinstance(given, Tensor) else type(given)(fresh[name])
     return rows
-
-
-def _pieces_of(micro: MicroBatch, inputs: dict[str, Tensor], of_B: Tensor) -> MicroBatch:
-    """Make a micro-batch of pieces; ``of_B`` is the source of each."""
-    columns = (micro.ids_B, micro.weights_B, micro.repeats_B)
-    return MicroBatch(inputs, *(None if column is None else column[of_B] for column in columns))
 
 
 def _used_of_packed(inputs: Mapping[str, Tensor], mask_RL: Tensor) -> Tensor | None:

@@ -92,7 +92,7 @@ class BlockFreezing(Technique):
         frozen = {id(p) for block in self.blocks_[: self.most_] for p in block.parameters()}
         return self.tied_ or any(p.requires_grad and id(p) not in below | frozen for _, p in named)
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(self, args, state, control, model: Any = None, **kwargs):
         self._freeze(self.depth(state, model))
         self.steps_ += 1
         self.frozen_steps_ += self.depth_

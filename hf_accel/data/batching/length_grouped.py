@@ -82,7 +82,7 @@ class LengthGrouped(Technique):
         column = run.args.length_column_name
         remedy = f"Tokenize it before training, or add a column {column!r} with the lengths."
         self.lengths_ = lengths = example_lengths(dataset, column, "input_ids", asking=self, remedy=remedy)
-        if (width := lengths.width_N).eq(width[0]).all() and lengths.tokens_N.sum() < (width * lengths.rows_N).sum():
+        if (width := lengths.width_N).eq(width[0]).all() and lengths.longest_N.lt(width).any():
             logger.warning(
                 f"{self!r} saves nothing because all examples are padded to {int(width[0])} positions already. "
                 "Tokenize with padding=False and let the data collator pad."

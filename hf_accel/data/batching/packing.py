@@ -103,7 +103,7 @@ class Packing(Technique):
     def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps packed examples apart."""
         flash = "flash" in getattr(getattr(model, "config", None), "_attn_implementation", "")
-        self.layout_ = check_kept_apart(model, self, num_rows=1 if flash else 2)
+        self.layout_ = check_kept_apart(model, self, num_rows=1 if flash else 2)  # type: ignore[misc]
         self.by_segment_ = can_attend_by_segment(model, num_rows=2, run=self.run_)
         return model
 

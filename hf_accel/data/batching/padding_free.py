@@ -66,7 +66,7 @@ class PaddingFree(Technique):
 
     def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps flattened examples apart."""
-        self.layout_ = check_kept_apart(model, self)
+        self.layout_ = check_kept_apart(model, self)  # type: ignore[misc]
         self.by_segment_ = can_attend_by_segment(model, run=self.run_)
         return model
 

@@ -76,10 +76,11 @@ class SequenceLengthWarmup(Technique):
 
     def inspect_dataset(self, dataset: Any) -> None:
         """Find the longest example."""
-        self.full_length_ = self.max_length
-        if self.full_length_ is None:
-            lengths = example_lengths(dataset, "input_ids", asking=self, remedy="Set max_length=.")
-            self.full_length_ = max(int(lengths.longest_N.max()), 1)
+        if self.max_length is not None:
+            self.full_length_ = self.max_length
+            return
+        lengths = example_lengths(dataset, "input_ids", asking=self, remedy="Set max_length=.")
+        self.full_length_ = max(int(lengths.longest_N.max()), 1)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)

@@ -104,6 +104,11 @@ class TokenCutoff(Technique):
                     f"{self!r} does not support an attention_mask of shape {tuple(seen_RL.shape)} because it does not "
                     f"mark the tokens of input_ids of shape {tuple(ids_RL.shape)}. Remove TokenCutoff."
                 )
+            if len(ids_RL) != len(micro.ids_B) and "position_ids" not in micro.inputs:
+                raise ValueError(
+                    f"{self!r} does not support {len(ids_RL)} rows for {len(micro.ids_B)} examples without "
+                    "position_ids. Remove TokenCutoff."
+                )
             self.seen_ += int(seen_RL.sum())
             if share > 0:
                 assert self.pad_id_ is not None

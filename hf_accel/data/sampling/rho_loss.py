@@ -14,7 +14,7 @@ Recommendation: Use RHOLoss if you train on noisy web data for many epochs, or h
 many runs.
 When to use: Noisy web data of many epochs, or a column of losses that serves many runs.  The authors need 18 times
 fewer steps on Clothing-1M.
-When not to use: Clean data, and language models (no gain on BERT and T5, https://arxiv.org/abs/2307.06440).  A
+When not to use: Clean data.  Language models: no gain on BERT and T5 (https://arxiv.org/abs/2307.06440).  A
 step of b examples at keep=0.1 costs 1 + 10/3 times as much as a plain one.  The smaller copy comes on top.
 Differences from the paper: The smaller copy begins with the model's own weights.
 References: Mindermann et al. (2022), Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet

@@ -120,7 +120,7 @@ def add_adapters(
     try:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     except ImportError:
-        raise ValueError("LoRA needs peft. Install it with: pip install 'hf-accel[peft]'.") from None
+        raise ValueError("peft is not installed. Install it with: pip install 'hf-accel[peft]'.") from None
     if getattr(model, "is_quantized", False):
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer turns it on
         model.enable_input_require_grads()
@@ -206,7 +206,7 @@ class LoRA(Technique):
                 f"Set rank={min(out, width)} or less, or another target."
             )
         # The script's own save_pretrained would otherwise write parameter names that no model loads.
-        model.save_pretrained = functools.partial(_save_adapters, model, adapted)
+        model.save_pretrained = functools.partial(_save_adapters, model, adapted)  # type: ignore[assignment]
         trained, total = adapted.get_nb_trainable_parameters()
         self.layers_, self.trained_share_ = len(layers), trained / total
         if self.lr_factor != 1:

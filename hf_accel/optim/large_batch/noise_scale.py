@@ -1,4 +1,4 @@
-"""The measurement of the gradient noise scale, which `GradientNoiseScale` reports and `NoiseScaleRamp` follows."""
+"""Measure the gradient noise scale; `GradientNoiseScale` reports it and `NoiseScaleRamp` follows it."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from hf_accel.technique import Positive, Technique
 logger = logging.get_logger(__name__)
 
 POINTS = 10
-"""Parts of the run after each of which the value is kept for the report."""
+"""Number of parts of the run; the report has the value after each part."""
 
 
 def signal_and_noise(
     squared_norm: Tensor, squared_norms_of_parts: Tensor, squared_shares: Tensor, batch_size: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Unbiased estimates of |G|^2 and of tr(Sigma) for one example.
+    """Estimate |G|^2, and tr(Sigma) for one example, without bias.
 
     Args:
-        squared_norm: Of the gradient of a step of ``batch_size`` examples.
-        squared_norms_of_parts: Sum over the parts of the step, whose gradients add up to its own.
-        squared_shares: Sum over the parts of the square of each part's share, all of which add up to 1.
+        squared_norm: Squared norm of the gradient of a step of ``batch_size`` examples.
+        squared_norms_of_parts: Sum over the parts of the step; their gradients add up to that of the step.
+        squared_shares: Sum over the parts of the square of each part's share; the shares add up to 1.
     """
     signal = (squared_norm - squared_norms_of_parts) / (1 - squared_shares)
     return signal, batch_size * (squared_norm - signal)
@@ -36,7 +36,7 @@ def signal_and_noise(
 
 @dataclass(eq=False)
 class NoiseScaleMeasurement(Technique):
-    """Base of techniques that measure the gradient noise scale, in examples.
+    """Measure the gradient noise scale, in examples, as a base of techniques that use it.
 
     Args:
         half_life: Steps after which a measurement counts half, above 0.
@@ -46,8 +46,8 @@ class NoiseScaleMeasurement(Technique):
     probe_micro_batch_size: ClassVar = 2
     variations: ClassVar = {"half_life": 1.0}
     refused_backends: ClassVar = {
-        "fsdp2": "it exchanges gradients before they can be seen",
-        "zero": "it exchanges gradients before they can be seen",
+        "fsdp2": "it exchanges gradients before hooks can see them",
+        "zero": "it exchanges gradients before hooks can see them",
     }
     counters: ClassVar = ("means", "values")
 
@@ -56,20 +56,21 @@ class NoiseScaleMeasurement(Technique):
         run: Any = self.run_
         if run.is_deepspeed_enabled or run.is_fsdp_enabled:
             raise ValueError(
-                f"{self!r}: FSDP and DeepSpeed exchange gradients before they can be seen. Use DDP, or leave it out."
+                f"{self!r} does not support FSDP or DeepSpeed because they exchange gradients before hooks can see "
+                f"them. Use DDP, or remove {type(self).__name__}."
             )
         if run.owner("synchronize") is not None and args.world_size > 1:
             raise ValueError(
-                f"{self!r}: {run.owner('synchronize')!r} lets ranks differ, and there is no gradient of a step. "
-                "Leave one out."
+                f"{self!r} does not support {run.owner('synchronize')!r} because ranks differ, so no gradient of the "
+                "whole step exists. Remove one of the two."
             )
-        self.means_ = torch.zeros(3, device=args.device)  # of the signal, of the noise; number of measurements
+        self.means_ = torch.zeros(3, device=args.device)  # signal, noise, number of measurements
         self.values_: dict[str, float | None] = {}
         size = run.nominal_batch_size
         if args.world_size == 1 and run.micro_batch_size >= size:
             remedy = f"micro_batch_size={size // 2} or less" if size > 1 else "gradient_accumulation_steps=2 or more"
             self._cannot_measure(
-                f"{self!r}: a step of {size} examples is one micro-batch, and its noise cannot be measured. "
+                f"{self!r}: a step of {size} examples is one micro-batch, so its noise cannot be measured. "
                 f"Set {remedy}."
             )
 
@@ -77,7 +78,7 @@ class NoiseScaleMeasurement(Technique):
         logger.warning(sentence)
 
     def objective(self, model: nn.Module, backward: Callable[[], Tensor]) -> Tensor:
-        """The plain gradient; the micro-batches' own are looked at on the way."""
+        """Compute the plain gradient, and measure those of the micro-batches on the way."""
         run: Any = self.run_
         squares: list[Tensor] = []
         seen: dict[int, MicroBatch] = {}
@@ -85,7 +86,7 @@ class NoiseScaleMeasurement(Technique):
 
         def look(gradient: Tensor) -> None:
             nonlocal size
-            if run.micro_batch_size != size:  # memory ran out, and the step is done again in smaller micro-batches
+            if run.micro_batch_size != size:  # memory ran out, so the step is repeated with smaller ones
                 size = run.micro_batch_size
                 squares.clear()
                 seen.clear()
@@ -127,7 +128,7 @@ class NoiseScaleMeasurement(Technique):
         self.means_ = torch.where(now.isfinite().all(), after, self.means_.to(now))
 
     def _items(self, micro: MicroBatch) -> Tensor:
-        """What the loss of a micro-batch counts, (K,); examples where that is not known."""
+        """Return how many items each term of the loss counts, (K,); examples for an unknown head."""
         num_examples = int((micro.ids_B >= 0).sum())
         head = self.run_.head  # type: ignore[union-attr]
         if head is None:
@@ -136,7 +137,7 @@ class NoiseScaleMeasurement(Technique):
         return items_K if num_examples else torch.zeros_like(items_K)
 
     def noise_scale(self) -> float | None:
-        """B_simple, in examples; infinite where the noise hides the signal, None before the first measurement."""
+        """Return B_simple in examples: infinite if noise hides the signal, None before the first measurement."""
         signal, noise, number = self.means_.tolist()
         if number == 0:
             return None
@@ -146,17 +147,17 @@ class NoiseScaleMeasurement(Technique):
         part = math.floor(self.run_.clock.progress * POINTS)  # type: ignore[union-attr]
         if part > len(self.values_):
             for i in range(len(self.values_) + 1, part + 1):
-                self.values_[f"noise_scale_at_{i / POINTS:g}"] = finite(self.noise_scale())
+                self.values_[f"noise_scale_at_{i / POINTS:g}"] = _written(self.noise_scale())
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is not None and "loss" in logs and (value := finite(self.noise_scale())) is not None:
+        if logs is not None and "loss" in logs and (value := _written(self.noise_scale())) is not None:
             logs["accel/noise_scale"] = state.log_history[-1]["accel/noise_scale"] = value
 
     def report(self) -> Mapping[str, Any]:
-        """The noise scale at tenths of the run and at its end, and what that means for the batch."""
+        """Report the noise scale at tenths of the run and at its end, with advice about the batch."""
         run: Any = self.run_
         value, measured = self.noise_scale(), int(self.means_[2])
-        numbers = {"noise_scale": finite(value), "measured_steps": measured, **self.values_}
+        numbers = {"noise_scale": _written(value), "measured_steps": measured, **self.values_}
         return numbers | {"advice": advice(value, run.nominal_batch_size)}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:
@@ -164,7 +165,7 @@ class NoiseScaleMeasurement(Technique):
 
 
 def advice(noise_scale: float | None, batch_size: int) -> str:
-    """What a noise scale says of a batch size, in a sentence."""
+    """Compare a batch size with a noise scale, in a sentence."""
     if noise_scale is None:
         return "The noise scale was not measured: no step had two micro-batches."
     if math.isinf(noise_scale):
@@ -177,8 +178,8 @@ def advice(noise_scale: float | None, batch_size: int) -> str:
     return f"{above}; the present {batch_size} leave room for more devices."
 
 
-def finite(noise_scale: float | None) -> float | None:
-    """What stands in files, which know no infinity."""
+def _written(noise_scale: float | None) -> float | None:
+    """Return None for infinity, which JSON cannot represent."""
     return noise_scale if noise_scale is not None and math.isfinite(noise_scale) else None
 
 

@@ -207,7 +207,7 @@ def test_what_does_not_fit_is_refused():
     bert = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **fields))
     with pytest.raises(
         ValueError,
-        match=r"Packing\(.*\) does not support BertForMaskedLM.*depends on the one before.*Use LengthGrouped",
+        match=r"Packing\(.*\) does not support BertForMaskedLM.*depends on the one before. Use PaddingFree",
     ):
         Packing().prepare_model(bert)
 
