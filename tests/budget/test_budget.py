@@ -96,7 +96,7 @@ def test_operations_are_spent_and_shown(tmp_path):
     assert receipt.executed_flops == receipt.model_flops == 20 * step
     assert 0 < receipt.techniques[0]["report"]["utilization"] < 1
     assert receipt.cost(price_per_hour=7200.0) == 2 * receipt.wall_seconds
-    assert counted([Budget("1step")], tmp_path).meters == {}
+    assert counted([Budget("1step")], tmp_path).accel.gauges == {}
 
 
 def test_what_is_frozen_is_not_spent_and_what_is_done_twice_is(tmp_path):

@@ -206,7 +206,7 @@ def test_a_finished_run_goes_on(recipe, tmp_path):
         (("--budget", "1kWh"), "joules: "),
         (("--budget", "job"), "SLURM_JOB_START_TIME is not set"),
         (("--set", "args.max_steps=5"), "max_steps=5: Budget(limit='8steps') limits the run already"),
-        (("--budget", "+4steps"), "there is no run to go on with"),
+        (("--budget", "+4steps"), "there is no run to continue"),
         (("--continue", "elsewhere"), "needs a budget that extends the run. Add --budget +30min."),
         (("--continue", "elsewhere", "--budget", "+4steps"), "elsewhere: there is no whole checkpoint"),
     ],

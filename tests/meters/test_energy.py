@@ -105,7 +105,7 @@ def test_a_search_of_the_rate_takes_its_share_of_energy(powercap, tmp_path, monk
 def test_a_budget_in_joules_that_holds_no_step(powercap, tmp_path, monkeypatch):
     monkeypatch.setattr(Metered, "folder", powercap)
     trainer = tiny_trainer([Draws(powercap), Metered("40J")], tmp_path)
-    with pytest.raises(ValueError, match="one step, and the evaluation and the checkpoint after it, do not fit"):
+    with pytest.raises(ValueError, match="is too small for one step and the evaluation and checkpoint after it"):
         trainer.train()
     assert trainer.state.global_step == 0
 
