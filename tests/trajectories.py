@@ -29,7 +29,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "distributed")]
 from transformers import Trainer, TrainerCallback  # noqa: E402
 
 import hf_accel  # noqa: E402
-from hf_accel import contrib  # noqa: E402
+from hf_accel.recipe import find_technique  # noqa: E402
 from hf_accel.testing import losses_of, tiny_trainer, weights_of  # noqa: E402
 
 Techniques = dict[str, dict[str, Any]]
@@ -78,8 +78,8 @@ ON_RANKS = {
 
 
 def build(techniques: Techniques) -> list[Any]:
-    """Fresh techniques, of hf_accel or its contrib."""
-    return [vars(hf_accel if name in hf_accel.__all__ else contrib)[name](**v) for name, v in techniques.items()]
+    """Fresh techniques."""
+    return [find_technique(name)(**values) for name, values in techniques.items()]
 
 
 def digest(value: Any) -> str:

@@ -18,7 +18,8 @@ from hf_accel.optim.learning_rate.learning_rate_scaling import rate_factor
 from hf_accel.optim.learning_rate.learning_rate_search import LearningRateSearch
 from hf_accel.recipe import Recipe
 from hf_accel.tools.calibration import Forecast, calibrate
-from hf_accel.tools.planning import KEPT_BACK, Footprint, Planner, Setting, parse_bytes, subject_of, write_configs
+from hf_accel.tools.planning import KEPT_BACK, Footprint, Planner, Setting, parse_bytes, write_configs
+from hf_accel.tools.subjects import subject_of
 
 WAYS = {
     (False, False): "all weights",

@@ -111,8 +111,8 @@ def refuse_other_shape(technique: Technique, before: Tensor, after: Tensor) -> N
     """Raise ValueError if a block changes the shape of its hidden states, so that it cannot be skipped."""
     if before.shape[1:] != after.shape[1:]:
         raise ValueError(
-            f"{technique!r} cannot skip a block that turns hidden states {tuple(before.shape)} into "
-            f"{tuple(after.shape)}. Remove {type(technique).__name__} for this model."
+            f"{technique!r} does not support this model because a block changes hidden states from "
+            f"{tuple(before.shape)} to {tuple(after.shape)} and cannot be skipped. Remove {type(technique).__name__}."
         )
 
 

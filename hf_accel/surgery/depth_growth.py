@@ -49,7 +49,9 @@ def middle(depth: int, new_depth: int) -> list[int]:
     """Repeat the middle ``new_depth - depth`` blocks once; the result has at most twice the depth."""
     size = new_depth - depth
     if not 0 <= size <= depth:
-        raise ValueError(f"new_depth={new_depth}: the middle of {depth} blocks is at most all of them, twice.")
+        raise ValueError(
+            f"new_depth={new_depth}: {depth} blocks repeat at most once. Choose a depth from {depth} to {2 * depth}."
+        )
     end = depth - (depth - size) // 2
     return [*range(end), *range(end - size, depth)]
 

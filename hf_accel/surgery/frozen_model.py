@@ -55,19 +55,15 @@ def check_same_classes(technique: Technique, source: str, model: Any, student: A
     kind, ours = kind_of(model), kind_of(student)
     if kind != ours:
         raise ValueError(
-            f"{technique!r}: {source!r} ({type(model).__name__}) is no model for {ours}, which {type(student).__name__}"
-            " is. Give one of the same kind."
+            f"{technique!r}: {source!r} ({type(model).__name__}) is not a model for {ours}, but "
+            f"{type(student).__name__} is. Give one of the same kind."
         )
     tokens = kind in LANGUAGE
     theirs, ours = (num_classes(m) for m in (model, student))
     if theirs != ours and not (tokens and _has_tokenizer(source, tokenizer) and len(tokenizer) <= min(theirs, ours)):
         raise ValueError(
-            f"{technique!r}: {source!r} knows {theirs} {'tokens' if tokens else 'labels'}, and the model {ours}. "
-            + (
-                "Give one of the same vocabulary, or both with the same tokenizer."
-                if tokens
-                else "Give one of the same."
-            )
+            f"{technique!r}: {source!r} has {theirs} {'tokens' if tokens else 'labels'}, and the model has {ours}. "
+            f"Give one with the same {'vocabulary, or the same tokenizer' if tokens else 'labels'}."
         )
     names, own = model.config.id2label, student.config.id2label
     if not tokens and names != own and set(names.values()) == set(own.values()):
@@ -117,9 +113,9 @@ def called(source: str) -> PreTrainedModel:
     try:
         model = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"{source!r} gives no model ({error}). Name a function.") from None
+        raise ValueError(f"{source!r} returns no model ({error}). Name a function that returns one.") from None
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{source!r} gives a {type(model).__name__}. It must give a PreTrainedModel.")
+        raise ValueError(f"{source!r} returns a {type(model).__name__}. It must return a PreTrainedModel.")
     return model
 
 

@@ -49,7 +49,7 @@ def load_donor(technique: Technique, source: str | None, model: Any) -> tuple[An
     if ":" in source and not Path(source).exists():
         donor: Any = called(source)
         if type(donor) is not type(model):
-            raise ValueError(f"{source!r} gives a {type(donor).__name__}. It must give a {type(model).__name__}.")
+            raise ValueError(f"{source!r} returns a {type(donor).__name__}. It must return a {type(model).__name__}.")
         return donor.to("cpu", model.dtype), ()
     run: Any = technique.run_
     try:
@@ -86,12 +86,12 @@ def check_alike(model: Any, donor: PreTrainedModel) -> None:
     for key in ALIKE:
         pair = getattr(ours, key, None), getattr(theirs, key, None)
         if pair[0] != pair[1]:
-            raise ValueError(f"{key} is {pair[0]!r}, and the checkpoint's {pair[1]!r}. They must be the same.")
+            raise ValueError(f"{key} is {pair[0]!r}, and the checkpoint has {pair[1]!r}. Set {key}={pair[1]!r}.")
     new, old = sizes_of(ours), sizes_of(theirs)
     if new.head_size != old.head_size:
         raise ValueError(
-            f"heads have {new.head_size} elements, and the checkpoint's {old.head_size}. Keep the size of heads and "
-            "change their number."
+            f"heads have {new.head_size} elements, and the checkpoint's have {old.head_size}. Keep the size of heads "
+            "and change their number."
         )
     if new.heads * old.kv_heads != old.heads * new.kv_heads:
         raise ValueError(

@@ -60,7 +60,7 @@ def multiply_in_float8(model: nn.Module, paths: Mapping[str, Any], *, recipe: An
     try:
         from torchao.float8 import Float8LinearConfig, convert_to_float8_training
     except ImportError:
-        raise ValueError("Float8Training needs torchao. Install it with: pip install 'hf-accel[quant]'.") from None
+        raise ValueError("torchao is not installed. Install it with: pip install 'hf-accel[quant]'.") from None
     # Padded, because the number of tokens is a side of a product, too, and may not be a multiple of 16.
     config = dataclasses.replace(Float8LinearConfig.from_recipe_name(recipe), emulate=emulate, pad_inner_dim=True)
     convert_to_float8_training(model, config=config, module_filter_fn=lambda _, path: path in paths)

@@ -59,7 +59,7 @@ def multiply_in_int8(layer: nn.Linear, *, grad_weight: bool = True) -> None:
     try:
         from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig, int8_mixed_precision
     except ImportError:
-        raise ValueError("Int8Training needs torchao. Install it with: pip install 'hf-accel[quant]'.") from None
+        raise ValueError("torchao is not installed. Install it with: pip install 'hf-accel[quant]'.") from None
     # torchao's own layer gives biases of 16 bits a float32 gradient; its tensors quantize nothing in torchao 0.18.
     converted: Any = layer
     converted.__class__ = Int8Linear

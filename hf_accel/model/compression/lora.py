@@ -120,7 +120,7 @@ def add_adapters(
     try:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     except ImportError:
-        raise ValueError("LoRA needs peft. Install it with: pip install 'hf-accel[peft]'.") from None
+        raise ValueError("peft is not installed. Install it with: pip install 'hf-accel[peft]'.") from None
     if getattr(model, "is_quantized", False):
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer turns it on
         model.enable_input_require_grads()

@@ -175,7 +175,7 @@ def test_the_end_of_a_model_is_tried():
 
 
 def test_models_without_a_projection_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="does not end in one linear projection to a vocabulary. Leave it out"):
+    with pytest.raises(ValueError, match="does not end in one linear projection to a vocabulary. Remove"):
         tiny_trainer([ChunkedCrossEntropy()], tmp_path, model=tiny_convnext(), modality="image")
 
 

@@ -89,7 +89,9 @@ def test_what_it_cannot_do_is_refused(tmp_path):
         return str(caught.value)
 
     assert "RegionalCompile(backend='none'" in refused(RegionalCompile(backend="none"))
-    assert "torch_compile compiles the whole model. Leave one" in refused(RegionalCompile(), torch_compile=True)
+    assert "does not support torch_compile because that compiles the whole model. Set" in refused(
+        RegionalCompile(), torch_compile=True
+    )
     model = tiny_convnext()
     model._no_split_modules = []
     assert "no list of the blocks" in refused(RegionalCompile(**TRACED), model=model, modality="image")
