@@ -36,7 +36,12 @@ Techniques = dict[str, dict[str, Any]]
 
 RUNS: dict[str, Techniques] = {
     "nothing": {},
-    "prune, group, ramp": {"InfoBatch": {}, "LengthGrouped": {}, "BatchSizeRamp": {}, "ExponentialMovingAverage": {}},
+    "prune, group, ramp": {
+        "InfoBatch": {},
+        "LengthGrouped": {},
+        "BatchSizeRamp": {},
+        "ExponentialMovingAverage": {"half_life": 100},
+    },
     "pack": {"Packing": {}, "Cosine": {}, "GradientSpikeGuard": {}, "SequenceLengthWarmup": {}},
     "padding-free": {"PaddingFree": {}, "LAMB": {}, "TokensPerBatch": {}, "TokenCutoff": {}},
     "select within the step": {"SelectiveBackprop": {}, "GradientNoiseScale": {}, "LatestWeightAveraging": {}},
@@ -62,7 +67,7 @@ RUNS: dict[str, Techniques] = {
     "mixed images": {"CutMix": {}, "RandAugment": {}},
     "speech": {"SpecAugment": {}, "InfoBatch": {}},
     "masked text": {"MaskRateSchedule": {}, "SparseMaskedHead": {}},
-    "replaced text": {"ReplacedTokenDetection": {}, "ExponentialMovingAverage": {}},
+    "replaced text": {"ReplacedTokenDetection": {}, "ExponentialMovingAverage": {"half_life": 100}},
 }
 """Techniques that train together, by the name of the run."""
 

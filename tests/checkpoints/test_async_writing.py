@@ -38,10 +38,10 @@ class Held(AccelTrainer):
         super().__init__(*args, async_checkpoints=True, **kwargs)
         self.gate = threading.Event()
 
-    def _finish_in_background(self, complete):
+    def _save(self, output_dir=None, state_dict=None):
         if self.state.global_step == self.held_step:
-            self._parts.writes.insert(0, self.gate.wait)
-        return super()._finish_in_background(complete)
+            self.accel.writer.put(self.gate.wait)  # before the weights, which are written first
+        super()._save(output_dir, state_dict)
 
 
 class Asynchronous(AccelTrainer):
