@@ -44,7 +44,8 @@ from transformers.utils import logging
 from hf_accel.cli.find_lr import of_recipe
 from hf_accel.recipe import Recipe
 from hf_accel.tools.calibration import calibrate
-from hf_accel.tools.planning import BUCKET, Planner, Setting, Subject
+from hf_accel.tools.planning import BUCKET, Planner, Setting
+from hf_accel.tools.subjects import Subject
 
 ROOT = Path(__file__).parents[1]
 
@@ -217,7 +218,7 @@ def duration(seconds: float) -> dict[str, Any]:
             trainer = of_recipe(recipe, folder)
             trainer.clock.now = time.process_time
             forecast = calibrate(trainer, seconds=seconds)
-            steps = forecast.steps(trainer._limits())
+            steps = forecast.steps(trainer.accel.limits())
             trainer.train()
         taken = trainer.receipt.wall_seconds
         line = {

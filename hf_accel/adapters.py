@@ -16,3 +16,8 @@ def unwrapped(model: nn.Module) -> Any:
         if isinstance(model, PeftModel):
             return model.get_base_model()
     return model
+
+
+def is_adapted(model: Any) -> bool:
+    """Return whether a model has adapters, from any source."""
+    return getattr(model, "peft_config", None) is not None

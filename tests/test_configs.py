@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from hf_accel import Recipe
 from hf_accel.cli import app
 from hf_accel.testing import tiny_llama
-from hf_accel.tools.planning import subject_of
+from hf_accel.tools.subjects import subject_of
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs" / "recipes").glob("*.yaml"))
 

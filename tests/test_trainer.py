@@ -210,7 +210,7 @@ def test_techniques_go_on_where_a_plain_trainer_was(select, tmp_path):
     args = {"save_strategy": "steps", "save_steps": 5, "max_steps": 16}
     tiny_trainer([], tmp_path, trainer_class=Trainer, **args).train()
     trainer = tiny_trainer([RandomSubset(keep=1.0) if select else Watch()], tmp_path / "resumed", **args)
-    trainer.allow_changes = True
+    trainer.accel.options.allow_changes = True
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))
     assert trainer.state.global_step == 16 and trainer.stream.epochs == (11 / 8 if select else 2.0)
 
@@ -308,7 +308,7 @@ def test_a_technique_among_the_callbacks_is_hosted(tmp_path):
         callbacks=[watch],
     )
     trainer.train()
-    assert watch.run_ is trainer and len(watch.seen_) == 16
+    assert trainer.techniques == [watch] and watch.run_ is None and len(watch.seen_) == 16
 
 
 def test_a_plain_trainer_refuses_what_it_cannot_do(tmp_path):
@@ -397,7 +397,7 @@ def test_a_time_budget_ends_at_learning_rate_zero(tmp_path):
 def test_a_longer_budget_continues_at_its_own_learning_rate(tmp_path):
     tiny_trainer([Budget("12steps")], tmp_path / "short", save_strategy="steps", save_steps=12).train()
     longer = tiny_trainer([Budget("24steps")], tmp_path / "long")
-    longer.allow_changes = True
+    longer.accel.options.allow_changes = True
     longer.train(resume_from_checkpoint=str(tmp_path / "short" / "checkpoint-12"))
     rates = {e["step"]: e["learning_rate"] for e in longer.state.log_history if "learning_rate" in e}
     expected = {12: 5e-3 / 12, 13: 5e-3 * 12 / 24, 18: 5e-3 * 7 / 24, 24: 5e-3 / 24}
@@ -456,7 +456,7 @@ def test_a_plain_run_is_gone_on_with_at_its_progress(tmp_path):
     args = {"save_strategy": "steps", "save_steps": 8, "max_steps": 16}
     tiny_trainer([], tmp_path, trainer_class=Trainer, **args).train()
     trainer = tiny_trainer([StochasticWeightAveraging(start=0.75)], tmp_path / "resumed", **args)
-    trainer.allow_changes = True
+    trainer.accel.options.allow_changes = True
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert trainer.clock.progress == 1.0 and trainer.receipt.steps == 16
     assert trainer.receipt.techniques[0]["report"]["averaged"] > 0

@@ -29,20 +29,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "distributed")]
 from transformers import Trainer, TrainerCallback  # noqa: E402
 
 import hf_accel  # noqa: E402
+from hf_accel.recipe import find_technique  # noqa: E402
 from hf_accel.testing import losses_of, tiny_trainer, weights_of  # noqa: E402
-
-FORMER = {
-    "TokensPerBatch": "TokenBudget",
-    "ProgressiveLayerDrop": "LayerDrop",
-    "NamedOptimizer": "Optimizer",
-    "RHOLoss": "ReducibleLoss",
-    "SelectiveLanguageModeling": "TokenSelection",
-    "GradientSpikeGuard": "StepGuard",
-    "LAMB": "Lamb",
-    "LARS": "Lars",
-    "REX": "Rex",
-}
-"""Names of techniques at the commit that the others are compared with."""
 
 Techniques = dict[str, dict[str, Any]]
 
@@ -90,8 +78,8 @@ ON_RANKS = {
 
 
 def build(techniques: Techniques) -> list[Any]:
-    """Fresh techniques, under the names that this commit has for them."""
-    return [getattr(hf_accel, name if hasattr(hf_accel, name) else FORMER[name])(**v) for name, v in techniques.items()]
+    """Fresh techniques."""
+    return [find_technique(name)(**values) for name, values in techniques.items()]
 
 
 def digest(value: Any) -> str:

@@ -52,8 +52,7 @@ def compare(
     ] = 0,
 ) -> None:
     """Measure the speed-up of recipes at equal quality, against a fair baseline."""
-    from hf_accel.compare import Comparison
-    from hf_accel.compare.record import write_record
+    from hf_accel.compare import Comparison, write_record
     from hf_accel.compare.report import table
     from hf_accel.compare.workloads import DATA_ROOT
 

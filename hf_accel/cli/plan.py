@@ -18,7 +18,8 @@ from hf_accel.optim.learning_rate.learning_rate_scaling import rate_factor
 from hf_accel.optim.learning_rate.learning_rate_search import LearningRateSearch
 from hf_accel.recipe import Recipe
 from hf_accel.tools.calibration import Forecast, calibrate
-from hf_accel.tools.planning import KEPT_BACK, Footprint, Planner, Setting, parse_bytes, subject_of, write_configs
+from hf_accel.tools.planning import KEPT_BACK, Footprint, Planner, Setting, parse_bytes, write_configs
+from hf_accel.tools.subjects import subject_of
 
 WAYS = {
     (False, False): "all weights",
@@ -97,7 +98,7 @@ def what_fits(recipe: Recipe, budget: str, rows: int, devices: int) -> dict[str,
         searches = [t for t in trainer.techniques if isinstance(t, LearningRateSearch)]
         forecast = calibrate(trainer, seconds=CALIBRATION_SECONDS, without=searches)
         left = 1 - sum(search.share for search in searches)
-        limits = {unit: limit * left for unit, limit in trainer._limits().items()}
+        limits = {unit: limit * left for unit, limit in trainer.accel.limits().items()}
     for strategy, rhythm in (("eval", forecast.evaluations), ("save", forecast.checkpoints)):
         if getattr(trainer.args, f"{strategy}_strategy") == "epoch":
             rhythm.each_step *= devices

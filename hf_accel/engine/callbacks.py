@@ -1,60 +1,88 @@
-"""Keeps Trainer's own notion of time in step with the clock: epochs, the live estimate of ``max_steps``, fractions of
-progress at which to log, evaluate and save, and the seconds kept back for the end of the run.
+"""Keeps Trainer's own notion of time in step with the clock: epochs, the live estimate of ``max_steps``, and fractions
+of progress at which to log, evaluate and save.
 """
 
 from __future__ import annotations
 
+import contextlib
 import signal
-from typing import Any
+from typing import Any, Protocol
 
 from transformers import ProgressCallback, TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_accel.clock import CONTINUOUS, passes
+from hf_accel.engine.checkpoints import RunCheckpoints
+from hf_accel.engine.meter import Meter
+from hf_accel.engine.ranks import Ranks
 from hf_accel.engine.reserve import EndReserve
+from hf_accel.engine.roster import Roster
+from hf_accel.host.view import TrainerView
+from hf_accel.technique import Technique
 
 BEAT_SECONDS = 2.0
 """How often the seconds spent are written down."""
 
 
+class TimedRun(Protocol):
+    """What the callbacks need of the engine; the meter and the stream are others in each ``train()``."""
+
+    host: TrainerView
+    roster: Roster
+    ranks: Ranks
+    meter: Meter
+    checkpoints: RunCheckpoints
+
+    @property
+    def stream(self) -> Any:
+        """The stream of the run."""
+
+    def end_step(self) -> None:
+        """Tell the clock what the step spent."""
+
+    def fit_memory(self) -> None:
+        """Find the micro-batch that fits."""
+
+
 class ClockCallback(TrainerCallback):
     """First among the callbacks, so that all others see the right epoch and end."""
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, run: TimedRun):
+        self.run = run
 
     def on_train_begin(self, args, state, control, **kwargs):
-        trainer = self.trainer
-        self.fired_at = trainer.clock.progress
+        clock = self.run.meter.clock
+        self.fired_at = clock.progress
         self.last_beat = float("-inf")
-        self.timed = any(unit in trainer.clock.limits for unit in CONTINUOUS)
+        self.timed = any(unit in clock.limits for unit in CONTINUOUS)
         if self.timed:
-            self.ending = EndReserve(trainer)
-            trainer.clock.reserve = self.ending.seconds()
+            self.reserve = EndReserve(self.run.host, self.run.meter)
+            clock.reserve = self.reserve.seconds()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.stopwatch.begin("optimizer")
+        self.run.meter.stopwatch.begin("optimizer")
 
     def on_optimizer_step(self, args, state, control, **kwargs):
-        self.trainer.stopwatch.end()
-        self.trainer.count_step()
+        self.run.meter.stopwatch.end()
+        self.run.end_step()
 
     def on_step_end(self, args, state, control, **kwargs):
-        trainer, clock = self.trainer, self.trainer.clock
-        if trainer.stream is not None:
-            state.epoch = trainer.stream.epochs
-            control.should_epoch_stop |= trainer.stream.epoch_is_over
-        if trainer.paced:
+        run, clock = self.run, self.run.meter.clock
+        if run.stream is not None:
+            state.epoch = run.stream.epochs
+            control.should_epoch_stop |= run.stream.epoch_is_over
+        if run.roster.paced:
             self._pace(args, state, control)
         if self.timed:
-            clock.reserve = self.ending.seconds()
+            clock.reserve = self.reserve.seconds()
             if state.is_world_process_zero and clock.seconds - self.last_beat > BEAT_SECONDS:
                 self.last_beat = clock.seconds
-                trainer.beat()
+                run.checkpoints.beat()
         return control
 
     def _pace(self, args, state, control) -> None:
-        progress, clock = self.trainer.clock.progress, self.trainer.clock
+        clock = self.run.meter.clock
+        progress = clock.progress
         if clock.done:
             state.max_steps = state.global_step
         elif progress > 0:
@@ -66,7 +94,7 @@ class ClockCallback(TrainerCallback):
             if 0 < share < 1 and strategy == "steps" and not delayed and passes(self.fired_at, progress, share):
                 setattr(control, flag, True)
         self.fired_at = progress
-        for callback in self.trainer.callback_handler.callbacks:
+        for callback in self.run.host.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.total = state.max_steps
 
@@ -78,9 +106,9 @@ class SigtermCallback(TrainerCallback):
     trained on and the update is still to come.
     """
 
-    def __init__(self, trainer: Any, replaced: JITCheckpointCallback):
+    def __init__(self, ranks: Ranks, replaced: JITCheckpointCallback):
         assert replaced.jit_manager is not None
-        self.trainer, self.asked = trainer, False
+        self.ranks, self.asked = ranks, False
         signal.signal(signal.SIGTERM, replaced.jit_manager._original_sigterm_handler)
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -88,7 +116,7 @@ class SigtermCallback(TrainerCallback):
         self.before = signal.signal(signal.SIGTERM, lambda number, frame: setattr(self, "asked", True))
 
     def on_step_end(self, args, state, control, **kwargs):
-        (asked,) = self.trainer._share([float(self.asked)])  # ranks do not hear of it in the same step
+        (asked,) = self.ranks.share([float(self.asked)])  # ranks do not hear of it in the same step
         if asked:
             control.should_save = control.should_training_stop = True
         return control
@@ -98,20 +126,45 @@ class SigtermCallback(TrainerCallback):
 
 
 class RestoreCallback(TrainerCallback):
-    """Last among the callbacks: techniques get their state after their own ``on_train_begin``, and what all others
-    want to be evaluated is left out where it would make the run late."""
+    """Last among the callbacks: restores techniques after their own ``on_train_begin``, and skips evaluations that
+    would overrun the budget."""
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, run: TimedRun):
+        self.run = run
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.trainer.restore_techniques()
-        self.trainer.fit_memory()
+        self.run.checkpoints.restore_techniques()
+        self.run.fit_memory()
 
     def on_step_end(self, args, state, control, **kwargs):
-        clock = self.trainer.clock
+        clock = self.run.meter.clock
         timed = any(unit in clock.limits for unit in CONTINUOUS)
         if timed and control.should_evaluate and not clock.done:
             control.should_evaluate = clock.has_time_for(clock.evaluation_seconds)
 
     on_epoch_end = on_step_end
+
+
+GIVEN_TO_CALLBACKS = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
+"""By Trainer's handler of callbacks, beside arguments, state and control."""
+
+
+def _listens(callback: TrainerCallback, event: str) -> bool:
+    return getattr(type(callback), event) is not getattr(TrainerCallback, event, None)
+
+
+def charging(handler_class: type) -> type:
+    """A callback handler that charges each technique for its events."""
+
+    class ChargingHandler(handler_class):
+        def call_event(self, event, args, state, control, **kwargs):
+            if not any(isinstance(c, Technique) and _listens(c, event) for c in self.callbacks):
+                return super().call_event(event, args, state, control, **kwargs)
+            given: dict[str, Any] = {name: getattr(self, name) for name in GIVEN_TO_CALLBACKS} | kwargs
+            for callback in self.callbacks:  # which may change them, as in Trainer
+                charged = isinstance(callback, Technique) and callback.run_ is not None
+                with callback.run_.charge(callback) if charged else contextlib.nullcontext():
+                    control = getattr(callback, event)(args, state, control, **given) or control
+            return control
+
+    return ChargingHandler

@@ -18,8 +18,10 @@ from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from hf_accel.batch import StepBatch, StepPlan
 from hf_accel.checkpoints import format as ckpt
+from hf_accel.engine.ranks import Ranks
+from hf_accel.engine.roster import Roster
+from hf_accel.host.view import TrainerView
 from hf_accel.preserve import random_states, restore_random_states
 from hf_accel.technique import State, Technique
 
@@ -34,20 +36,19 @@ PATIENCE = datetime.timedelta(seconds=30)
 
 
 class NotEnoughMemory(RuntimeError):
-    """Memory that does not suffice, with what to do about it."""
+    """Memory does not suffice; says what to do about it."""
 
 
-def first_micro_batch_size(trainer: Any) -> int:
+def first_micro_batch_size(host: TrainerView, requested: int | Literal["auto"] | None, accumulation_steps: int) -> int:
     """The size to start with."""
-    requested = trainer.requested_micro_batch_size
     if requested is None:
-        return trainer._train_batch_size
+        return host.train_batch_size
     if requested == "auto":
-        if trainer.is_deepspeed_enabled:
-            raise ValueError("micro_batch_size='auto': not under DeepSpeed. Give a number.")
-        if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
-            raise ValueError("micro_batch_size='auto': not under the first FSDP. Give a number, or use version 2.")
-        return trainer._train_batch_size * trainer.accumulation_steps
+        if host.is_deepspeed_enabled:
+            raise ValueError("micro_batch_size='auto' does not support DeepSpeed. Give a number.")
+        if host.is_fsdp_enabled and not host.accelerator.is_fsdp2:
+            raise ValueError("micro_batch_size='auto' does not support FSDP version 1. Use version 2, or a number.")
+        return host.train_batch_size * accumulation_steps
     if not isinstance(requested, int) or isinstance(requested, bool) or requested < 1:
         raise ValueError(f"micro_batch_size({requested!r}): must be 'auto' or a number above zero. Give one.")
     return requested
@@ -60,44 +61,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def retry_on_oom(trainer: Any, model: nn.Module, batch: StepBatch, attempt: Callable[[StepBatch], Result]) -> Result:
-    """``attempt(batch)``, in micro-batches that fit.
-
-    ``batch`` holds in the end what was attempted last: Trainer counts the operations of the batch that it knows.
-    """
-    if trainer.requested_micro_batch_size != "auto":
-        return attempt(batch)
-    alone = trainer.args.world_size == 1
-    before = StepSnapshot(trainer, model, trainer.step_states) if alone else None
-    while True:
-        try:
-            return attempt(batch)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            # Of examples: a technique may have cut them into pieces.
-            rows = min(max(len(micro.ids_B) for micro in batch.micro_batches), trainer.micro_batch_size)
-            if before is None or rows == 1:
-                raise NotEnoughMemory(_advice(trainer, rows)) from error
-        # Outside of the handler, which would keep the failed attempt's activations alive.
-        before.restore()
-        trainer.set_micro_batch_size(_smaller(trainer.micro_batch_size, rows))
-        smaller = trainer.read_again(batch.plan)
-        batch.micro_batches[:] = smaller.micro_batches
-
-
 class StepSnapshot:
-    """What a failed attempt at a step has touched, as it was."""
+    """Snapshot of everything that a failed attempt at a step may have changed."""
 
-    def __init__(self, trainer: Any, model: nn.Module, states: list[TechniqueState]):
-        self.trainer, self.model, self.states = trainer, model, states
+    def __init__(self, model: nn.Module, device: torch.device, states: list[TechniqueState], observed: list[Any]):
+        self.model, self.device, self.states, self.observed = model, device, states, observed
         self.gradients = [(p, p.grad.clone()) for p in model.parameters() if p.grad is not None]
         self.buffers = [buffer.clone() for buffer in model.buffers()]
-        self.random = random_states(trainer.args.device)
-        self.num_observed = len(trainer._observed)
+        self.random = random_states(device)
+        self.num_observed = len(observed)
 
     def restore(self) -> None:
-        """Give back the memory of the attempt, and put everything in its place."""
+        """Free the memory of the attempt, and restore everything else."""
         self.model.zero_grad(set_to_none=True)
         clear_device_cache(garbage_collection=True)
         for parameter, gradient in self.gradients:
@@ -105,81 +80,79 @@ class StepSnapshot:
         with torch.no_grad():
             for buffer, before in zip(self.model.buffers(), self.buffers, strict=True):
                 buffer.copy_(before)
-        restore_random_states(self.trainer.args.device, self.random)
-        del self.trainer._observed[self.num_observed :]
+        restore_random_states(self.device, self.random)
+        del self.observed[self.num_observed :]
         for technique, scope, state in self.states:
             technique.load_state_dict(scope, copy.deepcopy(state))
 
 
-def technique_states(trainer: Any) -> list[TechniqueState]:
-    """What the techniques know that are asked within a step, some of whom count what they are asked."""
-    asked = [t for t in trainer.techniques if t.implemented_hooks() & HOOKS_WITHIN_A_STEP]
+def technique_states(roster: Roster) -> list[TechniqueState]:
+    """States of the techniques whose hooks run within a step, for some count how often they are asked."""
+    asked = [t for t in roster.techniques if t.implemented_hooks() & HOOKS_WITHIN_A_STEP]
     return [(t, scope, copy.deepcopy(t.state_dict(scope))) for t in asked for scope in ("global", "rank")]
 
 
-def _smaller(size: int, rows: int) -> int:
+def smaller(size: int, rows: int) -> int:
     """The next size, by halving, that divides micro-batches of so many rows."""
     while size >= rows:
         size //= 2
     return size
 
 
-def _advice(trainer: Any, rows: int) -> str:
+def advice(rows: int, micro_batch_size: int, step: int, output_dir: str) -> str:
+    """What to do where micro-batches of so many rows do not fit."""
     if rows == 1:
         return "memory does not suffice for one example. Shorten the examples or shard the model."
-    whole, _ = ckpt.newest_complete(trainer.args.output_dir)
+    whole, _ = ckpt.newest_complete(output_dir)
     where = f"resume from {whole}" if whole else "start anew"
     return (
-        f"memory does not suffice for micro-batches of {rows} examples at step {trainer.state.global_step + 1}: "
-        f"{where} with micro_batch_size={_smaller(trainer.micro_batch_size, rows)}."
+        f"memory does not suffice for micro-batches of {rows} examples at step {step}: "
+        f"{where} with micro_batch_size={smaller(micro_batch_size, rows)}."
     )
 
 
-def agree_micro_batch_size(trainer: Any) -> int:
-    """The largest micro-batch, by halving, that fits on every rank at the longest examples."""
-    assert trainer.stream is not None
-    size, group = trainer.micro_batch_size, trainer._cpu_group  # made before a rank may fail: all ranks make it
-    longest = _longest(trainer.stream.reader.dataset)
+def agree_micro_batch_size(
+    size: int, fits: Callable[[int, int], bool], dataset: Any, host: TrainerView, ranks: Ranks
+) -> int:
+    """The largest micro-batch, by halving, that fits on every rank at the longest examples.
+
+    Args:
+        fits: Of a size and the index of an example, whether so many copies of it fit on this rank.
+    """
+    group = ranks.cpu_group  # made before a rank may fail: all ranks make it
+    longest = _longest(dataset)
     while True:
-        fits = torch.tensor(float(_fits(trainer, size, longest)))
-        work = torch.distributed.all_reduce(fits, torch.distributed.ReduceOp.MIN, group=group, async_op=True)
+        fitting = torch.tensor(float(fits(size, longest)))
+        work = torch.distributed.all_reduce(fitting, torch.distributed.ReduceOp.MIN, group=group, async_op=True)
         assert work is not None
         try:
-            work.wait(PATIENCE) if isinstance(trainer.model, FSDPModule) else work.wait()
+            work.wait(PATIENCE) if isinstance(host.model, FSDPModule) else work.wait()
         except RuntimeError as error:
             # Sharded ranks that do not run out of memory together wait for each other in vain: end them.
             raise NotEnoughMemory(
                 f"memory suffices for micro-batches of {size} examples on some ranks only: start anew with "
                 f"micro_batch_size={max(size // 2, 1)}."
             ) from error
-        if fits.item():
+        if fitting.item():
             return size
         if size == 1:
-            raise NotEnoughMemory(_advice(trainer, size))
+            raise NotEnoughMemory(advice(1, size, host.state.global_step + 1, host.args.output_dir))
         size //= 2
 
 
-def moments(trainer: Any) -> list[Tensor]:
+def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
     """As much memory as an optimizer with two moments takes in its first step; none where it has taken it."""
-    if trainer.optimizer.state:
+    if optimizer.state:
         return []
-    return [torch.empty_like(p) for p in trainer.model.parameters() if p.requires_grad for _ in range(2)]
+    return [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
 
 
-def _fits(trainer: Any, size: int, longest: int) -> bool:
-    """Whether one forward and backward pass over copies of the longest example fits on this rank, beside the moments
-    of the optimizer."""
-    stream = trainer.stream
-    assert stream is not None
-    batch = stream.read(StepPlan(0, torch.full((size,), longest), None, size, seed=stream.seed))
-    # Not through DDP, which would wait for the other ranks; a sharded model is sharded in place.
-    model = trainer.model
-    before = StepSnapshot(trainer, model, technique_states(trainer))
-    items = trainer._count_items(batch)  # of all ranks, before memory may not suffice on one of them
+def fits(model: nn.Module, optimizer: torch.optim.Optimizer, before: StepSnapshot, attempt: Callable[[], Any]) -> bool:
+    """Whether one forward and backward pass, ``attempt()``, fits on this rank beside the moments of the optimizer."""
     held: list[Tensor] = []
     try:
-        held += moments(trainer)
-        trainer._accumulate_once(model, batch, items)
+        held += moments(model, optimizer)
+        attempt()
         return True
     except RuntimeError as error:
         if not is_out_of_memory(error):

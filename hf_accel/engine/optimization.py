@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +11,24 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
-from hf_accel.engine.hosting import Hosting
+from hf_accel.clock import Clock
+from hf_accel.engine.roster import Roster
+from hf_accel.host.view import TrainerView
 
 REWARMED = 0.02
-"""Share of what a run that goes on may spend in which it returns to its schedule.  Ibrahim et al. (2024), Simple and
-scalable strategies to continually pre-train large language models, https://arxiv.org/abs/2403.08763: that a finished
-run is warmed up anew matters, how long does not, from nothing to 2 %."""
+"""Share of the further budget in which a continued run returns to its schedule.  Ibrahim et al. (2024), Simple and
+scalable strategies to continually pre-train large language models, https://arxiv.org/abs/2403.08763: a finished run
+must be warmed up again; how long, from nothing to 2 %, does not matter."""
+
+Shape = Callable[[float], float]
+"""The factor on the peak learning rate at a progress."""
 
 
-def entered(shape: Callable[[float], float], progress: float, rate: float) -> Callable[[float], float]:
+def entered(shape: Shape, progress: float, rate: float) -> Shape:
     """The schedule of a run that begins at a progress above 0, where the learning rate was ``rate`` of its peak.
 
-    Its own warm-up is over.  From the rate as it was, it returns to the schedule in a straight line: nothing is to
-    return to from a run that had not begun to cool down.
+    Its own warm-up is over.  The rate returns to the schedule in a straight line; if the earlier run had not started
+    to decay, there is nothing to return from.
     """
     peak = max(range(1001), key=lambda i: (shape(i / 1000), -i)) / 1000
 
@@ -34,53 +39,66 @@ def entered(shape: Callable[[float], float], progress: float, rate: float) -> Ca
     return factor
 
 
-class Updating(Hosting):
-    """Answers Trainer where it makes the optimizer and the schedule."""
+class Optimization:
+    """Makes the optimizer and the schedule of one call of ``train()``."""
 
-    def create_optimizer(self, model=None):
-        owner = self._owners["optimizer"]
-        asked = [t for t in self.techniques if t.implemented_hooks() & {"optimizer", "parameter_rules"}]
-        if asked and self.optimizer is not None and not self._made_optimizer:
+    def __init__(self, host: TrainerView, roster: Roster, clock: Clock):
+        self.host, self.roster, self.clock = host, roster, clock
+        self.nominal_steps: int | None = None
+        self.learning_rate_factor: Shape | None = None
+        self.continuation_point: Sequence[float] | None = None
+        """Progress, and the share of the peak learning rate, at which an earlier run was left."""
+
+    def make_optimizer(self, model: Any, plain: Callable[[Any], Any], made: bool) -> Any:
+        """The optimizer; ``plain`` is Trainer's own way to make it, and ``made`` whether we made the present one."""
+        host, owner = self.host, self.roster.owner("optimizer")
+        asked = [t for t in self.roster.techniques if t.implemented_hooks() & {"optimizer", "parameter_rules"}]
+        if asked and host.optimizer is not None and not made:
             raise ValueError(
-                f"optimizer ({type(self.optimizer).__name__}): it was given, so {asked[0]!r} has no say in it. "
+                f"optimizer ({type(host.optimizer).__name__}): it was given, so {asked[0]!r} has no say in it. "
                 "Leave one of the two out."
             )
-        if self.optimizer is not None or not asked:
-            return super().create_optimizer(model)
-        self._made_optimizer = True
-        model = self.model if model is None else model
-        groups = self._parameter_groups(model)
-        if owner is not None:
-            self.optimizer = owner.optimizer(model, groups)
-        else:
-            cls, kwargs = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(self.args, model)
-            kwargs = dict(kwargs)
-            of_modules = kwargs.pop("optimizer_dict", None)  # SentenceTransformerTrainer's groups, by module
-            own_groups = "params" in kwargs or isinstance(of_modules, dict)
-            own_groups = own_groups or bool(getattr(self.args, "learning_rate_mapping", None))
-            if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer) or own_groups:
-                raise ValueError(
-                    f"optim={self.args.optim}: it makes its own parameter groups. Choose another optimizer."
-                )
-            self.optimizer = cls([{k: v for k, v in g.items() if k != "names"} for g in groups], **kwargs)
-            if "bitsandbytes" in str(cls) and kwargs.get("optim_bits") == 8:  # as Trainer does
-                from bitsandbytes.optim import GlobalOptimManager
+        if host.optimizer is not None or not asked:
+            return plain(model)
+        model = host.model if model is None else model
+        groups = self.parameter_groups(model)
+        host.optimizer = self._of_arguments(model, groups) if owner is None else owner.optimizer(model, groups)
+        return host.optimizer
 
-                for module in model.modules():
-                    if isinstance(module, nn.Embedding):
-                        GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
-        return self.optimizer
+    def makes_optimizer(self) -> bool:
+        """Whether the optimizer is made here, and not by Trainer."""
+        return bool(self.roster.answered & {"optimizer", "parameter_rules"})
 
-    def _parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+    def _of_arguments(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer that the arguments name, with groups of ours."""
+        host = self.host
+        cls, kwargs = host.optimizer_cls_and_kwargs or host.get_optimizer_cls_and_kwargs(host.args, model)
+        kwargs = dict(kwargs)
+        of_modules = kwargs.pop("optimizer_dict", None)  # SentenceTransformerTrainer's groups, by module
+        own_groups = "params" in kwargs or isinstance(of_modules, dict)
+        own_groups = own_groups or bool(getattr(host.args, "learning_rate_mapping", None))
+        if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer) or own_groups:
+            raise ValueError(f"optim={host.args.optim}: it makes its own parameter groups. Choose another optimizer.")
+        optimizer = cls([{k: v for k, v in g.items() if k != "names"} for g in groups], **kwargs)
+        if "bitsandbytes" in str(cls) and kwargs.get("optim_bits") == 8:  # as Trainer does
+            from bitsandbytes.optim import GlobalOptimManager
+
+            for module in model.modules():
+                if isinstance(module, nn.Embedding):
+                    GlobalOptimManager.get_instance().register_module_override(module, "weight", {"optim_bits": 32})
+        return optimizer
+
+    def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Trainable parameters by weight decay and by what the techniques say of each."""
-        decayed = set(self.get_decay_parameter_names(model))
+        args = self.host.args
+        decayed = set(self.host.get_decay_parameter_names(model))
         groups: dict[tuple, dict[str, Any]] = {}
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
                 continue
-            rules = [t.parameter_rules(name, parameter) for t in self.with_hook("parameter_rules")]
-            lr = self.args.learning_rate * math.prod(rule.get("lr", 1.0) for rule in rules)
-            decay = self.args.weight_decay if name in decayed else 0.0
+            rules = [t.parameter_rules(name, parameter) for t in self.roster.with_hook("parameter_rules")]
+            lr = args.learning_rate * math.prod(rule.get("lr", 1.0) for rule in rules)
+            decay = args.weight_decay if name in decayed else 0.0
             decay *= math.prod(rule.get("weight_decay", 1.0) for rule in rules)
             key = (lr, decay, "/".join(str(rule["group"]) for rule in rules if "group" in rule))
             group = groups.setdefault(
@@ -90,46 +108,49 @@ class Updating(Hosting):
             group["names"].append(name)
         return list(groups.values())
 
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        owner = self._owners["schedule"]
-        if owner is not None and self.lr_scheduler is not None and not self._created_lr_scheduler:
+    def make_scheduler(self, num_training_steps: int, optimizer: Any, plain: Callable[..., Any]) -> Any:
+        """The schedule; ``plain`` is Trainer's own way to make it."""
+        host, owner = self.host, self.roster.owner("schedule")
+        if owner is not None and host.lr_scheduler is not None and not host.created_lr_scheduler:
             raise ValueError(
-                f"lr_scheduler ({type(self.lr_scheduler).__name__}): it was given, and {owner!r} is the schedule. "
+                f"lr_scheduler ({type(host.lr_scheduler).__name__}): it was given, and {owner!r} is the schedule. "
                 "Leave one of the two out."
             )
-        if not self.paced or self.lr_scheduler is not None:
-            return super().create_scheduler(num_training_steps, optimizer)
-        optimizer = optimizer or self.optimizer
+        if not self.roster.paced or host.lr_scheduler is not None:
+            return plain(num_training_steps, optimizer)
+        optimizer = optimizer or host.optimizer
         shape = self._named_shape(optimizer) if owner is None else owner.schedule
         if self.continuation_point is not None:
             shape = entered(shape, *self.continuation_point)
         self.learning_rate_factor = shape
-        self.lr_scheduler = LambdaLR(optimizer, lambda _: shape(self.clock.progress))
-        self._created_lr_scheduler = True
-        return self.lr_scheduler
+        host.lr_scheduler = LambdaLR(optimizer, lambda _: shape(self.clock.progress))
+        host.created_lr_scheduler = True
+        return host.lr_scheduler
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if not self.paced or self._resumed is None or "clock" not in self._resumed:
-            return
-        if self._resumed["clock"]["limits"] != dict(self.clock.limits):
-            # What was spent is another share of this budget, with another learning rate.
-            scheduler: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)
-            scheduler._last_lr = [b * f(0) for b, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
-            for group, rate in zip(self.optimizer.param_groups, scheduler._last_lr, strict=True):
-                group["lr"] = rate
+    def rescale_learning_rate(self) -> None:
+        """Set the learning rate after a resume under another budget, of which another share was spent."""
+        scheduler: Any = getattr(self.host.lr_scheduler, "scheduler", self.host.lr_scheduler)
+        scheduler._last_lr = [b * f(0) for b, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
+        for group, rate in zip(self.host.optimizer.param_groups, scheduler._last_lr, strict=True):
+            group["lr"] = rate
 
-    def _named_shape(self, optimizer: torch.optim.Optimizer) -> Callable[[float], float]:
+    def share_of_peak(self) -> float | None:
+        """The present learning rate over its peak; None where it does not follow the clock."""
+        scheduler: Any = getattr(self.host.lr_scheduler, "scheduler", self.host.lr_scheduler)
+        peak = getattr(scheduler, "base_lrs", [0.0])[0]
+        return scheduler.get_last_lr()[0] / peak if self.roster.paced and peak else None
+
+    def _named_shape(self, optimizer: torch.optim.Optimizer) -> Shape:
         """Trainer's named schedule as a function of progress."""
-        steps = self.nominal_steps or 10_000
+        args, steps = self.host.args, self.nominal_steps or 10_000
         # Some schedules divide by the peak that the optimizer was made with.
-        peak = getattr(optimizer, "defaults", {}).get("lr", self.args.learning_rate)
+        peak = getattr(optimizer, "defaults", {}).get("lr", args.learning_rate)
         scheduler = get_scheduler(
-            self.args.lr_scheduler_type,
+            args.lr_scheduler_type,
             optimizer=torch.optim.SGD([nn.Parameter(torch.zeros(()))], lr=peak),
-            num_warmup_steps=self.args.get_warmup_steps(steps),
+            num_warmup_steps=args.get_warmup_steps(steps),
             num_training_steps=steps,
-            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=args.lr_scheduler_kwargs,
         )
         factor = scheduler.lr_lambdas[0]  # type: ignore[union-attr]
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset
-from transformers.trainer import _is_peft_model
 
+from hf_accel.adapters import is_adapted
+from hf_accel.engine.meter import Meter
+from hf_accel.host.view import TrainerView
 from hf_accel.preserve import keyed_random
 
 STEADY = 5
@@ -22,23 +26,24 @@ class EndReserve:
     that gets other work will evaluate as slowly as it trains.
     """
 
-    def __init__(self, trainer: Any):
-        self.trainer = trainer
+    def __init__(self, host: TrainerView, meter: Meter):
+        args = host.args
+        self.meter, self.keeps_best = meter, args.load_best_model_at_end
         self.steps, self.positions = 0, 0.0
         self.pace_when_measured = 0.0
         self.measured: float | None = None
-        self.evaluates = str(getattr(trainer.args.eval_strategy, "value", trainer.args.eval_strategy)) != "no"
-        self.saves = str(getattr(trainer.args.save_strategy, "value", trainer.args.save_strategy)) != "no"
-        trainer.evaluation_seconds = probe_evaluation(trainer) if self.evaluates else 0.0
-        trainer.saving_seconds = _guess_saving(trainer) if self.saves else 0.0
+        self.evaluates = str(getattr(args.eval_strategy, "value", args.eval_strategy)) != "no"
+        self.saves = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+        meter.evaluation_seconds = probe_evaluation(host, meter.clock.now) if self.evaluates else 0.0
+        meter.saving_seconds = guess_saving(host.model) if self.saves else 0.0
 
     def seconds(self) -> float:
         """The reserve: what is kept back of the budget."""
-        trainer = self.trainer
-        seconds = trainer.evaluation_seconds * self._slowdown() if self.evaluates else 0.0
-        trainer.clock.evaluation_seconds = seconds
+        meter = self.meter
+        seconds = meter.evaluation_seconds * self._slowdown() if self.evaluates else 0.0
+        meter.clock.evaluation_seconds = seconds
         if self.saves:
-            seconds += trainer.saving_seconds * (2 if trainer.args.load_best_model_at_end else 1)
+            seconds += meter.saving_seconds * (2 if self.keeps_best else 1)
         return seconds + 0.05
 
     def _slowdown(self) -> float:
@@ -46,48 +51,48 @@ class EndReserve:
 
         1 until the fifth step, for the first ones load and compile.
         """
-        trainer, duration = self.trainer, self.trainer.clock.step_seconds
-        if duration == 0 or trainer._trained_positions == 0:
+        meter, duration = self.meter, self.meter.clock.step_seconds
+        if duration == 0 or meter.positions == 0:
             return 1.0
-        self.positions += (trainer._trained_positions - self.positions) * (0.1 if self.positions else 1.0)
+        self.positions += (meter.positions - self.positions) * (0.1 if self.positions else 1.0)
         self.steps += 1
         if self.steps < STEADY:
             return 1.0
         pace = duration / self.positions
-        if self.measured != trainer.evaluation_seconds:
-            self.measured, self.pace_when_measured = trainer.evaluation_seconds, pace
+        if self.measured != meter.evaluation_seconds:
+            self.measured, self.pace_when_measured = meter.evaluation_seconds, pace
         return min(max(pace / self.pace_when_measured, 0.5), 4.0)
 
 
-def probe_evaluation(trainer: Any) -> float:
+def probe_evaluation(host: TrainerView, now: Callable[[], float]) -> float:
     """Seconds of one evaluation, from the duration of a few of its batches."""
-    data = trainer.eval_dataset
+    data = host.eval_dataset
     parts: list[Any] = list(data.values()) if isinstance(data, dict) else [data]
     seconds = 0.0
     for dataset in parts:
         if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
             continue  # an unmeasurable stream of examples: the first evaluation will tell
-        size = trainer.args.eval_batch_size
-        collate = trainer._get_collator_with_removed_columns(trainer.data_collator, description="evaluation")
+        size = host.args.eval_batch_size
+        collate = host.get_collator_with_removed_columns(host.data_collator, description="evaluation")
         few = Subset(dataset, range(min(len(dataset), 3 * size)))
-        trainer.model.eval()
+        host.model.eval()
         with keyed_random():
             durations = []
             for inputs in DataLoader(few, batch_size=size, collate_fn=collate):
-                began = trainer.clock.now()
-                trainer.prediction_step(trainer.model, inputs, prediction_loss_only=True)
+                began = now()
+                host.prediction_step(host.model, inputs, prediction_loss_only=True)
                 if torch.accelerator.is_available():
                     torch.accelerator.synchronize()
-                durations.append(trainer.clock.now() - began)
-        batches = -(-len(dataset) // (size * trainer.args.world_size))
+                durations.append(now() - began)
+        batches = -(-len(dataset) // (size * host.args.world_size))
         seconds += batches * min(durations)
     return seconds
 
 
-def _guess_saving(trainer: Any) -> float:
+def guess_saving(model: nn.Module) -> float:
     """Seconds of one checkpoint on a disk that writes 300 MB a second: of the weights, or of adapters alone, and of two
     moments of what is trained."""
-    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in trainer.model.parameters()]
+    sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, requires_grad in sizes if requires_grad)
-    weights = trained if _is_peft_model(trainer.model) else sum(size for size, _ in sizes)
+    weights = trained if is_adapted(model) else sum(size for size, _ in sizes)
     return 0.1 + (weights + 2 * trained) / 300e6

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import itertools
 import tempfile
@@ -20,10 +21,10 @@ import datasets
 import torch
 from torch import nn
 from torch.utils.data import IterableDataset, Subset
-from transformers import DefaultFlowCallback, TrainerControl, TrainerState, set_seed
-from transformers.trainer_callback import CallbackHandler
+from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from hf_accel.engine.engine import Engine
 from hf_accel.preserve import keyed_random, random_state_kept
 from hf_accel.technique import SLOTS, Diverged, Technique
 
@@ -45,13 +46,9 @@ class Horizon(Technique):
     """How far a short run goes, per unit of the clock."""
 
     limits: Mapping[str, float] = field(default_factory=lambda: {"steps": 1.0})
-    measured_by: Mapping[str, Any] = field(default_factory=dict)
 
     def budget(self) -> Mapping[str, float]:
         return self.limits
-
-    def meters(self) -> Mapping[str, Any]:
-        return {unit: meter for unit, meter in self.measured_by.items() if unit != "seconds"}
 
 
 @dataclass
@@ -80,7 +77,7 @@ class ShortRun:
 
 
 def short_run(
-    host: Any,
+    engine: Engine,
     learning_rate: float,
     limits: Mapping[str, float],
     *,
@@ -90,45 +87,41 @@ def short_run(
     warmup: float | None = None,
     probe: Any = None,
 ) -> ShortRun:
-    """Train a copy of the model of ``host``, a trainer that hosts techniques, and evaluate it.
+    """Train a copy of the model of a trainer, and evaluate it.
 
     Args:
-        host: Before or at the start of its own training.
+        engine: Of the trainer, before or at the start of its own training.
         learning_rate: The peak.
         limits: What may be spent.
-        techniques: More of them; those of the host that own the same slots are left out.
-        without: Those of the host that are left out, too.
+        techniques: More of them; those of the trainer that own the same slots are left out.
+        without: Those of the trainer that are left out, too.
         each_step: Whether the loss of every step is wanted.
         warmup: In the place of ``warmup_steps``.
         probe: What is evaluated; nothing: no evaluation.
     """
-    with tempfile.TemporaryDirectory() as directory, _as_found(host):
-        trial = _copy_of(host, [Horizon(limits, host.meters), *techniques], without)
+    with tempfile.TemporaryDirectory() as directory, _shared_state_kept(engine):
         changes = QUIET | {"learning_rate": learning_rate, "output_dir": directory, "logging_steps": 1}
         changes["logging_strategy"] = IntervalStrategy.STEPS if each_step else IntervalStrategy.NO
         if warmup is not None:
             changes["warmup_steps"] = warmup
-        for name, value in changes.items():
-            setattr(trial.args, name, value)
-        trial.create_accelerator_and_postprocess()
-        trial._settle()
-        set_seed(host.args.seed)
+        trainer: Any = _twin(engine, [Horizon(limits), *techniques], without, changes)
+        set_seed(engine.host.args.seed)
         loss, given_up = float("nan"), []
         try:
-            trial.train()
+            trainer.train()
         except Diverged:
             loss, given_up, probe = float("inf"), [float("inf")], None
         if probe is not None:
-            loss = _evaluation_loss(trial, probe)
+            loss = _evaluation_loss(trainer, probe)
         return ShortRun(
             loss=loss,
-            losses=[entry["loss"] for entry in trial.state.log_history if "loss" in entry] + given_up,
-            steps=max(trial.state.global_step, 1),
-            spent=dict(trial.clock.spent),
-            step_seconds=trial.clock.step_seconds,
+            losses=[entry["loss"] for entry in trainer.state.log_history if "loss" in entry] + given_up,
+            steps=max(trainer.state.global_step, 1),
+            spent=dict(trainer.clock.spent),
+            step_seconds=trainer.clock.step_seconds,
             evaluated=0 if probe is None else len(probe),
-            evaluation_seconds=0.0 if probe is None else trial.evaluation_seconds,
-            flops=trial.state.total_flos,
+            evaluation_seconds=0.0 if probe is None else trainer.accel.meter.evaluation_seconds,
+            flops=trainer.state.total_flos,
         )
 
 
@@ -145,8 +138,9 @@ def many_runs() -> Iterator[None]:
             gc.unfreeze()
 
 
-def probe_of(host: Any, examples: int) -> Any:
+def probe_of(engine: Engine, examples: int) -> Any:
     """Some examples to evaluate on, always the same: of the evaluation set, or without one of the training set."""
+    host = engine.host
     data = host.train_dataset if host.eval_dataset is None else host.eval_dataset
     data = next(iter(data.values())) if isinstance(data, dict) else data
     if isinstance(data, IterableDataset) or not hasattr(data, "__getitem__"):
@@ -156,36 +150,35 @@ def probe_of(host: Any, examples: int) -> Any:
     return data.select(ids) if isinstance(data, datasets.Dataset) else Subset(data, ids)
 
 
-def _evaluation_loss(trial: Any, probe: Any) -> float:
-    metrics = trial.evaluate(probe)
+def _evaluation_loss(trainer: Any, probe: Any) -> float:
+    metrics = trainer.evaluate(probe)
     if "eval_loss" not in metrics:
         raise ValueError("eval_dataset: its examples have no labels, so there is no loss. Give labels.")
     return metrics["eval_loss"]
 
 
-def _copy_of(host: Any, techniques: Sequence[Technique], without: Sequence[Technique]) -> Any:
-    """A trainer like the host, of a copy of its model, with its techniques; it is not settled yet."""
-    if host.args.world_size > 1:
-        _ = host._cpu_group  # one for all copies
+def _twin(engine: Engine, techniques: Sequence[Technique], without: Sequence[Technique], changes: Mapping) -> Any:
+    """A trainer of a copy of the model, with an engine of its own and copies of the techniques."""
+    if engine.ranks.world_size > 1:
+        _ = engine.ranks.cpu_group  # one for all copies
     taken = {slot for technique in techniques for slot in technique.implemented_hooks() & set(SLOTS)}
-    own = [t for t in host.techniques if t not in without and not t.implemented_hooks() & {*taken, "prepare_dataset"}]
-    trial = copy.copy(host)
-    trial.args = copy.copy(host.args)
-    trial.model = trial.model_wrapped = _copy_of_model(host.model)
-    trial.model_init = trial.compute_metrics = None
-    trial.optimizer = trial.lr_scheduler = None
-    trial.state, trial.control = TrainerState(), TrainerControl()
-    if host.is_in_train:  # has been done to the model that was copied
-        trial.neftune_noise_alpha = None
-        trial.args.use_liger_kernel = False
+    left_out = {*taken, "prepare_dataset"}
+    own = [t for t in engine.roster.techniques if t not in without and not t.implemented_hooks() & left_out]
     fresh = [*techniques, *map(copy.copy, own)]  # with what they know of the model that they prepared
-    trial._host(fresh, host.requested_micro_batch_size, False, host.example_loss_func)
-    trial._answered -= {"prepare_model"}  # so has this
-    trial.clock.now = host.clock.now
-    trial.streamed, trial.paced = host.streamed, True
-    callbacks = [DefaultFlowCallback, *fresh]
-    trial.callback_handler = CallbackHandler(callbacks, trial.model, trial.processing_class, None, None)
-    return trial
+    twin = engine.host.twin(_copy_of_model(engine.host.model))
+    for name, value in changes.items():
+        setattr(twin.args, name, value)
+    gauges = {unit: gauge for unit, gauge in (engine.gauges or {}).items() if unit != "seconds"}
+    options = dataclasses.replace(engine.options, allow_changes=False, async_checkpoints=False)
+    twin.accel = Engine(twin, fresh, options, gauges=gauges, streamed=engine.roster.streamed, paced=True)
+    twin.accel.accumulation_steps = engine.accumulation_steps
+    twin.accel.ranks.cpu_group = engine.ranks.cpu_group if engine.ranks.world_size > 1 else None
+    twin.accel.meter.clock.now = engine.meter.clock.now
+    for technique in fresh:
+        twin.add_callback(technique)
+    twin.create_accelerator_and_postprocess()
+    twin.accel.settle(model_is_prepared=True)
+    return twin
 
 
 def _copy_of_model(model: nn.Module) -> nn.Module:
@@ -198,11 +191,11 @@ def _copy_of_model(model: nn.Module) -> nn.Module:
 
 
 @contextlib.contextmanager
-def _as_found(host: Any) -> Iterator[None]:
-    """Leave what copies share with the host as it was: random generators, and accelerate's list of loaders."""
-    shared = host.accelerator.gradient_state
+def _shared_state_kept(engine: Engine) -> Iterator[None]:
+    """Leave what copies share with the trainer as found: random generators, and accelerate's list of loaders."""
+    shared = engine.host.accelerator.gradient_state
     loaders, synchronized = shared.dataloader_references, shared.sync_gradients
-    with keyed_random(), random_state_kept(host.args.device):
+    with keyed_random(), random_state_kept(engine.host.args.device):
         try:
             yield
         finally:

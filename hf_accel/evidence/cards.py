@@ -189,7 +189,7 @@ def measurement(name: str, document: Record, arm: Arm) -> str:
     baseline = "the tuned baseline" if document["tuned"] else "a baseline that was not tuned"
     return (
         f"[{name}](../evidence/{name}.json), {which}{f' with {args}' if args else ''}: "
-        f"**{evidence.speed_up(document, arm)}** in {evidence.said(document['cost'])} at equal {metric} against "
+        f"**{evidence.speed_up(document, arm)}** in {evidence.cost_label(document['cost'])} at equal {metric} against "
         f"{baseline}; {evidence.verdict(document, arm)}. {seeds(document)}, {document['machine']}, {document['date']}."
     )
 

@@ -8,6 +8,7 @@ from hf_accel.host.arguments import (
     nominal_steps,
     non_default_arguments,
     recorded_arguments,
+    replace_arguments,
     treatment,
 )
 from hf_accel.host.model_card import extend_model_card
@@ -47,5 +48,6 @@ __all__ = [
     "refuse_two_budgets",
     "refuse_two_optimizers",
     "refuse_unknown_epochs",
+    "replace_arguments",
     "treatment",
 ]

@@ -53,9 +53,9 @@ def treatment(name: str) -> tuple[str, str]:
     return "honored", ""
 
 
-def arguments_kind(trainer: Any) -> type[TrainingArguments]:
+def arguments_kind(trainer_class: type) -> type[TrainingArguments]:
     """Return the class of the arguments that a trainer's constructor asks for."""
-    owner: Any = next(cls for cls in foreign_classes(trainer) if "__init__" in vars(cls))
+    owner: Any = next(cls for cls in foreign_classes(trainer_class) if "__init__" in vars(cls))
     try:
         parameter = inspect.signature(owner.__init__, eval_str=True).parameters.get("args")
     except NameError:  # a name that only type checkers import
@@ -76,6 +76,14 @@ def nominal_steps(limits: Mapping[str, float], steps_per_epoch: int, batch_size:
     if not known or len(known) < len(limits):
         return None
     return max(math.ceil(min(known)), 1)
+
+
+def replace_arguments(trainer: Any, args: TrainingArguments) -> None:
+    """Give a trainer that is built other arguments."""
+    trainer.args = args
+    trainer.create_accelerator_and_postprocess()
+    trainer._train_batch_size = args.train_batch_size
+    trainer.neftune_noise_alpha = args.neftune_noise_alpha
 
 
 def accelerator_differs(old: TrainingArguments, new: TrainingArguments) -> bool:

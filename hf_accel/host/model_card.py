@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+from hf_accel.receipt import Receipt
+from hf_accel.technique import Technique
 
 
-def extend_model_card(path: Path, trainer: Any) -> None:
+def extend_model_card(path: Path, techniques: Sequence[Technique], receipt: Receipt | None) -> None:
     """Name the techniques, the budget and the receipt in a model card."""
     lines = ["", "### Training with hf_accel", ""]
-    lines += [f"- `{technique!r}`" for technique in trainer.techniques] or ["- no technique"]
-    if trainer.receipt is not None:
-        receipt = trainer.receipt
+    lines += [f"- `{technique!r}`" for technique in techniques] or ["- no technique"]
+    if receipt is not None:
         budget = ", ".join(f"{amount:g} {unit}" for unit, amount in receipt.budget.items())
         lines += [
             "",

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch.utils.data import IterableDataset
-from transformers import Trainer, TrainingArguments
+from transformers import TrainingArguments
 from transformers.trainer_utils import SchedulerType
 from transformers.training_args import OptimizerNames
 
-from hf_accel.host.signatures import foreign_classes
+from hf_accel.adapters import is_adapted
+from hf_accel.host.view import TrainerView
 from hf_accel.technique import STREAM, Technique
 
 NEEDS_EXAMPLE_LOSSES = frozenset(
@@ -50,7 +51,7 @@ def refuse_quantized(model: Any) -> None:
         raise ValueError(
             f"model: {method} weights of this kind cannot be trained. Load them with bitsandbytes in 4 bits."
         )
-    if not hasattr(model, "peft_config") and not getattr(quantizer, "is_qat_trainable", False):
+    if not is_adapted(model) and not getattr(quantizer, "is_qat_trainable", False):
         raise ValueError(
             f"model: {type(model).__name__} has quantized weights, which are frozen, and no adapters, so nothing is "
             "trainable. Add adapters with a technique or with peft."
@@ -91,41 +92,42 @@ def refuse_stream_arguments(args: TrainingArguments) -> None:
         )
 
 
-def refuse_stream_hosts(trainer: Any) -> None:
+def refuse_stream_hosts(host: TrainerView, techniques: Sequence[Technique], micro_batch_size: Any) -> None:
     """Refuse trainers and data that the stream does not support."""
-    dataset = trainer.train_dataset
+    dataset = host.train_dataset
     if isinstance(dataset, IterableDataset):
-        _refuse_on_iterables(trainer, dataset)
+        _refuse_on_iterables(host.args, dataset, techniques, micro_batch_size)
     elif dataset is not None and not hasattr(dataset, "__getitem__"):
         raise ValueError(
             f"train_dataset ({type(dataset).__name__}) has no index and is not an IterableDataset. "
             "Give a data set with __len__ and __getitem__, or an IterableDataset."
         )
     for name in ("get_train_dataloader", "_get_train_sampler"):
-        owner = next(cls for cls in foreign_classes(trainer) if name in vars(cls))
-        if owner is not Trainer:
-            replacing = ", ".join(repr(t) for t in trainer.techniques if t.implemented_hooks() & STREAM)
+        if (owner := host.overrides(name)) is not None:
+            replacing = ", ".join(repr(t) for t in techniques if t.implemented_hooks() & STREAM)
             raise ValueError(
                 f"{owner.__name__}.{name} makes its own batches, which {replacing or 'micro_batch_size'} would "
                 f"replace. Remove {replacing or 'micro_batch_size'}."
             )
 
 
-def _refuse_on_iterables(trainer: Any, dataset: Any) -> None:
+def _refuse_on_iterables(
+    args: TrainingArguments, dataset: Any, techniques: Sequence[Technique], micro_batch_size: Any
+) -> None:
     """Refuse techniques and settings that need an index."""
     kind = type(dataset).__name__
-    for technique in trainer.techniques:
+    for technique in techniques:
         if technique.implemented_hooks() & {"select", "order"}:
             raise ValueError(
                 f"{technique!r} chooses examples by their index, which train_dataset ({kind}) lacks. "
                 "Give a data set with __len__ and __getitem__."
             )
-    if trainer.args.world_size > 1 and getattr(dataset, "_distributed", None) is not None:
+    if args.world_size > 1 and getattr(dataset, "_distributed", None) is not None:
         raise ValueError(
             f"train_dataset ({kind}): it was split by node, and every rank takes its share of a step itself. "
             "Give the whole data set."
         )
-    if trainer.args.world_size > 1 and trainer.requested_micro_batch_size == "auto":
+    if args.world_size > 1 and micro_batch_size == "auto":
         raise ValueError(
             f"micro_batch_size='auto' does not support train_dataset ({kind}) because its longest example is unknown. "
             "Give a number."
@@ -141,10 +143,9 @@ def refuse_unknown_epochs(owner: Technique, dataset: Any) -> None:
         )
 
 
-def refuse_own_losses(trainer: Any) -> None:
+def refuse_own_losses(host: TrainerView) -> None:
     """Refuse trainers that override compute_loss, because their per-example losses are unknown."""
-    owner = next(cls for cls in foreign_classes(trainer) if "compute_loss" in vars(cls))
-    if owner is not Trainer:
+    if (owner := host.overrides("compute_loss")) is not None:
         raise ValueError(
             f"{owner.__name__} overrides compute_loss, so per-example losses are unknown. Pass example_loss_func=, a "
             "function (outputs, inputs) -> losses_B, or hf_accel.losses.head_of(model) if the loss is the model's own."

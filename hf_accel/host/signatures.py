@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
 import transformers
 from transformers import Trainer
@@ -62,6 +61,6 @@ def check_signatures() -> None:
             )
 
 
-def foreign_classes(trainer: Any) -> list[type]:
-    """Return the trainer's own classes, without ours."""
-    return [cls for cls in type(trainer).__mro__ if not cls.__module__.startswith("hf_accel.")]
+def foreign_classes(kind: type) -> list[type]:
+    """Return a trainer's classes without ours, the nearest first."""
+    return [cls for cls in kind.__mro__ if not cls.__module__.startswith("hf_accel.")]

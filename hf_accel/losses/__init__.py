@@ -1,5 +1,6 @@
 """Compute the loss of each item and of each example, for the kinds of loss of ``transformers`` models."""
 
+from hf_accel.losses.given import FunctionHead, head_from
 from hf_accel.losses.heads import (
     ADDED_TERMS,
     IGNORED,
@@ -7,12 +8,10 @@ from hf_accel.losses.heads import (
     ClassHead,
     ExampleLosses,
     ExampleLossFunc,
-    FunctionHead,
     Head,
     SpanHead,
     TokenHead,
     examples_of,
-    head_from,
     weighted_mean,
     widest,
 )

@@ -56,6 +56,14 @@ class ExampleLosses(NamedTuple):
         counts_B.index_add_(0, self.example_BL.flatten(), self.mask_BL.flatten().to(losses.dtype))
         return (sums_B / counts_B.clamp(min=1)).float()
 
+    def by_id(self, ids_B: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids of examples, each once, and their mean losses; an example may be cut into several rows."""
+        own_ids, own_B = ids_B.unique(return_inverse=True)
+        if len(own_ids) == len(ids_B):
+            return ids_B, self.per_example(len(ids_B))
+        example_BL = own_B.to(self.example_BL.device)[self.example_BL]
+        return own_ids, self._replace(example_BL=example_BL).per_example(len(own_ids))
+
 
 def weighted_mean(
     losses: ExampleLosses,
@@ -243,7 +251,7 @@ class ClassHead(Head):
                 )
             else:
                 losses_BL = F.mse_loss(logits_BV, labels_BL, reduction="none")
-        return ExampleLosses(losses_BL, mask_BL, _row_numbers(losses_BL))
+        return ExampleLosses(losses_BL, mask_BL, row_numbers(losses_BL))
 
     def _problem(self, labels: Tensor) -> str:
         """Return the problem type.
@@ -293,56 +301,11 @@ class SpanHead(Head):
         length = logits_BLK.shape[1]
         targets_BK = self._targets(inputs, length).to(logits_BLK.device)
         losses_BK = F.cross_entropy(logits_BLK, targets_BK, reduction="none", ignore_index=length)
-        return ExampleLosses(losses_BK, targets_BK.lt(length), _row_numbers(losses_BK))
+        return ExampleLosses(losses_BK, targets_BK.lt(length), row_numbers(losses_BK))
 
     def _targets(self, inputs: Mapping[str, Any], length: int) -> Tensor:
         positions = [inputs[name].reshape(-1) for name in ("start_positions", "end_positions")]
         return torch.stack(positions, dim=-1).clamp(0, length)
-
-
-@dataclass(frozen=True)
-class FunctionHead(Head):
-    """A loss function of the user.
-
-    Every example counts as one item, because other items are unknown before the forward pass.  If the function returns
-    items and a mask, an example's loss is the mean over its counted items.  The function may use anything, so labels
-    stay in the inputs.  It smooths its labels itself, like ``Trainer``'s ``compute_loss_func``.
-    """
-
-    example_loss_func: ExampleLossFunc
-
-    def count(self, inputs: Mapping[str, Any], num_examples: int | None = None) -> Tensor:
-        assert num_examples is not None
-        return torch.tensor([num_examples])
-
-    def without_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        return dict(inputs)
-
-    def losses(
-        self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
-    ) -> ExampleLosses:
-        losses = self.example_loss_func(outputs, inputs)
-        if isinstance(losses, tuple):
-            losses_BL, mask_BL = losses
-            mask_BL = mask_BL.bool()
-            losses = losses_BL.masked_fill(~mask_BL, 0).sum(1) / mask_BL.sum(1).clamp(min=1)
-            mask_B = mask_BL.any(1)
-        else:
-            mask_B = torch.ones_like(losses, dtype=torch.bool)
-        if losses.shape != (num_examples,):
-            raise ValueError(
-                f"example_loss_func(...) returned the shape {tuple(losses.shape)}, not one loss for each of "
-                f"{num_examples} examples. Return losses_B, or losses_BL and mask_BL."
-            )
-        losses_BL = losses.to(_wide(losses.dtype)).unsqueeze(1)
-        return ExampleLosses(losses_BL, mask_B.unsqueeze(1), _row_numbers(losses_BL))
-
-
-def head_from(example_loss_func: ExampleLossFunc | Head) -> Head:
-    """Return the head of a user's loss: a `FunctionHead` of a function, or a head (from `head_of`, say) unchanged."""
-    if isinstance(example_loss_func, Head):
-        return example_loss_func
-    return FunctionHead("example_loss_func", example_loss_func)
 
 
 def examples_of(inputs: Mapping[str, Any], num_examples: int) -> Tensor:
@@ -386,14 +349,16 @@ def _logits(outputs: Any, name: str) -> Tensor:
             f"{type(outputs).__name__}({name}=None): losses of examples need {name}. "
             "Turn off fused losses that do not return them."
         )
-    return logits.to(_wide(logits.dtype))
+    return logits.to(wide(logits.dtype))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype in which losses are computed: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
-def _row_numbers(losses_BL: Tensor) -> Tensor:
+def row_numbers(losses_BL: Tensor) -> Tensor:
+    """Return the row number of each item."""
     return torch.arange(len(losses_BL), device=losses_BL.device)[:, None].expand(losses_BL.shape)
 
 

@@ -152,7 +152,8 @@ class StepStream:
     def draw(self) -> Iterator[StepPlan]:
         """Yield the plans of the remaining steps of this epoch."""
         assert self.ids_N is not None
-        position, repeats_N = self.consumed, earlier_occurrences(self.ids_N)
+        position = self.consumed
+        repeats_N = earlier_occurrences(self.ids_N)
         while position < len(self.ids_N):
             upcoming_N = self.ids_N[position:]
             if self._replay:

@@ -44,10 +44,9 @@ class StepReader(Dataset):
                 features.append(self.dataset[i])
         seed_all(plan.seed, plan.epoch, ids[0], repeats[0])
         inputs = dict(self.collate(features))
-        if (order_B := inputs.pop(ORDER, None)) is not None:
-            columns = (ids_B, weights_B, repeats_B)
-            return MicroBatch(inputs, *(None if column is None else column[order_B] for column in columns))
-        return MicroBatch(inputs, ids_B, weights_B, repeats_B)
+        order_B = inputs.pop(ORDER, None)
+        micro = MicroBatch(inputs, ids_B, weights_B, repeats_B)
+        return micro if order_B is None else micro.of(inputs, order_B)
 
 
 def _has_transform(dataset: Any) -> bool:

@@ -1,11 +1,11 @@
-"""Run functions around the calls of a model's blocks; a function may skip the call.
+"""Run functions around the calls of a model's blocks, which may skip a call.
 
-A subclass with another ``__call__`` replaces a block's class and runs the given functions.  They run outside of hooks,
-of activation checkpointing and of FSDP2's gathering, so a skipped block costs nothing.  Copies of the model, by
+A subclass replaces a block's class, and its ``__call__`` runs the given functions.  They run outside of hooks, of
+activation checkpointing and of FSDP2's gathering, so a skipped block costs nothing.  Copies of the model, by
 ``copy.deepcopy`` or pickle, have the original class.
 
-Techniques that draw for each example draw by `ExampleSeeds`.  If some blocks get no gradient, `refuse_waiting_ddp`
-refuses settings that would hang.
+Techniques that draw for each example use `ExampleSeeds`.  If some blocks get no gradient, `refuse_waiting_ddp` raises
+where that would hang.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from transformers import TrainingArguments
 from hf_accel.technique import Technique
 
 Around = Callable[[Callable[..., Any], tuple, dict[str, Any]], Any]
-"""Function of a call and its arguments that returns the call's result."""
+"""Function of a call and its arguments that returns the result."""
 
 
 def wrap_block(block: nn.Module, around: Around, *, innermost: bool = False) -> Callable[[], None]:
-    """Run ``around`` instead of every call of a block; return a function that ends it.
+    """Run ``around`` instead of every call of a block, and return a function that ends this.
 
     Args:
-        innermost: Run it inside the functions that run already, not around them.
+        innermost: Whether it runs inside the earlier wrappers instead of around them.
     """
     kind: Any = type(block)
     if "_arounds" not in vars(kind):
@@ -48,7 +48,7 @@ def wrap_block(block: nn.Module, around: Around, *, innermost: bool = False) -> 
 
 class _WrappedForward:
     _arounds: list[Around]
-    """From the innermost to the outermost."""
+    """Wrappers from the innermost to the outermost."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = super().__call__  # type: ignore[misc]
@@ -66,12 +66,12 @@ def _call_around(around: Around, call: Callable[..., Any], *args: Any, **kwargs:
 
 
 def hidden_states(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """Return the input of a block: its first argument."""
+    """Return the first argument of a block."""
     return args[0] if args else kwargs[next(iter(inspect.signature(block.forward).parameters))]
 
 
 class ExampleSeeds:
-    """Give keys for random draws to the rows of a batch: ids of their examples if known, else places in the step.
+    """Keys of random draws for the rows of a batch: the ids of their examples if known, or else places in the step.
 
     Args:
         technique: Technique that draws.
@@ -112,25 +112,26 @@ def refuse_other_shape(technique: Technique, before: Tensor, after: Tensor) -> N
     if before.shape[1:] != after.shape[1:]:
         raise ValueError(
             f"{technique!r} does not support this model because a block changes hidden states from "
-            f"{tuple(before.shape)} to {tuple(after.shape)} and cannot be skipped. Remove the technique."
+            f"{tuple(before.shape)} to {tuple(after.shape)} and cannot be skipped. Remove {type(technique).__name__}."
         )
 
 
 def refuse_zero(technique: Technique, args: Any) -> None:
-    """Raise ValueError under DeepSpeed ZeRO, with the reason that the technique's class gives."""
+    """Raise ValueError under DeepSpeed ZeRO, with the technique's reason."""
     if args.deepspeed_plugin is not None:
-        reason = technique.refused_backends["zero"]
-        raise ValueError(f"{technique!r} does not support ZeRO because {reason}. Use DDP or FSDP2.")
+        raise ValueError(
+            f"{technique!r} does not support ZeRO because {technique.refused_backends['zero']}. Use DDP or FSDP2."
+        )
 
 
 def refuse_waiting_ddp(technique: Technique, args: Any, model: nn.Module) -> None:
-    """Raise ValueError if DDP would wait for gradients that never come."""
+    """Raise ValueError if DDP would wait for gradients that do not come."""
     if args.world_size == 1 or any(isinstance(module, FSDPModule) for module in model.modules()):
         return
     finds = args.ddp_find_unused_parameters
     if finds is False or (finds is None and args.gradient_checkpointing):
-        value = "False" if finds is False else "None with checkpointing"
+        why = "False" if finds is False else "None and checkpointing"
         raise ValueError(
-            f"{technique!r} does not support ddp_find_unused_parameters={value} because DDP would wait for blocks "
-            "without gradients. Set ddp_find_unused_parameters=True."
+            f"{technique!r}: with ddp_find_unused_parameters={why}, DDP waits for the gradients of blocks that have "
+            "none. Set ddp_find_unused_parameters=True."
         )

@@ -1,4 +1,4 @@
-"""Find the repeated blocks of a model, as ``_no_split_modules`` declares them, and their linear layers."""
+"""Find the repeated blocks of a model, by its ``_no_split_modules``, and the layers in them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from transformers.pytorch_utils import Conv1D
 
 
 def block_lists(model: Any) -> dict[str, nn.ModuleList]:
-    """Return the model's lists of blocks by path, in the order of registration; raise ValueError if there is none.
+    """Return the lists of blocks by path, in order, or raise ValueError if there are none.
 
-    Lists of stages do not count, because the stages contain lists of blocks themselves.
+    Lists of stages, which consist of blocks themselves, do not count.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
 
@@ -34,10 +34,10 @@ def block_lists(model: Any) -> dict[str, nn.ModuleList]:
 
 
 def block_stacks(model: Any) -> list[list[nn.Module]]:
-    """Return the blocks that follow each other, stack by stack: an encoder and a decoder are two stacks.
+    """Return the blocks of each stack, in order; an encoder and a decoder are two stacks.
 
-    Raise ValueError if there are no blocks, or several towers, as in a model of text and images.  Towers see other rows
-    than the batch has, and the number of blocks decides which hidden states one tower hands to the other.
+    ValueError if there are none, or several towers, for example of text and images.  Towers see other rows than the
+    batch, and read each other's outputs by the number of blocks.
     """
     stacks = stacks_of(model)
     if len(stacks) > 1 and not model.config.is_encoder_decoder:
@@ -61,7 +61,7 @@ def stacks_of(model: Any) -> dict[str, list[str]]:
 
 
 def embedding_layers(model: nn.Module) -> list[nn.Module]:
-    """Return the layers between tokens and hidden states, if any: input embeddings and output head."""
+    """Return the input embeddings and the output head of a model, if it has them."""
     base: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if base is None:
         return []
@@ -73,7 +73,7 @@ def embedding_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """Return by path the linear layers in the model's blocks that have no parameters except a weight and a bias."""
+    """Return the linear layers in blocks by path, with no parameters beside a weight and a bias."""
     paths = block_lists(model)
     return {
         path: module
@@ -85,10 +85,10 @@ def linear_layers(model: Any) -> dict[str, Any]:
 
 
 def residual_projections(model: Any) -> dict[str, Any]:
-    """Return by path the layers with outputs that are added to the residual stream.
+    """Return the layers that add to the residual stream, by path, or raise ValueError if some block has no such layer.
 
-    They are the last linear layer of each attention of a block, and of the modules beside its attentions.  In networks
-    with batch norm, they are the last norm beside each shortcut.  Raise ValueError if a block has other modules there.
+    These are the last linear layers of each attention of a block, and of the rest of the block.  In networks with batch
+    norm, they are the last norms beside each shortcut.
     """
     if norms := _last_batch_norms(model):
         return norms
@@ -96,7 +96,7 @@ def residual_projections(model: Any) -> dict[str, Any]:
     width = getattr(getattr(model, "config", None), "hidden_size", None)
     if has_experts(model):
         raise ValueError(
-            f"{type(model).__name__} has experts instead of linear layers. Remove the technique for this model."
+            f"{type(model).__name__} has experts, which are not linear layers. Remove the technique for this model."
         )
     for path, blocks in block_lists(model).items():
         for index, block in enumerate(blocks):
@@ -117,7 +117,7 @@ def residual_projections(model: Any) -> dict[str, Any]:
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Return whether a model holds the matrices of several experts in one parameter instead of linear layers."""
+    """Return whether a model holds the matrices of several experts in one parameter, outside linear layers."""
     return any(
         "experts" in type(module).__name__.lower() and any(p.dim() == 3 for p in module.parameters(recurse=False))
         for module in model.modules()

@@ -1,15 +1,15 @@
-"""Make deeper models from shallower ones: choose the block that each new block copies, and copy it.
+"""Make deeper models from shallower ones by copies of their blocks.
 
-An operator gives, for each new block, the index of the block that it copies:
+An operator returns the index of the block that each new block copies:
 
-    stacked(2, 6)      0 1 0 1 0 1       the whole stack, repeated (G_stack)
-    interleaved(2, 6)  0 0 0 1 1 1       each block, repeated
-    on_top(2, 6)       0 1 1 1 1 1       the last block, repeated
+    stacked(2, 6)      0 1 0 1 0 1       the whole stack repeated (G_stack)
+    interleaved(2, 6)  0 0 0 1 1 1       each block repeated
+    on_top(2, 6)       0 1 1 1 1 1       the last block repeated
     middle(4, 6)       0 1 2 1 2 3       the middle of the stack twice (MIDAS)
 
-`origin` maps a name in the new model to the name with its first values: weights, gradients and optimizer moments alike.
-If blocks add to a residual stream and have norms first, copies can keep the function unchanged: their last projections
-are zero (`zero_residual_branches`).
+`origin` maps a name in the new model to the one with its first values: for weights, gradients, and moments of an
+optimizer.  In pre-norm models, a copy with zeros in its last projections (`zero_residual_branches`) leaves the function
+unchanged.
 
     sources = stacked(depth, 3 * depth)
     model = deepened(model, sources)
@@ -31,22 +31,22 @@ from hf_accel.surgery.blocks import block_lists, residual_projections
 
 
 def stacked(depth: int, new_depth: int) -> list[int]:
-    """Repeat the whole stack on top of itself."""
+    """Repeat the whole stack."""
     return [i % depth for i in range(new_depth)]
 
 
 def interleaved(depth: int, new_depth: int) -> list[int]:
-    """Repeat each block after itself; with fewer blocks than before, keep some at equal distances."""
+    """Follow each block by its copies; for fewer blocks, choose some at equal distances."""
     return [i * depth // new_depth for i in range(new_depth)]
 
 
 def on_top(depth: int, new_depth: int) -> list[int]:
-    """Repeat the last block after itself."""
+    """Append copies of the last block."""
     return [min(i, depth - 1) for i in range(new_depth)]
 
 
 def middle(depth: int, new_depth: int) -> list[int]:
-    """Repeat the middle ``new_depth - depth`` blocks once, one copy after the other; at most twice the depth."""
+    """Repeat the middle ``new_depth - depth`` blocks once; the result has at most twice the depth."""
     size = new_depth - depth
     if not 0 <= size <= depth:
         raise ValueError(
@@ -57,23 +57,22 @@ def middle(depth: int, new_depth: int) -> list[int]:
 
 
 def repeats(sources: Sequence[int]) -> list[int]:
-    """Return the new blocks that copy the same block as an earlier one."""
+    """Return the new blocks with a source that an earlier block copies already."""
     return [i for i, source in enumerate(sources) if source in sources[:i]]
 
 
 def block_path(model: Any) -> str:
-    """Return the path of the model's one stack of blocks; raise ValueError if it has several."""
+    """Return the path of the model's stack of blocks, or raise ValueError if it has several."""
     lists = block_lists(model)
     if len(lists) > 1:
         raise ValueError(
-            f"{type(model).__name__} has several stacks of blocks ({', '.join(lists)}), and a depth needs exactly one. "
-            "Remove the technique for this model."
+            f"{type(model).__name__} has several stacks of blocks ({', '.join(lists)}), and its depth is no one number."
         )
     return next(iter(lists))
 
 
 def origin(name: str, path: str, sources: Sequence[int]) -> str:
-    """Return the name that a name of the new model copies, in a model with its blocks at ``path``."""
+    """Return the name of a new parameter's source, for blocks at ``path``."""
     if not name.startswith(f"{path}."):
         return name
     index, dot, rest = name[len(path) + 1 :].partition(".")
@@ -81,17 +80,14 @@ def origin(name: str, path: str, sources: Sequence[int]) -> str:
 
 
 def deepened_config(model: Any, sources: Sequence[int]) -> Any:
-    """Copy the model's configuration, with the number and the kinds (of attention, say) of the blocks in ``sources``.
+    """Return the model's configuration for as many blocks, with the layer types of the sources.
 
-    Raise ValueError if the architecture gives a new block another kind or other parameters.
+    ValueError if the architecture gives a new block another kind or other parameters than its source.
     """
     path, config = block_path(model), copy.deepcopy(model.config)
     blocks: Any = model.get_submodule(path)
     if getattr(config, "num_hidden_layers", None) != len(blocks):
-        raise ValueError(
-            f"{type(model).__name__}: its num_hidden_layers is not its number of blocks. "
-            "Remove the technique for this model."
-        )
+        raise ValueError(f"{type(model).__name__} has no num_hidden_layers in its configuration.")
     kinds = getattr(config, "layer_types", None)
     config.num_hidden_layers = len(sources)
     if kinds is not None:
@@ -101,8 +97,9 @@ def deepened_config(model: Any, sources: Sequence[int]) -> Any:
     for i, source in enumerate(sources):
         if makeup(grown[i]) != makeup(blocks[source]):
             raise ValueError(
-                f"{type(model).__name__}: block {i} of {len(sources)} is of another kind than block {source}, which it "
-                "would copy. Choose a depth that is a multiple of the pattern of its blocks."
+                f"{type(model).__name__}: block {i} of {len(sources)} would copy block {source}, which differs in "
+                "kind. "
+                "Choose a depth that is a multiple of the pattern of its blocks."
             )
     return config
 
@@ -116,9 +113,9 @@ def makeup(block: nn.Module) -> Any:
 
 @torch.no_grad()
 def deepened(model: Any, sources: Sequence[int]) -> Any:
-    """Build a new model with the blocks of ``sources``, in the dtype and on the device of the given one.
+    """Return a new model with the blocks of ``sources``, with the dtype and device of the given one.
 
-    Global generators keep their state.
+    Global generators stay unchanged.
     """
     path, config = block_path(model), deepened_config(model, sources)
     with torch.random.fork_rng(devices=[]):
@@ -133,7 +130,7 @@ def deepened(model: Any, sources: Sequence[int]) -> Any:
 
 @torch.no_grad()
 def zero_residual_branches(model: Any, blocks: Iterable[int]) -> int:
-    """Set the last projection of each residual branch in these blocks to zero, and return their number.
+    """Make the last projection of each residual branch in these blocks zero, and return their number.
 
     The blocks then compute the identity, unless norms follow the addition (BERT).
     """

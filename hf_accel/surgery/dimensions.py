@@ -1,9 +1,8 @@
 """Name the axes of a transformer's parameters: width of the residual stream, heads, key-value heads, MLP.
 
-Models of one family and of different widths differ only in the lengths of these axes.  So values can be copied from
-one to the other axis by axis.  An axis *reads* where a parameter sums over it, as a linear layer sums over its inputs.
-A head that shares its weights with the embeddings reads through the norm before it.  The norm's scale (and shift)
-stands for it.
+Models of one family and of different widths differ only in the lengths of these axes, so values carry over axis by
+axis.  An axis *reads* if a parameter sums over it, as a linear layer sums over its inputs.  A head that shares its
+weights with the embeddings reads through the norm before it, represented by the norm's scale (and shift).
 
     axes_of(model)["model.layers.0.self_attn.o_proj.weight"]
     (Axis("width"), Axis("heads", reads=True))
@@ -26,7 +25,7 @@ class Axis(NamedTuple):
     """``width``, ``heads``, ``kv_heads`` or ``mlp``; None if it is the same at any width (vocabulary, positions)."""
     reads: bool = False
     parts: int = 1
-    """Number of concatenated copies of the dimension: 3 for queries, keys and values in one matrix."""
+    """Number of repeats of the dimension: 3 for queries, keys and values in one matrix."""
 
 
 LLAMA = {
@@ -113,7 +112,7 @@ BERT = {
     "qa_outputs.weight": "- <width",
     "qa_outputs.bias": "-",
 }
-"""Axes of each parameter by the end of its name; the first match counts, and ``<`` marks axes that read."""
+"""Axes of each parameter by the end of its name; the first match decides; ``<`` marks an axis that reads."""
 
 FAMILIES = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
@@ -123,14 +122,14 @@ FAMILIES = {
 """Axes by the ``model_type`` of a configuration."""
 
 NORMS_FIRST = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
-"""Families in which a block is the identity if its branches add nothing."""
+"""Families in which a block with branches of zero is the identity."""
 
 BEFORE_THE_HEAD = ("model.norm.", "ln_f.", "transform.LayerNorm.", "lm_head.layer_norm.")
 """Norms with outputs that only the head of a language model reads."""
 
 
 class Sizes(NamedTuple):
-    """Units of each dimension, and elements of a unit of ``heads`` and ``kv_heads``."""
+    """Number of units of each dimension, and of elements of a unit of ``heads`` and ``kv_heads``."""
 
     width: int
     heads: int
@@ -140,7 +139,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(config: Any) -> Sizes:
-    """Return the sizes of a model from its configuration."""
+    """Return the sizes of a model, from its configuration."""
     width, heads = config.hidden_size, config.num_attention_heads
     inner = config.n_inner or 4 * width if config.model_type == "gpt2" else config.intermediate_size
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -148,7 +147,7 @@ def sizes_of(config: Any) -> Sizes:
 
 
 def axes_of(model: nn.Module) -> dict[str, tuple[Axis, ...]]:
-    """Return the axes of each saved parameter by name; raise ValueError for an unknown architecture or parameter."""
+    """Return the axes of each saved parameter by name, or raise ValueError if some are unknown."""
     if not isinstance(model, PreTrainedModel) or (known := FAMILIES.get(model.config.model_type)) is None:
         raise ValueError(
             f"{type(model).__name__}: the axes of its parameters are known for {', '.join(FAMILIES)} only. Remove the "
@@ -165,7 +164,8 @@ def axes_of(model: nn.Module) -> dict[str, tuple[Axis, ...]]:
         if words is None or len(words.split()) != parameter.dim():
             raise ValueError(
                 f"{type(model).__name__}: the axes of {name} {tuple(parameter.shape)} are unknown. Remove the "
-                "technique for this model."
+                "technique "
+                "for this model."
             )
         through_norm = tied and any(norm in name for norm in BEFORE_THE_HEAD)
         axes[name] = (Axis("width", reads=True),) if through_norm else tuple(map(_axis, words.split()))
@@ -179,7 +179,7 @@ def _axis(word: str) -> Axis:
 
 
 def elements(units: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-    """Return indices of elements from indices of units: a head stands for all of its elements."""
+    """Turn indices of units into indices of elements: a head stands for all of its elements."""
     within = torch.arange(sizes.head_size)
     return {
         dimension: (index[:, None] * sizes.head_size + within).flatten() if "heads" in dimension else index
@@ -188,7 +188,7 @@ def elements(units: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
 
 
 def gathered(values: Tensor, axes: tuple[Axis, ...], sources: Mapping[str, Tensor]) -> Tensor:
-    """Gather values with other lengths: along each axis, the elements that ``sources`` names for its dimension."""
+    """Select, along each axis, the elements that ``sources`` holds for its dimension."""
     for dim, axis in enumerate(axes):
         if axis.dimension is not None:
             length, index = values.shape[dim] // axis.parts, sources[axis.dimension]

@@ -1,4 +1,4 @@
-"""Load models that judge examples without training: teachers and references."""
+"""Load frozen models that judge the trained one: teachers and references."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LANGUAGE = ("causal LM", "masked LM", "seq2seq")
 
 
 def load_frozen(technique: Technique, source: str) -> PreTrainedModel:
-    """Load a model in evaluation mode, on the device, with the same classes as the trained model.
+    """Return a model in evaluation mode, on the device, with the classes of the trained model.
 
     ``source`` is a folder, a model id or ``package.module:function``, a function that returns a model.
     """
@@ -42,7 +42,7 @@ def load_frozen(technique: Technique, source: str) -> PreTrainedModel:
 
 
 def freeze(model: Any) -> Any:
-    """Set a model to evaluation mode, with parameters that need no gradient."""
+    """Put a model in evaluation mode, with parameters that need no gradient."""
     return model.eval().requires_grad_(False)
 
 
@@ -63,11 +63,7 @@ def check_same_classes(technique: Technique, source: str, model: Any, student: A
     if theirs != ours and not (tokens and _has_tokenizer(source, tokenizer) and len(tokenizer) <= min(theirs, ours)):
         raise ValueError(
             f"{technique!r}: {source!r} has {theirs} {'tokens' if tokens else 'labels'}, and the model has {ours}. "
-            + (
-                "Give one with the same vocabulary, or both with the same tokenizer."
-                if tokens
-                else "Give one with the same labels."
-            )
+            f"Give one with the same {'vocabulary, or the same tokenizer' if tokens else 'labels'}."
         )
     names, own = model.config.id2label, student.config.id2label
     if not tokens and names != own and set(names.values()) == set(own.values()):
@@ -76,21 +72,21 @@ def check_same_classes(technique: Technique, source: str, model: Any, student: A
 
 @torch.no_grad()
 def judge(technique: Technique, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
-    """Return the outputs of a frozen model, and add its FLOPs to the trainer's, 2 per parameter and position."""
+    """Return the outputs of a frozen model, and count its operations, 2 per parameter and position."""
     run: Any = technique.run_
     run.add_flops(2 * inputs[model.main_input_name].numel() * model.num_parameters(exclude_embeddings=True))
-    with run.accelerator.autocast():  # as around the forward pass of the trained model
+    with run.accelerator.autocast():  # as in the forward pass of the trained model
         return model(**run.head.without_labels(model, inputs))
 
 
 def num_classes(model: Any) -> int:
-    """Return the number of classes that a model chooses from: tokens or labels."""
+    """Return the number of classes of a model: tokens or labels."""
     tokens = kind_of(model) in LANGUAGE
     return model.config.get_text_config().vocab_size if tokens else model.config.num_labels
 
 
 def _has_tokenizer(source: str, tokenizer: Any) -> bool:
-    """Return whether the tokenizer of a source is this one."""
+    """Return whether the source has this tokenizer."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or ":" in source:
         return False
     try:
@@ -104,7 +100,7 @@ def _load(source: str, dtype: torch.dtype) -> PreTrainedModel:
         architecture = (AutoConfig.from_pretrained(source).architectures or ["none"])[0]
         kind = getattr(transformers, architecture, None)
         if kind is None:
-            raise ValueError(f"transformers has no class {architecture}")
+            raise ValueError(f"its architecture, {architecture}, is not one of transformers")
         return kind.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -112,7 +108,7 @@ def _load(source: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def called(source: str) -> PreTrainedModel:
-    """Return the model of a function with the name ``package.module:function``."""
+    """Return the model of a function, named by ``package.module:function``."""
     module, _, name = source.partition(":")
     try:
         model = getattr(importlib.import_module(module), name)()

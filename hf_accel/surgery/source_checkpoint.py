@@ -1,4 +1,4 @@
-"""Copy first values from a trained model into one of the same family with other sizes."""
+"""Give a model its first values from a trained one of the same family with other sizes."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ ALIKE = (
     "scale_attn_by_inverse_layer_idx",
     "tie_word_embeddings",
 )
-"""Configuration entries that must be equal, beside the size of heads and the queries per key-value head."""
+"""Settings that must be equal, beside the size of heads and the queries per key-value head."""
 
 
 def load_donor(technique: Technique, source: str | None, model: Any) -> tuple[Any, Collection[str]]:
-    """Load the model of ``source`` in the class and dtype of ``model``, with the names of parameters that it lacks.
+    """Return the model of ``source``, and the names of parameters that it lacks, for example those of a new head.
 
-    ``source`` is a folder, an id or ``package.module:function``.  For example, a new head is lacking.
+    ``source`` is a folder, an id or ``package.module:function``.  Class and dtype are those of ``model``.
     """
     if source is None:
         raise ValueError("checkpoint is None. Name the folder or the id of a trained model.")
@@ -55,7 +55,7 @@ def load_donor(technique: Technique, source: str | None, model: Any) -> tuple[An
     try:
         theirs, ours = AutoConfig.from_pretrained(source).model_type, model.config.model_type
         if theirs != ours:
-            raise ValueError(f"its model_type is {theirs!r}, and the model has {ours!r}")
+            raise ValueError(f"its model_type is {theirs!r}, and the model's {ours!r}")
         with torch.random.fork_rng(devices=[]), _not_sharded(run.args):
             donor, found = type(model).from_pretrained(source, dtype=model.dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:
@@ -69,7 +69,7 @@ def load_donor(technique: Technique, source: str | None, model: Any) -> tuple[An
 
 @contextlib.contextmanager
 def _not_sharded(args: Any) -> Iterator[None]:
-    """Load models inside without sharding, also under ZeRO-3."""
+    """Load whole models inside, also under ZeRO-3."""
     if not is_deepspeed_zero3_enabled():
         yield
         return
@@ -81,7 +81,7 @@ def _not_sharded(args: Any) -> Iterator[None]:
 
 
 def check_alike(model: Any, donor: PreTrainedModel) -> None:
-    """Raise ValueError unless two models differ only in sizes, by whole heads."""
+    """Raise ValueError unless two models differ in sizes only, by whole heads."""
     ours, theirs = model.config, donor.config
     for key in ALIKE:
         pair = getattr(ours, key, None), getattr(theirs, key, None)
@@ -101,7 +101,7 @@ def check_alike(model: Any, donor: PreTrainedModel) -> None:
 
 
 def head_sources(kv_heads: Tensor, heads: int) -> Tensor:
-    """Return the old head of each new one, from the sources of key-value heads with ``heads`` queries each."""
+    """Return the old head of each new one, given those of key-value heads that ``heads`` queries share."""
     return (kv_heads[:, None] * heads + torch.arange(heads)).flatten()
 
 
@@ -114,24 +114,21 @@ def write_from(
     blocks: Sequence[int],
     read: Callable[[Tensor, int, Tensor], Tensor] | None = None,
 ) -> int:
-    """Copy the donor's values to each parameter that it has, and return their number.
+    """Give each parameter that the donor has the donor's values, and return their number.
 
-    ``sources`` names the old element for each new one of a dimension, and ``blocks`` names the old block for each new
-    one.  ``read`` transforms values along an axis that reads, given the axis and its sources.
+    ``sources`` holds the old element of each new one by dimension, and ``blocks`` the old block of each new one.
+    ``read`` changes the values along each axis that reads, given the axis and its sources.
     """
     path, state, written = block_path(model), donor.state_dict(), 0
     kinds, old_kinds = (getattr(m.config, "layer_types", None) for m in (model, donor))
     if kinds and old_kinds and kinds != (copied := [old_kinds[block] for block in blocks]):
-        raise ValueError(f"its blocks are {kinds}, but they copy {copied}. Choose another depth.")
+        raise ValueError(f"its blocks are {kinds}, and those that they copy {copied}. Choose another depth.")
     for name, axes in axes_of(model).items():
         if (old := origin(name, path, blocks)) in lacking:
             continue
         parameter, values = model.get_parameter(name), gathered(state[old], axes, sources)
         if values.shape != parameter.shape:
-            raise ValueError(
-                f"{name} has the shape {tuple(parameter.shape)}, and the checkpoint gives {tuple(values.shape)}. "
-                "Give a checkpoint of the same architecture."
-            )
+            raise ValueError(f"{name} is {tuple(parameter.shape)}, and from the checkpoint {tuple(values.shape)}.")
         for dim, axis in enumerate(axes):
             if axis.reads and read is not None:
                 assert axis.dimension is not None

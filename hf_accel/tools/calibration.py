@@ -122,42 +122,43 @@ class Forecast:
         return steps
 
 
-def calibrate(host: Any, *, seconds: float = 30.0, without: Sequence[Technique] = ()) -> Forecast:
+def calibrate(trainer: Any, *, seconds: float = 30.0, without: Sequence[Technique] = ()) -> Forecast:
     """Measure the steps of a trainer that hosts techniques and has not started, and leave it unchanged.
 
     Args:
         seconds: Seconds of the short run; evaluations of some batches are extra.
         without: Techniques that the short run omits.
     """
-    began = host.clock.now()
-    counted = {unit: math.inf for unit in host._limits() if unit in ("flops", "joules")}
-    args, size = host.args, host.args.eval_batch_size
+    engine, clock = trainer.accel, trainer.clock
+    began = clock.now()
+    counted = {unit: math.inf for unit in engine.limits() if unit in ("flops", "joules")}
+    args, size = trainer.args, trainer.args.eval_batch_size
     evaluates, saves = IntervalStrategy(args.eval_strategy).value, SaveStrategy(args.save_strategy).value
-    few, more = (None, None) if evaluates == "no" else (probe_of(host, size), probe_of(host, PROBED_BATCHES * size))
+    few, more = (None, None) if evaluates == "no" else (probe_of(engine, size), probe_of(engine, PROBED_BATCHES * size))
     timing = Timing()
     with many_runs():
         rate, limits = args.learning_rate, {"seconds": seconds, **counted}
-        first = short_run(host, rate, {"steps": WARM}, without=without, probe=few)
-        run = short_run(host, rate, limits, techniques=[timing], without=without, probe=more)
+        first = short_run(engine, rate, {"steps": WARM}, without=without, probe=few)
+        run = short_run(engine, rate, limits, techniques=[timing], without=without, probe=more)
     step, spent = timing.step_seconds(), {unit: run.spent[unit] / run.steps for unit in run.spent if unit != "seconds"}
     per_epoch = spent["epochs"]
     return Forecast(
         start=timing.moments_[0],
         step=step,
-        evaluation=0.0 if evaluates == "no" else _of_all(host, first, run),
-        checkpoint=0.0 if saves == "no" else CHECKPOINT * _saving_seconds(host),
-        batch=host.nominal_batch_size,
+        evaluation=0.0 if evaluates == "no" else _of_all(trainer, first, run),
+        checkpoint=0.0 if saves == "no" else CHECKPOINT * _saving_seconds(trainer),
+        batch=engine.nominal_batch_size,
         spent=spent,
         measured_steps=run.steps,
-        cost=host.clock.now() - began,
+        cost=clock.now() - began,
         evaluations=_rhythm(evaluates, args.eval_steps, per_epoch, float(args.eval_on_start)),
         checkpoints=_rhythm(saves, args.save_steps, per_epoch, 0.0),
     )
 
 
-def _of_all(host: Any, few: Any, more: Any) -> float:
+def _of_all(trainer: Any, few: Any, more: Any) -> float:
     """Estimate the seconds of the whole evaluation from those of two parts."""
-    data = host.train_dataset if host.eval_dataset is None else host.eval_dataset
+    data = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
     parts = list(data.values()) if isinstance(data, dict) else [data]
     examples = sum(map(len, parts))
     if more.evaluated == few.evaluated:
@@ -175,8 +176,8 @@ def _rhythm(strategy: str, every: float | None, epochs_of_a_step: float, once: f
     return Rhythm(once=once)
 
 
-def _saving_seconds(host: Any) -> float:
-    began = host.clock.now()
+def _saving_seconds(trainer: Any) -> float:
+    began = trainer.clock.now()
     with tempfile.TemporaryDirectory() as folder:
-        host.save_model(folder, _internal_call=True)
-    return host.clock.now() - began
+        trainer.save_model(folder, _internal_call=True)
+    return trainer.clock.now() - began

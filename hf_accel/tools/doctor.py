@@ -11,23 +11,18 @@ in every step.  They have no share and come last.  Traps cost correctness instea
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import statistics
 import tempfile
 import time
-import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
@@ -37,12 +32,9 @@ from hf_accel.engine.reserve import probe_evaluation
 from hf_accel.engine.short_run import Horizon
 from hf_accel.losses import honors_num_items
 from hf_accel.technique import Technique
+from hf_accel.tools.watch import STEPS, WARM, Watch
 from hf_accel.trainer import attach
 
-WARM = 5
-"""Steps before the measurement."""
-STEPS = 25
-"""Measured steps."""
 NOTABLE = 0.05
 """Smallest share of the run that makes a finding."""
 ENOUGH = 10
@@ -81,92 +73,6 @@ class Examination:
     traps: list[Finding] = field(default_factory=list)
 
 
-@dataclass(eq=False)
-class Watch(Technique):
-    """Measure steps: their phases, the padding of their batches, and the lines that wait for a number."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.positions_, self.padding_ = 0, 0
-        self.lengths_: list[list[int]] = []
-        self.waits_: Counter[str] = Counter()
-        self.hook_ = model.register_forward_pre_hook(self._look, with_kwargs=True)
-        self.mode_ = contextlib.ExitStack()
-        self.before_: dict[str, float] = {}
-        self.steps_: list[float] = []
-        self.began_ = time.perf_counter()
-        self.run_.stopwatch.synchronizes = True  # type: ignore[union-attr]
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        host: Any = self.run_
-        self.mode_.close()
-        if state.global_step == 1:
-            self.mode_.enter_context(Waits(self.waits_))
-        now = time.perf_counter()
-        if state.global_step > WARM:
-            self.steps_.append(now - self.began_)
-        elif state.global_step == WARM:
-            self.before_ = dict(host.stopwatch.seconds)
-        self.began_ = now
-
-    def on_train_end(self, args, state, control, **kwargs):
-        host: Any = self.run_
-        self.hook_.remove()
-        self.mode_.close()
-        steps = max(state.global_step - WARM, 1)
-        host.stopwatch._settle()
-        host.stopwatch.synchronizes = False
-        self.seconds_ = {
-            name.partition(".")[2] or name: (seconds - self.before_.get(name, 0.0)) / steps
-            for name, seconds in host.stopwatch.seconds.items()
-        }
-
-    def _look(self, module: Any, args: Any, inputs: dict[str, Any]) -> None:
-        mask = inputs.get("attention_mask")
-        if module.training and mask is not None and mask.dim() == 2:
-            self.positions_ += mask.numel()
-            self.padding_ += int((mask == 0).sum())
-            self.lengths_.append(mask.sum(1).tolist())
-
-    @property
-    def padding(self) -> float:
-        """Return the share of the positions that are padding."""
-        return self.padding_ / self.positions_ if self.positions_ else 0.0
-
-    @property
-    def padding_when_grouped(self) -> float:
-        """Return the share of padding if examples of similar length shared a batch."""
-        lengths = sorted(itertools.chain.from_iterable(self.lengths_))
-        sizes = [len(batch) for batch in self.lengths_]
-        batches = [lengths[end - size : end] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
-        return 1 - sum(lengths) / max(sum(len(batch) * max(batch) for batch in batches), 1)
-
-
-class Waits(TorchDispatchMode):
-    """Count the reads of tensor values by line of the user's code."""
-
-    def __init__(self, found: Counter[str]):
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.found[_line_of_the_user()] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def _line_of_the_user() -> str:
-    """Return the line that reads a value; empty if an installed package does, such as Trainer, or `Watch`."""
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path == Path(__file__) and frame.name == Watch._look.__name__:
-            return ""
-        if path == Path(__file__) or path.is_relative_to(Path(torch.__file__).parent):
-            continue
-        return "" if "site-packages" in path.parts else f"{path.name}:{frame.lineno}"
-    return ""
-
-
 def examine(trainer: Trainer, techniques: list[Technique] | None = None) -> Examination:
     """Train for a few steps, and report the costs.
 
@@ -182,9 +88,10 @@ def examine(trainer: Trainer, techniques: list[Technique] | None = None) -> Exam
         quiet(trainer, folder)
         attach(trainer, techniques=[Horizon({"steps": float(WARM + STEPS)}), *(techniques or []), watch])
         trainer.train()
+        accel: Any = trainer.accel  # type: ignore[attr-defined]
         step = statistics.median(watch.steps_)
         has_data = trainer.eval_dataset is not None and evaluations
-        evaluation = probe_evaluation(trainer) if has_data else 0.0  # type: ignore[arg-type]
+        evaluation = probe_evaluation(accel.host, accel.meter.clock.now) if has_data else 0.0  # type: ignore[arg-type]
         run_seconds = None if steps is None else steps * step + evaluations * evaluation
         waiting, seconds = communication(trainer), dict(watch.seconds_)
         if waiting:  # DDP sends gradients during the backward pass, whose end waits for the last ones
@@ -209,10 +116,10 @@ def communication(trainer: Any, passes: int = 5) -> float:
     All ranks must call it together.  Return 0 for one process, and for FSDP and DeepSpeed, which cannot skip the
     exchange.  Return 0 also if a technique skips it.
     """
-    wrapped, owner = trainer.model_wrapped, trainer._owners["synchronize"]
+    wrapped, owner = trainer.model_wrapped, trainer.accel.roster.owner("synchronize")
     if not isinstance(wrapped, DistributedDataParallel) or (owner is not None and not owner.synchronize()):
         return 0.0
-    inputs = trainer._prepare_inputs(next(iter(Trainer.get_train_dataloader(trainer))))
+    inputs = trainer.accel.host.prepare_inputs(next(iter(Trainer.get_train_dataloader(trainer))))
     wrapped.train()
     seconds: dict[bool, list[float]] = {True: [], False: []}
     for exchanges in (True, False) * (passes + 1):
@@ -352,7 +259,7 @@ def _memory_and_seconds(trainer: Any, batch: Any, passes: int = 3) -> tuple[int,
     model, kept, seconds = trainer.model, 0, []
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     model.train()
-    inputs = trainer._prepare_inputs(batch)
+    inputs = trainer.accel.host.prepare_inputs(batch)
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         nonlocal kept

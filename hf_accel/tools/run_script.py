@@ -25,6 +25,7 @@ from transformers import Trainer, set_seed
 from transformers.models.auto import modeling_auto as auto
 
 from hf_accel.adapters import unwrapped
+from hf_accel.host import replace_arguments
 from hf_accel.recipe import Recipe, RecipeError, read_technique
 from hf_accel.trainer import AccelTrainerMixin, attach
 
@@ -107,10 +108,7 @@ def equip(trainer: Trainer, recipe: Recipe) -> None:
         for name in sorted(READ_AT_INIT & recipe.args.keys()):
             if getattr(merged, name) != getattr(trainer.args, name):
                 raise RecipeError(f"args.{name}: the script built its trainer with another value. Set it there.")
-        trainer.args = merged
-        trainer.create_accelerator_and_postprocess()
-        trainer._train_batch_size = trainer.args.train_batch_size
-        trainer.neftune_noise_alpha = trainer.args.neftune_noise_alpha
+        replace_arguments(trainer, merged)
         if "seed" in recipe.args:
             set_seed(trainer.args.seed)
     attach(trainer, techniques=recipe.build_techniques())

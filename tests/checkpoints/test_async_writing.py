@@ -25,7 +25,7 @@ from hf_accel import (
     StochasticWeightAveraging,
 )
 from hf_accel.checkpoints import format as ckpt
-from hf_accel.engine.saving import snapshot
+from hf_accel.checkpoints.background import snapshot
 from hf_accel.testing import largest_difference, losses_of, tiny_trainer, weights_of
 
 
@@ -180,7 +180,7 @@ class FillsTheDisk(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == 5:
-            self.trainer.finish_saving()
+            self.trainer.accel.checkpoints.finish()
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
@@ -239,6 +239,8 @@ def _whole(trainer):
     return weights.gather(trainer.model, weights.local_parameters(trainer.model))
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
 def test_two_ranks_resume_bit_exactly(tmp_path, backend):
     (losses, weights, faults), _ = run_on_ranks(on_a_rank, tmp_path, backend, (3, 9), backend=backend, timeout=SECONDS)
@@ -255,6 +257,8 @@ def test_two_ranks_resume_bit_exactly(tmp_path, backend):
     assert largest_difference(here, there) == 0.0
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_the_best_model_of_two_ranks_under_fsdp2(tmp_path):
     args = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "given": lambda: []}
     found = [
@@ -264,6 +268,8 @@ def test_the_best_model_of_two_ranks_under_fsdp2(tmp_path):
     assert largest_difference(*(weights[0] for (_, weights, _), _ in found)) == 0.0
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_ranks_with_optimizers_of_their_own(tmp_path):
     (losses, weights, _), _ = run_on_ranks(
         on_a_rank, tmp_path, "ddp", (4, 8), timeout=SECONDS, given=lambda: [DiLoCo(every=4)]
@@ -276,9 +282,11 @@ def alone(directory):
     trainer = make(directory)
     trainer.train()
     faults = [ckpt.integrity_error(path) for path in ckpt.checkpoints(directory)]
-    return [dist.get_backend(group) for group in trainer._saving_groups if group is not None], faults
+    return [dist.get_backend(group) for group in trainer.accel.writer.groups if group is not None], faults
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_one_rank_of_one_has_groups_that_need_no_accelerator(tmp_path):
     ((backends, faults),) = run_on_ranks(alone, tmp_path, world=1, timeout=SECONDS)
     assert backends == ["gloo"] * 3 and faults == [None] * 4
@@ -294,6 +302,8 @@ def one_rank_cannot_write(directory):
     return trainer.state.global_step, str(raised.value)
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_one_rank_cannot_write(tmp_path):
     for step, words in run_on_ranks(one_rank_cannot_write, tmp_path, timeout=SECONDS):
         assert step == 9 and "checkpoint-6: the checkpoint could not be written" in words
@@ -308,6 +318,8 @@ def refused(directory):
     return True
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_deepspeed_is_refused(tmp_path):
     assert run_on_ranks(refused, tmp_path, backend="zero1") == [True, True]
 

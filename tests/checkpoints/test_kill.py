@@ -64,6 +64,7 @@ def in_a_child(fn, *args, **kwargs):
     return process.exitcode
 
 
+@pytest.mark.ci
 def test_killed_at_random_steps(tmp_path):
     weights, losses, steps = train(tmp_path / "straight")
     choose = random.Random(0)
@@ -79,6 +80,8 @@ def test_killed_at_random_steps(tmp_path):
     assert largest_difference(resumed, weights) == 0.0
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_killed_at_random_steps_on_two_ranks(tmp_path):
     args = {"per_device_train_batch_size": 4}
     straight = run_on_ranks(train, tmp_path / "straight", **args)
@@ -91,6 +94,7 @@ def test_killed_at_random_steps_on_two_ranks(tmp_path):
         assert largest_difference(weights, again) == 0.0
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_killed_inside_a_save(tmp_path, asynchronous):
     """Twenty kills at writes that are spread over a save: a whole checkpoint is found every time."""
@@ -106,7 +110,7 @@ def test_killed_inside_a_save(tmp_path, asynchronous):
         assert whole is not None and ckpt.integrity_error(whole) is None
         assert whole.name in ("checkpoint-3", "checkpoint-6")
         again = tiny_trainer(six(), directory, max_steps=7)
-        assert again._checkpoint_to_resume(True) == str(whole)
+        assert again.accel.checkpoints.find(True) == str(whole)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 7
 
@@ -114,7 +118,7 @@ def test_killed_inside_a_save(tmp_path, asynchronous):
 def _train_counting_writes(directory, events, dies_at, asynchronous):
     """Train for 6 steps, saving at 3 and 6; die at a write of the second save."""
     trainer = tiny_trainer(six(), directory, save_strategy="steps", save_steps=3, save_total_limit=1, max_steps=6)
-    trainer.async_checkpoints = asynchronous
+    trainer.accel.writer.in_background = asynchronous
     saving, seen = [False], [0]
 
     def audit(event, arguments):
@@ -133,7 +137,7 @@ def _train_counting_writes(directory, events, dies_at, asynchronous):
     def saved(model, trial):
         saving[0] = trainer.state.global_step == 6
         save(trainer, model, trial)
-        trainer.finish_saving()
+        trainer.accel.checkpoints.finish()
         saving[0] = False
 
     trainer._save_checkpoint = saved

@@ -44,6 +44,7 @@ def run(*line: object):
     return CliRunner().invoke(app, [str(word) for word in line])
 
 
+@pytest.mark.ci
 def test_a_recipe_gets_a_proposal_and_a_plot(recipe, tmp_path):
     result = run("find-lr", recipe, "--out", tmp_path / "found", "--share", 1)
     assert result.exit_code == 0, result.output
@@ -62,6 +63,7 @@ def test_a_recipe_gets_a_proposal_and_a_plot(recipe, tmp_path):
     assert [path.name for path in (tmp_path / "again").iterdir()] == ["find-lr.json"]
 
 
+@pytest.mark.ci
 def test_a_workload_has_a_recipe_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = ["find-lr", "--workload", "synthetic", "--budget", "800samples", "--share", 1, "--no-plot", "--json"]

@@ -25,6 +25,7 @@ def run(tmp_path, monkeypatch):
     return lambda *line: CliRunner(env={"COLUMNS": "80"}).invoke(app, ["plan", *map(str, line)])
 
 
+@pytest.mark.ci
 def test_tables_words_and_files(model, run, tmp_path):
     result = run(model, "--devices", 4, "--memory", "24GB", "--batch", 2, "--output", "here")
     assert result.exit_code == 0, result.output
@@ -38,6 +39,7 @@ def test_tables_words_and_files(model, run, tmp_path):
     assert max(map(len, result.stdout.splitlines())) <= 80
 
 
+@pytest.mark.ci
 def test_nothing_fits(model, run, tmp_path):
     result = run(model, "--memory", "1MB")
     assert result.exit_code == 1
@@ -46,6 +48,7 @@ def test_nothing_fits(model, run, tmp_path):
     assert not (tmp_path / "accel_plan").exists()
 
 
+@pytest.mark.ci
 def test_for_programs(model, run):
     result = run(model, "--devices", 2, "--memory", "1TB", "--json")
     found = json.loads(result.stdout)
@@ -95,6 +98,7 @@ def short(monkeypatch):
     monkeypatch.setattr("hf_accel.cli.plan.CALIBRATION_SECONDS", 0.5)
 
 
+@pytest.mark.ci
 def test_what_fits_in_a_budget(recipe, run, tmp_path):
     result = run(recipe, "--budget", "40steps", "--batch", 16)
     assert result.exit_code == 0, result.output
@@ -109,6 +113,7 @@ def test_what_fits_in_a_budget(recipe, run, tmp_path):
     assert not list(tmp_path.glob("tmp_trainer*")) and not (tmp_path / "accel_output").exists()
 
 
+@pytest.mark.ci
 def test_what_fits_in_a_time_for_programs(recipe, run):
     result = run(recipe, "--budget", "2h", "--devices", 2, "--json")
     found = json.loads(result.stdout)["budget"]

@@ -200,9 +200,9 @@ def test_a_finished_run_goes_on(recipe, tmp_path):
     ("options", "sentence"),
     [
         (("--budget", "3 parsecs"), "there is no unit 'parsecs'"),
-        (("--budget", "0.01s"), "one step, and the evaluation and the checkpoint after it, do not fit into it"),
-        (("--budget", "10tok"), "one step, and the evaluation and the checkpoint after it, do not fit into it"),
-        (("--budget", "1e4flop"), "one step, and the evaluation and the checkpoint after it, do not fit into it"),
+        (("--budget", "0.01s"), "too small for one step and the evaluation and checkpoint after it"),
+        (("--budget", "10tok"), "too small for one step and the evaluation and checkpoint after it"),
+        (("--budget", "1e4flop"), "too small for one step and the evaluation and checkpoint after it"),
         (("--budget", "1kWh"), "joules: "),
         (("--budget", "job"), "SLURM_JOB_START_TIME is not set"),
         (("--set", "args.max_steps=5"), "max_steps=5: Budget(limit='8steps') limits the run already"),
@@ -225,4 +225,6 @@ def test_a_budget_that_is_spent_is_one_sentence(recipe):
     assert run("train", recipe).exit_code == 0
     result = run("train", recipe, "--resume")
     assert result.exit_code == 2
-    assert "Budget(limit='8steps'): the run has spent it already. Give more." in " ".join(result.output.split())
+    assert "Budget(limit='8steps'): the run has spent this budget already. Set a larger one." in " ".join(
+        result.output.split()
+    )

@@ -23,13 +23,13 @@ def train(directory, ranks, backend=None, resume=None, **settings):
     trainer = tiny_trainer(
         techniques, directory, per_device_train_batch_size=EXAMPLES // ranks, **EXACT, **settings, **args
     )
-    plan, read = [], trainer._transformed
+    plan, read = [], trainer.accel.step.transformed
 
     def spy(batch):
         plan.append(batch.plan.ids_N.tolist())
         return read(batch)
 
-    trainer._transformed = spy
+    trainer.accel.step.transformed = spy
     trainer.train(resume_from_checkpoint=resume)
     weights = gather(trainer.model, local_parameters(trainer.model, trainable_only=False))
     rates = [entry["learning_rate"] for entry in trainer.state.log_history if "learning_rate" in entry]

@@ -207,6 +207,8 @@ class OnlyNow(Quiet):
         return False
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_gradients_that_are_not_synchronized_stay_with_their_rank(tmp_path):
     def gradients(techniques):
         trainer = tiny_trainer(
@@ -236,6 +238,8 @@ class Watch(Quiet):
         pass
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_nothing_is_observed_of_a_rank_without_examples(tmp_path):
     """Of 65 examples in steps of 8, the last step has one, and the other rank a filler."""
 
@@ -343,7 +347,7 @@ def test_an_example_in_pieces_is_observed_once_by_the_mean_of_its_tokens(tmp_pat
     def see(module, args, inputs, output):
         logits, labels = output.logits[:, :-1].detach(), inputs["labels"][:, 1:]
         losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
-        rows = zip(trainer.micro_batch.ids_B.tolist(), losses, labels != -100, strict=True)
+        rows = zip(trainer.accel.step.micro_batch.ids_B.tolist(), losses, labels != -100, strict=True)
         pieces.extend((i, loss[there].tolist()) for i, loss, there in rows)
 
     trainer.model.register_forward_hook(see, with_kwargs=True)

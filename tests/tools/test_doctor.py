@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 from hf_accel import LengthGrouped, LocalSGD, Recipe
 from hf_accel.cli import app
 from hf_accel.testing import CountingText, collate_padded
-from hf_accel.tools.doctor import Watch, _memory_and_seconds, examine, planned_evaluations, planned_steps
+from hf_accel.tools.doctor import _memory_and_seconds, examine, planned_evaluations, planned_steps
+from hf_accel.tools.watch import Watch
 
 SETTINGS = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
 SETTINGS |= {"num_train_epochs": 40, "per_device_train_batch_size": 8, "logging_steps": 50}
@@ -169,7 +170,9 @@ def test_what_a_forward_pass_keeps_is_counted_once_and_without_weights():
             return SimpleNamespace(loss=(hidden * hidden).sum())
 
     inputs = {"x": torch.ones(3, 4, requires_grad=True)}
-    trainer = SimpleNamespace(model=Squared(4, 5, bias=False), _prepare_inputs=lambda batch: batch)
+    trainer = SimpleNamespace(
+        model=Squared(4, 5, bias=False), accel=SimpleNamespace(host=SimpleNamespace(prepare_inputs=dict))
+    )
     assert _memory_and_seconds(trainer, inputs)[0] == 4 * (3 * 4 + 3 * 5)
 
 
@@ -269,6 +272,8 @@ def examined_on_a_rank(directory, words, techniques=()):
     return found.seconds, [finding.what for finding in found.findings]
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_communication_of_two_ranks(tmp_path):
     for seconds, findings in run_on_ranks(examined_on_a_rank, tmp_path, 60_000):
         assert findings[0].startswith("Communication: a step waits"), (seconds, findings)

@@ -19,9 +19,9 @@ from hf_accel.tools.planning import (
     accelerate_config,
     deepspeed_config,
     parse_bytes,
-    subject_of,
     write_configs,
 )
+from hf_accel.tools.subjects import subject_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 D, F, N, V, L, B = 64, 160, 4, 500, 32, 2

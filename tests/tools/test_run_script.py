@@ -69,6 +69,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.ci
 def test_nothing_attached_is_plain_python(script, tmp_path):
     subprocess.run([sys.executable, script, tmp_path / "plain"], check=True, capture_output=True)
     done = run(script, tmp_path / "run")
@@ -169,6 +170,8 @@ def test_a_script_that_is_not_there(tmp_path):
     assert done.exit_code == 2 and "there is no such file" in done.output
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_two_ranks_started_by_torchrun(script, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command = [*launcher, "-m", "hf_accel.cli", "run", "--budget", "3steps", script, tmp_path / "out"]

@@ -101,8 +101,8 @@ def test_the_rate_falls_with_the_horizon(share, factor):
 @pytest.mark.parametrize("techniques", [[], [LinearToZero(warmup=0.5)], [Budget("24steps"), InfoBatch()]], ids=repr)
 def test_a_short_run_is_the_run_itself_made_short(techniques, tmp_path):
     host = tiny_trainer(techniques, tmp_path)
-    probe = probe_of(host, 10)
-    ran = short_run(host, 2e-3, {"steps": 6.0}, probe=probe, each_step=True)
+    probe = probe_of(host.accel, 10)
+    ran = short_run(host.accel, 2e-3, {"steps": 6.0}, probe=probe, each_step=True)
     own = [t for t in techniques if not isinstance(t, Budget)]
     alone = tiny_trainer(own, tmp_path, learning_rate=2e-3, max_steps=6)
     alone.train()
@@ -114,7 +114,7 @@ def test_a_short_run_is_the_run_itself_made_short(techniques, tmp_path):
 
 def test_warm_up_in_updates_shrinks_with_the_horizon(tmp_path):
     host = tiny_trainer([], tmp_path, warmup_steps=12)
-    ran = short_run(host, 2e-3, {"steps": 6.0}, warmup=12 / 24, each_step=True)
+    ran = short_run(host.accel, 2e-3, {"steps": 6.0}, warmup=12 / 24, each_step=True)
     alone = tiny_trainer([], tmp_path, learning_rate=2e-3, max_steps=6, warmup_steps=3)
     alone.train()
     assert ran.losses == [entry["loss"] for entry in alone.state.log_history if "loss" in entry]
@@ -162,7 +162,7 @@ def test_the_trainer_stays_as_it_was(tmp_path):
 def test_a_copy_of_an_evaluated_model_does_not_lead_back_to_it(tmp_path):
     host = tiny_trainer([], tmp_path, bf16=True)
     host.evaluate()  # accelerate wraps its forward
-    short_run(host, 1e-2, {"steps": 3.0})
+    short_run(host.accel, 1e-2, {"steps": 3.0})
     assert all(parameter.grad is None for parameter in host.model.parameters())
 
 
@@ -199,7 +199,7 @@ def test_other_trainers_and_given_optimizers_are_refused(tmp_path):
 
 def test_a_run_that_a_technique_gives_up_has_diverged(tmp_path):
     host = tiny_trainer([GradientSpikeGuard(max_ratio=1.0001, patience=1)], tmp_path)
-    run = short_run(host, 1e-3, {"steps": 30.0}, each_step=True, probe=probe_of(host, 4))
+    run = short_run(host.accel, 1e-3, {"steps": 30.0}, each_step=True, probe=probe_of(host.accel, 4))
     assert run.loss == math.inf == run.losses[-1] and divergence(run.losses) == len(run.losses) - 1 == run.steps
 
 
@@ -216,6 +216,6 @@ class Rates(Technique):
 
 def test_in_the_range_test_a_rate_of_its_own_stays_below_itself(tmp_path):
     test, host = module._RangeTest(), tiny_trainer([Muon(lr=0.02), Rates()], tmp_path)
-    short_run(host, module.HIGHEST, {"steps": 14.0}, techniques=[test])
+    short_run(host.accel, module.HIGHEST, {"steps": 14.0}, techniques=[test])
     assert Rates.highest == pytest.approx({"muon": 0.02 / math.sqrt(10), "adamw": 10 / math.sqrt(10)})
     assert test.rates_ == pytest.approx([1e-6 * 10 ** (i / 2) for i in range(14)])

@@ -17,7 +17,7 @@ from hf_accel.testing import largest_difference, losses_of, tiny_trainer, weight
 def test_spikes_are_those_above_the_geometric_mean():
     choose = random.Random(0)
     guard = GradientSpikeGuard(max_ratio=3.0, patience=100)
-    guard.mean_log_norm_, guard.seen_, guard.refused_, guard.in_a_row_ = 0.0, 0, 0, 0
+    guard.mean_log_norm_, guard.seen_, guard.refused_, guard.in_a_row_, guard.buffers_ = 0.0, 0, 0, 0, []
     accepted = []
     for _ in range(50):
         norm = math.exp(choose.gauss(0, 1))

@@ -1,0 +1,177 @@
+"""The checkpoints of one run: what the engine adds to Trainer's, and how a run resumes from them."""
+
+from __future__ import annotations
+
+import functools
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from hf_accel import weights
+from hf_accel.checkpoints import format as ckpt
+from hf_accel.checkpoints import reader as reading
+from hf_accel.checkpoints.writer import CheckpointWriter
+from hf_accel.engine import resuming
+from hf_accel.engine.averages import AveragedWeights
+from hf_accel.engine.meter import Meter
+from hf_accel.engine.optimization import Optimization
+from hf_accel.engine.roster import Roster
+from hf_accel.engine.step import StepRunner
+from hf_accel.host.view import TrainerView
+from hf_accel.technique import Technique
+
+
+class RunCheckpoints:
+    """Writes and reads the checkpoints of one call of ``train()``.
+
+    Args:
+        write_metadata: Writes recipe and receipt into a folder.
+    """
+
+    def __init__(
+        self,
+        host: TrainerView,
+        roster: Roster,
+        meter: Meter,
+        optimization: Optimization,
+        step: StepRunner,
+        averages: AveragedWeights,
+        writer: CheckpointWriter,
+        *,
+        write_metadata: Callable[[Path], None],
+    ):
+        self.host, self.roster, self.meter = host, roster, meter
+        self.optimization, self.step, self.averages, self.writer = optimization, step, averages, writer
+        self.write_metadata = write_metadata
+        self.run_id = uuid.uuid4().hex
+        self._reader: reading.CheckpointReader | None = None
+        self._loaded_from: Any = None
+
+    # Writing --------------------------------------------------------------------------------------------------------
+
+    def save(self, trial: Any, plain: Callable[[], Any]) -> None:
+        """Write a checkpoint; ``plain`` is Trainer's own method."""
+        self.finish()
+        run_dir = self.host.get_output_dir(trial=trial)
+        directory = Path(run_dir, f"checkpoint-{self.host.state.global_step}")
+        clock = self.meter.clock
+        with self.meter.stopwatch.charge("saving"):
+            self.step.flush_observations()
+            self.meter.count_tokens()
+            add = functools.partial(self._add_state, directory)
+            seconds = self.writer.write(directory, run_dir, plain, add, lambda: clock.seconds)
+        if seconds is not None:
+            self.meter.saving_seconds = seconds
+
+    def finish(self) -> None:
+        """Wait until the checkpoint that is being written is whole; raise where it could not be written."""
+        if self.writer.is_writing:
+            with self.meter.stopwatch.charge("saving"):
+                self.meter.saving_seconds = self.writer.finish()
+
+    def _add_state(self, directory: Path) -> None:
+        """Write what a checkpoint of Trainer lacks."""
+        args, techniques, put = self.host.args, self.roster.techniques, self.writer.put
+        if (averages := self.averages.averages()) is not None:
+            averages = weights.gather(self.host.model, averages)
+        states = {scope: [t.state_dict(scope) for t in techniques] for scope in ("global", "rank")}
+        if args.should_save:
+            if averages is not None:
+                put(ckpt.save_averaged, directory, averages)
+            put(ckpt.save_state, directory, ckpt.STATE, self._state(states["global"]))
+            self.write_metadata(directory)
+        if any(states["rank"]):
+            put(ckpt.save_state, directory, f"accel_rank{args.process_index}", {"states": states["rank"]})
+
+    def _state(self, of_techniques: list[Any]) -> dict[str, Any]:
+        """The state that is the same on every rank."""
+        state: dict[str, Any] = {
+            "run_id": self.run_id,
+            "world_size": self.host.args.world_size,
+            "clock": self.meter.clock.state_dict(),
+            "techniques": [repr(technique) for technique in self.roster.techniques],
+            "states": of_techniques,
+            "skipped_steps": self.meter.skipped_steps,
+            "micro_batch_size": self.step.micro_batch_size,
+            "rate": self.optimization.share_of_peak(),
+            "continuation_point": self.optimization.continuation_point,
+        }
+        if self.step.stream is not None:
+            state["stream"] = self.step.stream.state_dict()
+        return state
+
+    def push(self, folder: str, plain: Callable[[str], Any]) -> None:
+        """Push a checkpoint that is complete; ``plain`` is Trainer's own method."""
+        if not Path(folder, ckpt.INCOMPLETE).exists():  # else Trainer asks before ours is written
+            self.write_metadata(self.host.args.output_dir)
+            plain(folder)
+
+    def beat(self) -> None:
+        """Write down the seconds and joules spent, for a run that is killed before its next checkpoint."""
+        clock = self.meter.clock
+        self._heartbeat().write(clock.seconds, clock.spent["joules"])
+
+    def _heartbeat(self) -> reading.Heartbeat:
+        return reading.Heartbeat(self.host.args.output_dir, self.run_id)
+
+    # Reading --------------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> dict[str, Any] | None:
+        """Our state in the checkpoint that the run resumes from; None where it resumes from none."""
+        return None if self._reader is None else self._reader.state
+
+    def find(self, resume: str | bool | None) -> str | None:
+        """The checkpoint to resume from."""
+        owner, output_dir = self.roster.owner("budget"), self.host.args.output_dir
+        if owner is not None and owner.extends_previous_run():
+            return reading.checkpoint_to_extend(resume, output_dir, owner)
+        return reading.checkpoint_to_resume(resume, output_dir)
+
+    def resume(self, checkpoint: str, *, allow_changes: bool) -> None:
+        """Continue the clock of a checkpoint's run, and find the states of the techniques."""
+        reader = self._reader = reading.CheckpointReader(self.host, checkpoint)
+        extends = resuming.check(reader, self.roster, self.host.args.output_dir, allow_changes=allow_changes)
+        reader.find_states(self.roster.techniques)
+        if extends:
+            resuming.extend_run(reader, self.meter, self.optimization)
+        elif "clock" in reader.state:
+            self.run_id = reader.state["run_id"]
+            if self.step.halves:
+                self.step.micro_batch_size = reader.state["micro_batch_size"]
+            resuming.continue_run(reader, self.roster, self.meter, self.optimization, self._heartbeat().read())
+
+    def state_of(self, technique: Technique) -> Any:
+        """What ``state_dict("global")`` gave for the checkpoint that the run resumes from; None where there is none."""
+        return None if self._reader is None else self._reader.state_of(technique)
+
+    def restore_techniques(self) -> None:
+        """Give the techniques their states; after their ``on_train_begin``."""
+        if self._reader is not None:
+            self._reader.restore_techniques()
+
+    def load_optimizer(self, checkpoint: str | None, plain: Callable[[Any], Any]) -> None:
+        """Read optimizer and schedule; ``plain`` is Trainer's own method."""
+        reading.load_optimizer(self.host, checkpoint, plain)
+        state = self.state or {}
+        if self.roster.paced and "clock" in state and state["clock"]["limits"] != dict(self.meter.clock.limits):
+            self.optimization.rescale_learning_rate()
+
+    def load_weights(self, checkpoint: Any, plain: Callable[[], Any]) -> None:
+        """Read the weights of a checkpoint; ``plain`` is Trainer's own method."""
+        self._loaded_from = checkpoint
+        with reading.reading_shards(self.host, checkpoint):
+            plain()
+
+    def check_loaded(self, load_result: Any) -> Any:
+        """What Trainer warns of after weights were read."""
+        return reading.load_renamed_weights(self.host, self._loaded_from, load_result)
+
+    def load_best_model(self, plain: Callable[[], Any]) -> None:
+        """Read the best model, averaged where it was; ``plain`` is Trainer's own method."""
+        best = self.host.state.best_model_checkpoint
+        self.load_weights(best, plain)
+        averages = ckpt.load_averaged(str(best))
+        if averages is not None and self.roster.owner("averaging") is not None:
+            weights.swap(self.host.model, weights.scatter(self.host.model, averages))

@@ -1,0 +1,91 @@
+"""What a trainer is built from: its arguments, model and loss, as the techniques want them."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+from transformers import TrainingArguments
+from transformers.trainer_utils import has_length
+
+from hf_accel import host as hosts
+from hf_accel import losses
+from hf_accel.engine.roster import Roster
+from hf_accel.host.view import TrainerView
+
+
+@dataclass
+class Options:
+    """What a trainer with techniques takes beside them; see `AccelTrainerMixin`."""
+
+    micro_batch_size: int | Literal["auto"] | None = None
+    allow_changes: bool = False
+    async_checkpoints: bool = False
+    example_loss_func: Callable | losses.Head | None = None
+
+
+def prepared_args(args: TrainingArguments, dataset: Any, roster: Roster, options: Options) -> TrainingArguments:
+    """A copy of the arguments, as techniques and the stream want them."""
+    args = copy.copy(args)
+    for technique in roster.with_hook("prepare_args"):
+        args = technique.prepare_args(args)
+    if (owner := roster.owner("budget")) is not None:
+        hosts.refuse_two_budgets(args, owner)
+        if dataset is not None and not has_length(dataset):
+            hosts.refuse_unknown_epochs(owner, dataset)
+            args.max_steps = sys.maxsize  # Trainer asks for a number where the data has no length
+    hosts.refuse_two_optimizers(args, roster.owner("optimizer"))
+    if roster.paced:
+        hosts.refuse_schedules(args, roster.owner("schedule"))
+    if roster.streamed:
+        hosts.refuse_stream_arguments(args)
+        if args.auto_find_batch_size and options.micro_batch_size is None:
+            options.micro_batch_size = "auto"
+        args.auto_find_batch_size = False
+    return args
+
+
+def prepared_model(model: nn.Module, roster: Roster) -> nn.Module:
+    """The model that the techniques make of a model."""
+    for technique in roster.with_hook("prepare_model"):
+        model = technique.prepare_model(model)
+    return model
+
+
+def replace_model(host: TrainerView, roster: Roster) -> None:
+    """Give the trainer the model that the techniques make of its own; one that it makes itself is asked for later."""
+    if host.model_init is not None or "prepare_model" not in roster.answered:
+        return
+    model = prepared_model(host.model, roster)
+    if model is not host.model:
+        host.model = host.model_wrapped = model
+        host.callback_handler.model = model
+        host.signature_columns = None
+        if host.place_model_on_device:
+            host.move_model_to_device(model, host.args.device)
+
+
+def find_head(
+    host: TrainerView, roster: Roster, example_loss_func: Callable | losses.Head | None
+) -> losses.Head | None:
+    """The kind of loss; needed where a technique asks for the loss of an example."""
+    needing = [t for t in roster.techniques if t.implemented_hooks() & hosts.NEEDS_EXAMPLE_LOSSES]
+    try:
+        if example_loss_func is not None:
+            head = losses.head_from(example_loss_func)
+        elif host.compute_loss_func is not None:
+            raise ValueError("compute_loss_func gives one loss for all examples. Give example_loss_func= as well.")
+        else:
+            hosts.refuse_own_losses(host)
+            head = losses.head_of(host.model)
+    except ValueError as error:
+        if needing:
+            raise ValueError(f"{', '.join(map(repr, needing))} needs a loss for each example: {error}") from None
+        return None
+    for technique in roster.with_hook("loss_head"):
+        head = technique.loss_head(head)
+    return head
