@@ -44,7 +44,7 @@ def soup(
             table.add_row(str(folder), f"{value:.6g}", "yes" if folder in kept else "no")
         console.print(table)
     soups.soup(kept, out)
-    console.print(f"The mean of {len(kept)} models is in {out}.", highlight=False, soft_wrap=True)
+    console.print(f"The mean of {len(kept)} is in {out}.", highlight=False, soft_wrap=True)
 
 
 def refuse_full(out: Path) -> None:

@@ -24,7 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_accel.features.flattening import flattening_fault
+from hf_accel.features.flattening_trial import flattening_fault
 
 NAME = "sdpa_by_segment"
 

@@ -1,4 +1,4 @@
-"""Losses that the user gives, as functions or heads."""
+"""Use losses that the user gives, as functions or heads."""
 
 from __future__ import annotations
 

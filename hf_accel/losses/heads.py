@@ -353,12 +353,12 @@ def _logits(outputs: Any, name: str) -> Tensor:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which losses are computed: float32 or wider."""
+    """Return the dtype in which losses are computed: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def row_numbers(losses_BL: Tensor) -> Tensor:
-    """The number of its row for each item."""
+    """Return the row number of each item."""
     return torch.arange(len(losses_BL), device=losses_BL.device)[:, None].expand(losses_BL.shape)
 
 

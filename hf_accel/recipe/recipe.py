@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from accelerate.utils import is_deepspeed_available
 from transformers import TrainingArguments
@@ -28,7 +28,7 @@ from hf_accel.host.arguments import non_default_arguments
 from hf_accel.recipe.lookup import RecipeError, build_technique, known_techniques
 from hf_accel.recipe.technique_syntax import nearest
 from hf_accel.recipe.yaml_io import dump_yaml, load_yaml
-from hf_accel.technique import Technique, broken_rule
+from hf_accel.technique import Technique, broken_rule, field_hints
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -173,7 +173,7 @@ class Recipe:
 
 def check_fields(where: str, values: Mapping[str, Any], kind: type) -> None:
     """Raise RecipeError if a name is not a field of a dataclass, or a value breaks the field's annotation."""
-    hints = get_type_hints(kind, include_extras=True)
+    hints = field_hints(kind)
     known = [f.name for f in dataclasses.fields(kind) if f.init]
     for name, value in values.items():
         if name not in known:

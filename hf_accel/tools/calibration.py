@@ -111,7 +111,7 @@ class Forecast:
             available = limit - self.once if unit == "seconds" else limit
             each = self.each_step if unit == "seconds" else self.spent[unit]
             if not each:
-                raise ValueError(f"budget: the batches contain no {unit}. Give samples or epochs.")
+                raise ValueError(f"budget: the batches hold no {unit}. Give samples or epochs.")
             bought.append(available / each)
         steps = math.floor(min(bought) + 1e-6)
         if steps < 1:

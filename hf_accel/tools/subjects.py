@@ -1,4 +1,4 @@
-"""What is planned for: a model that is not loaded, and batches for it."""
+"""Describe a model that is not loaded, and make batches for it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,6 @@ from transformers import AutoConfig
 from hf_accel.recipe import Recipe
 from hf_accel.recipe.technique_syntax import nearest
 from hf_accel.tasks.models import dtype_of, load_model, load_tokenizer
-
-# Subjects ------------------------------------------------------------------------------------------------------------
-
 
 USUAL_SIDE = 224
 """Pixels along a side of images, if the configuration has no size."""

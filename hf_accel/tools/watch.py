@@ -1,4 +1,4 @@
-"""Watches some steps of a run: their seconds, their padding, and where the program waits for a value."""
+"""Watch some steps of a run: their seconds, their padding, and the lines that wait for a value."""
 
 from __future__ import annotations
 

@@ -43,7 +43,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from hf_accel.batch import ORDER
-from hf_accel.features.flattening import CAUSAL, Layout, check_kept_apart, end_to_end, unpadded
+from hf_accel.features.flattening import CAUSAL, Layout, end_to_end, unpadded
+from hf_accel.features.flattening_trial import check_kept_apart
 from hf_accel.features.lengths import example_lengths
 from hf_accel.features.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
 from hf_accel.technique import Technique

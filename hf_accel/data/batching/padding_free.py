@@ -35,15 +35,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from hf_accel.features.flattening import (
-    CAUSAL,
-    Layout,
-    check_kept_apart,
-    end_to_end,
-    stop_telling_apart,
-    tell_apart,
-    unpadded,
-)
+from hf_accel.features.flattening import CAUSAL, Layout, end_to_end, stop_telling_apart, tell_apart, unpadded
+from hf_accel.features.flattening_trial import check_kept_apart
 from hf_accel.features.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
 from hf_accel.technique import Technique
 

@@ -21,7 +21,7 @@ from transformers import (
 from hf_accel import AccelTrainer
 from hf_accel.batch import MicroBatch
 from hf_accel.data.batching.padding_free import PaddingFree, flatten
-from hf_accel.features.flattening import flattening_fault
+from hf_accel.features.flattening_trial import flattening_fault
 from hf_accel.testing import (
     CountingText,
     collate_padded,

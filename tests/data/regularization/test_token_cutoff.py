@@ -126,3 +126,9 @@ def test_each_choice_keeps_its_first_and_last_token(masked):
     assert torch.equal(found["attention_mask"] == 0, holes | (inputs["attention_mask"] == 0 if masked else False))
     assert not torch.equal(holes[0, 0], holes[0, 1])
     assert found["labels"].tolist() == [0, 1, 1]
+
+
+def test_rows_that_are_no_examples_are_refused():
+    pairs = {"input_ids": torch.arange(5, 71).view(6, 11), "completion_mask": torch.ones(6, 11)}
+    with pytest.raises(ValueError, match=r"TokenCutoff\(.*does not support 6 rows for 3 examples without position_ids"):
+        cut(started(), pairs)
