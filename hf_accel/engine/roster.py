@@ -21,8 +21,8 @@ class Roster:
     def __init__(self, techniques: Sequence[Technique], *, streamed: bool = False, paced: bool = False):
         self.techniques = list(techniques)
         self.names = [f"{i}.{type(technique).__name__}" for i, technique in enumerate(self.techniques)]
-        check_claims(self.techniques)
         self._owners = {slot: self._find_owner(slot) for slot in SLOTS}
+        check_claims(self.techniques)
         self._by_hook = {hook: [t for t in self.techniques if hook in t.implemented_hooks()] for hook in HOOKS}
         self.answered = frozenset(name for t in self.techniques for name in t.implemented_hooks())
         self.streamed = streamed or bool(self.answered & STREAM)
