@@ -55,7 +55,7 @@ def load_donor(technique: Technique, source: str | None, model: Any) -> tuple[An
     try:
         theirs, ours = AutoConfig.from_pretrained(source).model_type, model.config.model_type
         if theirs != ours:
-            raise ValueError(f"its model_type is {theirs!r}, and the model's {ours!r}")
+            raise ValueError(f"its model_type is {theirs!r}, and the model has {ours!r}")
         with torch.random.fork_rng(devices=[]), _not_sharded(run.args):
             donor, found = type(model).from_pretrained(source, dtype=model.dtype, output_loading_info=True)
     except (OSError, ValueError, RuntimeError) as error:

@@ -271,7 +271,7 @@ class NamedOptimizer(Technique):
     def _switched(self, model: nn.Module) -> Iterator[None]:
         """Use the weights of evaluation during training; after it, the model has them anyway."""
         run: Any = self.run_
-        if not run.is_in_train or not self.switched_:
+        if run is None or not run.is_in_train or not self.switched_:
             yield
             return
         before = {name: weight.clone() for name, weight in local_parameters(model).items()}

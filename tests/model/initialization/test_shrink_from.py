@@ -127,8 +127,8 @@ REFUSED = {
     ),
     "deeper": ({"num_hidden_layers": 5}, {}, "its number of blocks is 5, and the checkpoint's 4.* ExpandFrom"),
     "wider MLP": ({"intermediate_size": 33}, {}, "its mlp is 33, and the checkpoint's 32.* ExpandFrom"),
-    "size of heads": ({"num_attention_heads": 1}, {}, "heads have 16 elements, and the checkpoint's 8. Keep"),
-    "tied": ({"tie_word_embeddings": True}, {}, "tie_word_embeddings is True, and the checkpoint's False"),
+    "size of heads": ({"num_attention_heads": 1}, {}, "heads have 16 elements, and the checkpoint's have 8. Keep"),
+    "tied": ({"tie_word_embeddings": True}, {}, "tie_word_embeddings is True, and the checkpoint has False"),
 }
 
 
