@@ -6,6 +6,7 @@ Shape suffixes: ``N`` examples of a step, ``B`` examples of a micro-batch.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ class MicroBatch(NamedTuple):
     @property
     def model_inputs(self) -> dict[str, Tensor]:
         """The inputs; of packed rows without ``attention_mask``, which would hide ``position_ids`` from the model."""
-        mask = self.inputs.get("attention_mask")
+        mask = self.inputs.get("attention_mask") if isinstance(self.inputs, Mapping) else None
         if mask is None or len(mask) >= len(self.ids_B):
             return self.inputs
         return {name: value for name, value in self.inputs.items() if name != "attention_mask"}

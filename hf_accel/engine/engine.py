@@ -25,6 +25,7 @@ from hf_accel.checkpoints.writer import CheckpointWriter
 from hf_accel.clock import Clock
 from hf_accel.engine import batch_norm, memory, setup
 from hf_accel.engine.averages import AveragedWeights
+from hf_accel.engine.batch_sizes import loader_counter
 from hf_accel.engine.callbacks import ClockCallback, RestoreCallback, SigtermCallback, charging
 from hf_accel.engine.checkpoints import RunCheckpoints
 from hf_accel.engine.data import prepared_dataset, stream_of
@@ -277,8 +278,8 @@ class Engine:
         if self.roster.techniques and self.resumed and self.meter.clock.done:
             self.host.control.should_training_stop = True  # Trainer would take one step more
             return None
+        self.step.begin_epoch(kwargs["steps_trained_in_current_epoch"])
         if self.step.stream is not None:
-            self.step.flush_observations()
             # The stream ends its epochs itself (see `ClockCallback`): how many steps they have is not known before.
             kwargs |= {"steps_in_epoch": sys.maxsize, "num_update_steps_per_epoch": sys.maxsize}
         return plain(**kwargs)
@@ -325,10 +326,12 @@ class Engine:
     def train_loader(self, plain: Callable[[], Any]) -> Any:
         """What gives batches: the stream, or Trainer's own loader."""
         host = self.host
-        if self.roster.streamed and host.model_init is not None:  # which has made another model
+        replaced = self.head is not None and host.overrides("compute_loss") is not None  # on the instance
+        if self.roster.streamed and (host.model_init is not None or replaced):  # another model, or another loss
             self.step.head = self.head = self.find_head()
             vars(self.step).pop("_host_scales_rightly", None)
         with prepared_dataset(host, self.roster, self.meter):
+            self.step.loader_counter = loader_counter(host)
             if not self.roster.streamed or host.train_dataset is None:
                 return plain()
             stream = self.step.stream = self.make_stream(host.train_dataset)

@@ -22,6 +22,7 @@ from hf_accel.host.refusals import (
     refuse_stream_hosts,
     refuse_two_budgets,
     refuse_two_optimizers,
+    refuse_uncounted,
     refuse_unknown_epochs,
 )
 from hf_accel.host.signatures import RELIED_ON, TESTED, check_signatures
@@ -47,6 +48,7 @@ __all__ = [
     "refuse_stream_hosts",
     "refuse_two_budgets",
     "refuse_two_optimizers",
+    "refuse_uncounted",
     "refuse_unknown_epochs",
     "replace_arguments",
     "treatment",

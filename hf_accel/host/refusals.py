@@ -160,3 +160,15 @@ def refuse_absolute_warmup(
         raise ValueError(
             f"warmup_steps={args.warmup_steps}: the budget is in {', '.join(limits)}. Give a fraction, such as 0.05."
         )
+
+
+def refuse_uncounted(
+    limits: Mapping[str, float], *, samples: int | None, tokens: Sequence[Any], batches: Sequence[Any]
+) -> None:
+    """A budget in a unit that the batches do not tell would never end."""
+    for unit, unknown in (("samples", samples is None), ("tokens", None in tokens)):
+        if unit in limits and unknown:
+            raise ValueError(
+                f"Budget does not support {unit} here because a batch ({type(batches[0]).__name__}) does not tell how "
+                "many it has. Give the budget in steps, epochs or time."
+            )

@@ -18,9 +18,9 @@ PUBLIC = frozenset(
     "accelerator args callback_handler compute_loss_func control "
     "create_accelerator_and_postprocess current_flos current_gradient_accumulation_steps data_collator eval_dataset "
     "get_decay_parameter_names get_optimizer_cls_and_kwargs is_deepspeed_enabled is_fsdp_enabled is_in_train "
-    "is_world_process_zero label_smoother lr_scheduler model model_accepts_loss_kwargs model_init model_wrapped "
-    "optimizer optimizer_cls_and_kwargs place_model_on_device pop_callback prediction_step processing_class "
-    "state train_dataset".split()
+    "is_world_process_zero label_smoother loss_is_scaled_for_ga lr_scheduler model model_accepts_loss_kwargs "
+    "model_init model_wrapped optimizer optimizer_cls_and_kwargs place_model_on_device pop_callback prediction_step "
+    "processing_class state train_dataset".split()
 )
 """Attributes and methods that are used by the names that Trainer gives them."""
 
@@ -59,7 +59,9 @@ class TrainerView:
         return foreign_classes(type(self._trainer))
 
     def overrides(self, method: str) -> type | None:
-        """The class that replaces a method of Trainer; None where none of the trainer's own does."""
+        """The class that replaces a method of Trainer, or whose instance does; None where none of its own does."""
+        if method in vars(self._trainer):
+            return type(self._trainer)
         owner = next(cls for cls in self.classes if method in vars(cls))
         return None if owner is Trainer else owner
 
