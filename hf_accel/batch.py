@@ -8,10 +8,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import recursively_apply
 from torch import Tensor
 
 ORDER = "order_B"
@@ -21,7 +22,8 @@ ORDER = "order_B"
 class MicroBatch(NamedTuple):
     """What one forward and backward pass sees."""
 
-    inputs: dict[str, Tensor]
+    inputs: Any
+    """What the collator returned, usually tensors by name."""
     ids_B: Tensor
     """Index in the training set of each example; -1 for a filler, which counts nothing."""
     weights_B: Tensor | None
@@ -30,7 +32,7 @@ class MicroBatch(NamedTuple):
     """How often each example came before, see `StepPlan.repeats_N`."""
 
     @property
-    def model_inputs(self) -> dict[str, Tensor]:
+    def model_inputs(self) -> Any:
         """The inputs; of packed rows without ``attention_mask``, which would hide ``position_ids`` from the model."""
         mask = self.inputs.get("attention_mask") if isinstance(self.inputs, Mapping) else None
         if mask is None or len(mask) >= len(self.ids_B):
@@ -126,7 +128,7 @@ class StepBatch:
     def pin_memory(self) -> StepBatch:
         """A copy in page-locked memory; called by the loader."""
         pinned = [
-            micro._replace(inputs={k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in micro.inputs.items()})
+            micro._replace(inputs=recursively_apply(lambda tensor: tensor.pin_memory(), micro.inputs))
             for micro in self.micro_batches
         ]
         return dataclasses.replace(self, micro_batches=pinned)

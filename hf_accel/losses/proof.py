@@ -61,9 +61,9 @@ def is_divided_by(loss: Tensor, items: Tensor, scale: float = 1.0) -> bool | Non
     return abs(float(-items.grad * items.detach() / (scale * loss)) - 1) < DIVIDED
 
 
-def items_of_mean(inputs: Mapping[str, Any], num_examples: int, *, shifted: bool) -> int:
+def items_of_mean(inputs: Any, num_examples: int, *, shifted: bool) -> int:
     """How many items a mean loss is a mean of: labels that count, or else examples."""
-    labels = inputs.get("shift_labels", inputs.get("labels"))
+    labels = inputs.get("shift_labels", inputs.get("labels")) if isinstance(inputs, Mapping) else None
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         return num_examples
     if shifted and labels.dim() > 1 and "shift_labels" not in inputs:
