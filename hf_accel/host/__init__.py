@@ -15,6 +15,7 @@ from hf_accel.host.model_card import extend_model_card
 from hf_accel.host.refusals import (
     NEEDS_EXAMPLE_LOSSES,
     refuse_absolute_warmup,
+    refuse_overrides,
     refuse_own_losses,
     refuse_quantized,
     refuse_schedules,
@@ -41,6 +42,7 @@ __all__ = [
     "non_default_arguments",
     "recorded_arguments",
     "refuse_absolute_warmup",
+    "refuse_overrides",
     "refuse_own_losses",
     "refuse_quantized",
     "refuse_schedules",

@@ -65,6 +65,11 @@ class TrainerView:
         owner = next(cls for cls in self.classes if method in vars(cls))
         return None if owner is Trainer else owner
 
+    def overrides_outside(self, method: str) -> type | None:
+        """The class that replaces a method of ours; None where none is derived from ours and does."""
+        owner = next(cls for cls in type(self._trainer).__mro__ if method in vars(cls))
+        return None if owner.__module__.startswith("hf_accel.") or owner is Trainer else owner
+
     def twin(self, model: nn.Module) -> Any:
         """A trainer like this one that trains another model and has not begun; it has no callbacks of the user's."""
         twin: Any = copy.copy(self._trainer)

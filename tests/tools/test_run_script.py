@@ -198,11 +198,9 @@ def test_a_recipes_max_steps_replace_the_scripts(script, tmp_path):
 
 
 def test_a_script_of_an_iterable_data_set_can_be_budgeted(script, tmp_path):
-    streaming = "import datasets\n" + SCRIPT.replace("num_train_epochs=2", "max_steps=1000").replace(
-        "train_dataset=CountingText(16)",
-        "train_dataset=datasets.Dataset.from_list([*map(CountingText(16).__getitem__, range(16))]).to_iterable_dataset()",
-    )
-    script.write_text(streaming)
+    data = "datasets.Dataset.from_list([CountingText(16)[i] for i in range(16)]).to_iterable_dataset()"
+    streaming = SCRIPT.replace("num_train_epochs=2", "max_steps=1000").replace("CountingText(16)", data)
+    script.write_text("import datasets\n" + streaming)
     done = run("--budget", "12samples", script, tmp_path / "out")
     assert done.exit_code == 0, done.output
     assert json.loads((tmp_path / "out" / "receipt.json").read_text())["steps"] == 3
