@@ -126,6 +126,7 @@ def test_an_own_evaluate_evaluates_the_average(tmp_path):
                 loader = self.get_eval_dataloader(eval_dataset)
                 output = self.evaluation_loop(loader, "Evaluation", prediction_loss_only=True)
                 self.log(output.metrics)
+                self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, output.metrics)
                 return output.metrics
 
         return OwnEvaluate
