@@ -28,7 +28,7 @@ from transformers.utils import logging
 
 from hf_accel import AccelTrainer
 from hf_accel.compare import cache
-from hf_accel.compare.results import machine
+from hf_accel.compare.cache import machine
 
 STEPS, EVERY = 60, 20
 

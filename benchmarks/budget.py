@@ -41,7 +41,7 @@ from transformers.utils import logging
 
 from hf_accel import AccelTrainer, Budget
 from hf_accel.compare import build_workload, cache
-from hf_accel.compare.results import machine
+from hf_accel.compare.cache import machine
 from hf_accel.compare.statistics import non_inferiority
 from hf_accel.compare.worker import HARNESS, warm_up
 from hf_accel.compare.workloads.workload import DATA_ROOT, Workload

@@ -38,7 +38,7 @@ from transformers.utils import logging
 from hf_accel import AccelTrainer, DiLoCo
 from hf_accel.clock import parse_budget
 from hf_accel.compare import build_workload, cache
-from hf_accel.compare.results import machine
+from hf_accel.compare.cache import machine
 from hf_accel.compare.statistics import non_inferiority
 from hf_accel.compare.worker import HARNESS
 from hf_accel.compare.workloads import DATA_ROOT

@@ -28,8 +28,8 @@ from transformers import TrainerCallback, set_seed
 from transformers.utils import logging
 
 from hf_accel.compare import build_workload, cache
+from hf_accel.compare.cache import machine
 from hf_accel.compare.comparison import Arm, Comparison
-from hf_accel.compare.results import machine
 from hf_accel.compare.statistics import speed_up
 from hf_accel.compare.worker import HARNESS, make_trainer
 from hf_accel.compare.workloads import DATA_ROOT

@@ -24,8 +24,8 @@ from transformers.utils import logging
 
 from hf_accel.cli.find_lr import of_workload
 from hf_accel.compare import build_workload, cache
+from hf_accel.compare.cache import machine
 from hf_accel.compare.pool import run_jobs
-from hf_accel.compare.results import machine
 from hf_accel.compare.tuning import SEED
 from hf_accel.compare.workloads.workload import DATA_ROOT, TUNED
 from hf_accel.optim import find_lr

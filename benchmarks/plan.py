@@ -44,7 +44,8 @@ from transformers.utils import logging
 from hf_accel.cli.find_lr import of_recipe
 from hf_accel.recipe import Recipe
 from hf_accel.tools.calibration import calibrate
-from hf_accel.tools.planning import BUCKET, Planner, Setting, Subject
+from hf_accel.tools.planning import BUCKET, Planner, Setting
+from hf_accel.tools.subjects import Subject
 
 ROOT = Path(__file__).parents[1]
 

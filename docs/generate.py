@@ -203,7 +203,7 @@ def results_table(records: Records) -> str:
         for name, document, arm in found
     ]
     machines = dict.fromkeys(document["machine"] for _, document, _ in found)
-    costs = dict.fromkeys(evidence.said(document["cost"]) for _, document, _ in found)
+    costs = dict.fromkeys(evidence.cost_label(document["cost"]) for _, document, _ in found)
     header = ("technique or recipe", "workload", "speed-up at equal quality (95 % interval)", "verdict", "seeds")
     return f"{table(header, rows)}\n\nSpeed-ups are in {', '.join(costs)}. Machine: {'; '.join(machines)}."
 

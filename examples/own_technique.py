@@ -24,6 +24,7 @@ class FocusOnHard(Technique):
     """
 
     floor: Positive = 0.1
+    rank_counters = ("seen", "ignored")
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.seen_, self.ignored_ = 0, 0
@@ -33,13 +34,6 @@ class FocusOnHard(Technique):
         self.seen_ += int(losses.mask_BL.sum())
         self.ignored_ += int(known_BL.sum())
         return (~known_BL).to(losses.losses_BL.dtype)
-
-    def state_dict(self, scope):
-        return {"seen": self.seen_, "ignored": self.ignored_} if scope == "rank" else {}
-
-    def load_state_dict(self, scope, state):
-        if scope == "rank":
-            self.seen_, self.ignored_ = state["seen"], state["ignored"]
 
     def report(self):
         return {"ignored": self.ignored_ / max(self.seen_, 1)}

@@ -1,4 +1,4 @@
-"""Models with adapters of peft: whether a model is one, and what it wraps."""
+"""Unwrap models with peft adapters."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from transformers.utils.import_utils import is_peft_available
 
 
 def unwrapped(model: nn.Module) -> Any:
-    """The model inside a ``peft`` model, or the model itself."""
+    """Return the model inside a ``peft`` model, or the model itself."""
     if is_peft_available():
         from peft import PeftModel
 
@@ -19,5 +19,5 @@ def unwrapped(model: nn.Module) -> Any:
 
 
 def is_adapted(model: Any) -> bool:
-    """Whether a model has adapters, whoever put them there."""
+    """Return whether a model has adapters, from any source."""
     return getattr(model, "peft_config", None) is not None

@@ -1,4 +1,4 @@
-"""The options of a run beside ``TrainingArguments``, for ``HfArgumentParser`` and ``TrlParser``.
+"""Define the options of a run beside ``TrainingArguments``, for ``HfArgumentParser`` and ``TrlParser``.
 
     parser = HfArgumentParser((AccelArguments, TrainingArguments))
     accel, args = parser.parse_args_into_dataclasses()
@@ -17,28 +17,28 @@ from hf_accel.recipe import Recipe, RecipeError, build_technique, read_technique
 
 @dataclass
 class AccelArguments:
-    """What makes training faster, as options of a command line."""
+    """Options of a command line that make training faster."""
 
     recipe: str | None = field(
-        default=None, metadata={"help": "YAML file whose args, budget and techniques are used (hf_accel.Recipe)."}
+        default=None, metadata={"help": "YAML file with args, budget and techniques (hf_accel.Recipe)."}
     )
     techniques: list[str] = field(
         default_factory=list,
-        metadata={"help": "Techniques as Python writes them, for example 'InfoBatch(keep=0.5)'; after the recipe's."},
+        metadata={"help": "Techniques in Python syntax, for example 'InfoBatch(keep=0.5)'; after the recipe's."},
     )
     budget: str | None = field(
         default=None,
-        metadata={"help": "What the run may spend, with a unit, for example 30min, 500steps, 3epochs or 1e9tok."},
+        metadata={"help": "Limit of the run with a unit, for example 30min, 500steps, 3epochs or 1e9tok."},
     )
     micro_batch_size: str | None = field(
         default=None,
-        metadata={"help": "Examples that are computed at once on a device: a number, or 'auto' for what fits."},
+        metadata={"help": "Examples per forward pass on a device: a number, or 'auto' for the most that fit."},
     )
     allow_changes: bool = field(
-        default=False, metadata={"help": "Allow to resume with other techniques than the checkpoint was made with."}
+        default=False, metadata={"help": "Resume even if the checkpoint was made with other techniques."}
     )
     async_checkpoints: bool = field(
-        default=False, metadata={"help": "Write checkpoints while training goes on; not under DeepSpeed."}
+        default=False, metadata={"help": "Write checkpoints while training continues; not under DeepSpeed."}
     )
 
     def __post_init__(self) -> None:
@@ -47,14 +47,14 @@ class AccelArguments:
                 raise ValueError(f"micro_batch_size({self.micro_batch_size!r}): must be 'auto' or a number above zero.")
 
     def for_trainer(self) -> dict[str, Any]:
-        """The keyword arguments of `AccelTrainer` that these options mean."""
+        """Return these options as keyword arguments of `AccelTrainer`."""
         recipe = None if self.recipe is None else Recipe.load(self.recipe)
         techniques = [read_technique(text) for text in self.techniques]
         if self.budget is not None:
             if recipe is not None and recipe.budget is not None:
                 raise RecipeError(
                     f"budget: the arguments say {self.budget!r} and the recipe says {recipe.budget!r}. "
-                    "Say it in one of the two."
+                    "Remove one of them."
                 )
             techniques.insert(0, build_technique("Budget", {"limit": self.budget}))
         size = self.micro_batch_size

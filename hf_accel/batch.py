@@ -1,4 +1,4 @@
-"""What one training step sees: the plan of its examples, and their micro-batches.
+"""Define the data of one training step: the plan of its examples, and their micro-batches.
 
 Shape suffixes: ``N`` examples of a step, ``B`` examples of a micro-batch.
 """
@@ -16,24 +16,30 @@ from accelerate.utils import recursively_apply
 from torch import Tensor
 
 ORDER = "order_B"
-"""Key under which the owner of ``collate`` says in which order it laid the examples, where not in the given one."""
+"""Key under which the owner of ``collate`` returns the order of the examples, if it changes the given one."""
 
 
 class MicroBatch(NamedTuple):
-    """What one forward and backward pass sees."""
+    """The inputs of one forward and backward pass."""
 
     inputs: Any
     """What the collator returned, usually tensors by name."""
     ids_B: Tensor
     """Index in the training set of each example; -1 for a filler, which counts nothing."""
     weights_B: Tensor | None
-    """How much each example counts; None where all count 1."""
+    """Weight of each example; None if all are 1."""
     repeats_B: Tensor | None = None
-    """How often each example came before, see `StepPlan.repeats_N`."""
+    """Number of earlier uses of each example, see `StepPlan.repeats_N`."""
+
+    def of(self, inputs: Any, positions_B: Tensor) -> MicroBatch:
+        """Return a micro-batch of other inputs, with the examples at the given positions of this one."""
+        weights_B = None if self.weights_B is None else self.weights_B[positions_B]
+        repeats_B = None if self.repeats_B is None else self.repeats_B[positions_B]
+        return MicroBatch(inputs, self.ids_B[positions_B], weights_B, repeats_B)
 
     @property
     def model_inputs(self) -> Any:
-        """The inputs; of packed rows without ``attention_mask``, which would hide ``position_ids`` from the model."""
+        """Return the inputs without the ``attention_mask`` of packed rows, which would hide ``position_ids``."""
         mask = self.inputs.get("attention_mask") if isinstance(self.inputs, Mapping) else None
         if mask is None or len(mask) >= len(self.ids_B):
             return self.inputs
@@ -52,10 +58,10 @@ class StepPlan:
     world: int = 1
     seed: int = 0
     repeats_N: Tensor | None = None
-    """How often each example came before in the epoch, a part of its random key; None where none comes twice."""
+    """Number of earlier uses of each example in the epoch, a part of its random key; None if none comes twice."""
 
     def chosen(self, positions: Tensor, weights_N: Tensor | None) -> StepPlan:
-        """The plan of some of the examples; one that is chosen twice has two random keys."""
+        """Return the plan of some of the examples; one that is chosen twice has two random keys."""
         repeats_N = None if self.repeats_N is None else self.repeats_N[positions]
         if (again_N := earlier_occurrences(positions)) is not None:
             repeats_N = again_N * 1_000_003 + (0 if repeats_N is None else repeats_N)
@@ -63,11 +69,11 @@ class StepPlan:
 
     @property
     def has_dummy_micro_batches(self) -> bool:
-        """Whether the last micro-batches are fewer examples than ranks, so that some rank has none."""
+        """Return whether the last micro-batches have fewer examples than ranks, so that some rank has none."""
         return 0 < len(self.ids_N) % (self.micro_batch_size * self.world) < self.world
 
     def micro_batches(self) -> list[tuple[Tensor, Tensor | None, Tensor | None]]:
-        """Ids, weights and repeats of each of this rank's micro-batches; id -1 marks a filler, which has weight 0."""
+        """Return ids, weights and repeats of this rank's micro-batches; id -1 marks a filler, which has weight 0."""
         rows = []
         for positions in split_step(len(self.ids_N), self.micro_batch_size, self.rank, self.world):
             if positions:
@@ -79,7 +85,7 @@ class StepPlan:
 
 
 def earlier_occurrences(ids_N: Tensor) -> Tensor | None:
-    """How often each id came before, at its place; None where no id comes twice."""
+    """Return the number of earlier occurrences of each id, at its place; None if no id comes twice."""
     if len(ids_N) == 0 or torch.bincount(ids_N).max() == 1:
         return None
     sorted_N, order_N = ids_N.sort(stable=True)
@@ -89,11 +95,11 @@ def earlier_occurrences(ids_N: Tensor) -> Tensor | None:
 
 
 def split_step(num_examples: int, micro_batch_size: int, rank: int, world: int) -> list[list[int]]:
-    """Positions of one rank's examples, micro-batch by micro-batch.
+    """Return the positions of one rank's examples, micro-batch by micro-batch.
 
-    Consecutive chunks of ``micro_batch_size`` go to the ranks in turn, as accelerate shards batches; what does not fill
-    a last round is shared out evenly.  Every rank gets the same number of micro-batches, the last one empty where there
-    are fewer examples than ranks.
+    Consecutive chunks of ``micro_batch_size`` go to the ranks in turn, as accelerate shards batches.  An incomplete
+    last round is divided evenly.  Every rank gets the same number of micro-batches; the last one is empty if there are
+    fewer examples than ranks.
     """
     full, rest = divmod(num_examples, micro_batch_size * world)
     rows = []
@@ -117,16 +123,16 @@ class StepBatch:
 
     @property
     def num_examples(self) -> int:
-        """Examples of the step over all ranks."""
+        """Return the number of examples of the step over all ranks."""
         return len(self.plan.ids_N)
 
     @property
     def real_micro_batches(self) -> list[MicroBatch]:
-        """The micro-batches of examples that count."""
+        """Return the micro-batches of examples that count."""
         return [micro for micro in self.micro_batches if micro.ids_B[0] >= 0]
 
     def pin_memory(self) -> StepBatch:
-        """A copy in page-locked memory; called by the loader."""
+        """Return a copy in page-locked memory; the loader calls it."""
         pinned = [
             micro._replace(inputs=recursively_apply(lambda tensor: tensor.pin_memory(), micro.inputs))
             for micro in self.micro_batches

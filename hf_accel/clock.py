@@ -1,17 +1,18 @@
-"""The one clock: progress in [0, 1] is what was spent over what may be spent.
+"""Measure progress in [0, 1], the spent share of the limits.
 
     progress = max over units u of spent_u / limit_u
 
-What is spent before the first update, on a search of the learning rate for example, is set aside: progress begins after
-it, and the limits stay.
+Costs before the first update, of a learning-rate search for example, are set aside: progress begins after them, and the
+limits stay the same.
 
-Everything that depends on "when" asks the clock; only a budget speaks in units.  Seconds run from the entry into
-``train()`` and include evaluation and saving; what the end of the run will cost (`Clock.reserve`) is kept back, so that
-the learning rate reaches its end when the last update is done and the run ends on time.  Energy is counted likewise.
+Everything that depends on "when" asks the clock; only a budget has units.  Seconds run from the entry into ``train()``
+and include evaluation and saving.  A reserve (`Clock.reserve`) is kept for the cost of the end of the run.  So the
+learning rate reaches its end at the last update, and the run ends on time.  Energy is counted in the same way.
 
-What a step takes of seconds, tokens, operations and joules is known only after it.  Of these units a run stays below
-the limit: it ends when another step, as dear as those before, would not fit.  How long the next step takes is judged
-from the second on: the first also loads and compiles, and another follows it unless the limit is reached already.
+The cost of a step in seconds, tokens, operations and joules is known only after it.  In these units a run stays below
+the limit: it ends when another step, as expensive as earlier ones, would not fit.  The duration of the next step is
+predicted from the second step on, because the first also loads and compiles.  Another step follows the first, unless
+the limit is already reached.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ CONTINUOUS = ("seconds", "joules")
 """Units that are spent at all times, not by steps alone."""
 
 KNOWN_AFTERWARDS = ("tokens", "flops", *CONTINUOUS)
-"""Units of which a step takes what is known only after it."""
+"""Units with a cost per step that is known only after the step."""
 
 _NAMES = {
     "steps": ("step", "steps"),
@@ -50,7 +51,7 @@ _SCALES = (
 
 
 def parse_budget(text: str) -> tuple[str, float]:
-    """The unit and the amount of a budget: ``"30min"``, ``"1h 30min"``, ``"500steps"``, ``"1e9tok"``, ``"50kJ"``."""
+    """Return the unit and the amount of a budget: ``"30min"``, ``"1h 30min"``, ``"500steps"``, ``"50kJ"``."""
     parts = re.findall(r"([0-9.]+(?:e[+-]?[0-9]+)?)\s*([a-z]*)", text.lower())
     if not parts or re.sub(r"\s", "", text.lower()) != "".join(number + unit for number, unit in parts):
         raise ValueError(f"Budget({text!r}): not an amount with a unit. Write, for example, '30min' or '500steps'.")
@@ -67,26 +68,26 @@ def parse_budget(text: str) -> tuple[str, float]:
         except ValueError:
             raise ValueError(f"Budget({text!r}): {number!r} is not a number. Write, for example, '1.5h'.") from None
     if len(amounts) > 1:
-        raise ValueError(f"Budget({text!r}): one text is one unit. Give several limits as a list.")
+        raise ValueError(f"Budget({text!r}): one text has one unit. Give several limits as a list.")
     ((unit, amount),) = amounts.items()
     if not 0 < amount < float("inf"):
-        raise ValueError(f"Budget({text!r}): the amount must be > 0. Say what may be spent.")
+        raise ValueError(f"Budget({text!r}): the amount must be > 0. Give a positive amount.")
     return unit, amount
 
 
 def passes(before: float, now: float, every: float) -> bool:
-    """Whether a multiple of ``every`` lies after ``before`` and not after ``now``; all three are shares of a run."""
+    """Return whether a multiple of ``every`` lies in (before, now]; all three are shares of a run."""
     return math.floor(now / every + 1e-9) > math.floor(before / every + 1e-9)
 
 
 @dataclass
 class Clock:
-    """What was spent of each unit, over all ranks and all earlier parts of the run.
+    """The spent amount of each unit, over all ranks and all earlier parts of the run.
 
     Args:
-        limits: What may be spent, per unit of `UNITS`; the first limit reached ends the run.
+        limits: Limit per unit of `UNITS`; the first limit reached ends the run.
         now: Seconds of a clock that never goes back.
-        share: Gives the value of rank 0 to all ranks, so that they decide alike; only asked where seconds count.
+        share: Gives the values of rank 0 to all ranks, so that they decide alike; called only if seconds count.
     """
 
     limits: Mapping[str, float]
@@ -94,39 +95,41 @@ class Clock:
     share: Callable[[list[float]], list[float]] = lambda values: values
     spent: dict[str, float] = field(default_factory=lambda: dict.fromkeys(UNITS, 0.0))
     reserve: float = 0.0
-    """Seconds kept back for what follows the last update: evaluation and saving."""
+    """Seconds reserved for the work after the last update: evaluation and saving."""
     evaluation_seconds: float = 0.0
-    """Of these, those of an evaluation at the present speed."""
+    """Seconds of the reserve for an evaluation, at the present speed."""
     excluded_cost: dict[str, float] = field(default_factory=dict)
-    """Of the limits, what was for other things than training, before the first update.  ``spent`` holds it of the
-    `CONTINUOUS` units, and of no other."""
+    """Cost of work before the first update, for example a learning-rate search.
+
+    ``spent`` includes it for the `CONTINUOUS` units only.
+    """
     model_flops: float = 0.0
-    """Of the operations spent, those that the model needs: without what was computed again."""
+    """Spent operations that the model needs, without recomputation."""
     progress: float = 0.0
     done: bool = False
-    """Whether the budget is spent: no further update is made."""
+    """True if the budget is spent, so that no further update follows."""
     step_seconds: float = 0.0
-    """Seconds of a step, of about the last ten without the first; 0 before it."""
+    """Seconds of a step, over about the last ten without the first; 0 before it."""
     step_costs: dict[str, float] = field(default_factory=dict)
-    """What the dearest of about the last fifty steps took, of the other units that are known afterwards."""
+    """Largest cost of about the last fifty steps, in the other units that are known afterwards."""
     _started: float = 0.0
     _earlier: float = 0.0
     _step_began: float | None = None
     _timed_steps: int = 0
 
     def start(self, ago: float = 0.0) -> None:
-        """Begin to count seconds, ``ago`` before this moment, after those of earlier parts of the run."""
+        """Start to count seconds, ``ago`` before this moment, after those of earlier parts of the run."""
         self._started = self.now() - ago
         self._earlier = self.spent["seconds"]
         self._step_began, self._timed_steps = None, 0
 
     @property
     def seconds(self) -> float:
-        """Seconds spent until this moment."""
+        """Return the seconds spent until this moment."""
         return self._earlier + self.now() - self._started
 
     def step_begins(self) -> None:
-        """Mark the start of a step, so that its duration is known when the next one is considered."""
+        """Mark the start of a step, to know its duration when the next one is considered."""
         self._step_began = self.now()
 
     def advance(
@@ -157,12 +160,12 @@ class Clock:
         self._update()
 
     def can_afford(self, unit: str, amount: float) -> bool:
-        """Whether so much of one unit can be spent, with what was set aside and what follows the last update."""
+        """Return whether this amount of a unit can be spent, with the excluded cost and the reserve."""
         aside = 0.0 if unit in CONTINUOUS else self.excluded_cost.get(unit, 0.0)
         return amount + aside <= self.limits[unit] - self._reserved(unit)
 
     def has_time_for(self, seconds: float) -> bool:
-        """Whether so much time can pass, a step and what follows the last update fit after it; alike on every rank."""
+        """Return whether this time, one more step and the reserve fit; the answer is the same on every rank."""
         seconds += self.seconds + self.step_seconds
         joules = self.spent["joules"] / max(self.seconds, 1e-9) * seconds
         amounts = {"seconds": seconds, "joules": joules}
@@ -188,19 +191,19 @@ class Clock:
         return self.can_afford(unit, self.spent[unit] + step)
 
     def _reserved(self, unit: str) -> float:
-        """What the end of the run will take of one unit; of energy, as much a second as the run until now."""
+        """Return the reserve in one unit; energy is reserved at the mean power of the run so far."""
         if unit == "joules":
             return self.reserve * self.spent["joules"] / max(self.seconds, 1e-9)
         return self.reserve if unit == "seconds" else 0.0
 
     def _share(self, unit: str) -> float:
-        """What was spent of one unit for training, over what may be."""
+        """Return the share of a unit's limit that training has spent."""
         aside = self.excluded_cost.get(unit, 0.0)
         spent = self.spent[unit] - (aside if unit in CONTINUOUS else 0.0)
         return spent / max(self.limits[unit] - self._reserved(unit) - aside, 1e-9)
 
     def state_dict(self) -> dict[str, Any]:
-        """What was spent, and of what."""
+        """Return the spent amounts and the limits."""
         return {
             **self.spent,
             "progress": self.progress,
@@ -210,7 +213,7 @@ class Clock:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what was spent; under other limits, it is another share of these."""
+        """Continue from the spent amounts; under other limits, they are another share."""
         self.spent = {unit: float(state.get(unit, 0.0)) for unit in UNITS}
         self.excluded_cost = dict(state.get("excluded_cost", {}))
         self.model_flops = float(state.get("model_flops", 0.0))

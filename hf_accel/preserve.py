@@ -1,4 +1,4 @@
-"""Context managers that leave a model and the random generators as they found them."""
+"""Restore a model and the random generators after use, with context managers."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def seed_all(seed: int, epoch: int, example: int, repeat: int = 0) -> None:
 
 @contextlib.contextmanager
 def keyed_random() -> Iterator[None]:
-    """Leave the global generators of the CPU as they were found."""
+    """Restore the global generators of the CPU at the end."""
     states = random.getstate(), np.random.get_state(), torch.random.get_rng_state()
     try:
         yield
@@ -35,7 +35,7 @@ def keyed_random() -> Iterator[None]:
 
 @contextlib.contextmanager
 def buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Leave a model's buffers, such as the statistics of batch normalization, as they were."""
+    """Restore a model's buffers at the end, such as the statistics of batch normalization."""
     before = copies_of_buffers(model)
     try:
         yield
@@ -69,7 +69,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def random_state_kept(device: torch.device) -> Iterator[None]:
-    """Leave the generators that a model draws from as they were found."""
+    """Restore the generators that a model draws from at the end."""
     states = random_states(device)
     try:
         yield
@@ -78,7 +78,7 @@ def random_state_kept(device: torch.device) -> Iterator[None]:
 
 
 def random_states(device: torch.device) -> list[Tensor]:
-    """The states of the generators that a model on a device draws from."""
+    """Return the states of the generators that a model on a device draws from."""
     states = [torch.random.get_rng_state()]
     if device.type != "cpu":
         states.append(torch.get_device_module(device).get_rng_state(device))

@@ -1,4 +1,4 @@
-"""The receipt: what a run spent, on what, and what each technique did and cost."""
+"""Record the costs of a run by phase, and the work and the cost of each technique."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "saving")
 
 
 class Stopwatch:
-    """Seconds by name, exclusive: while an inner name is charged, the outer one is not.
+    """Measure seconds by name, exclusively: while an inner name is charged, the outer one is not.
 
-    It does not wait for an accelerator: a name is charged until its work was handed over, and whoever waits first is
-    charged the wait.
+    It does not wait for an accelerator: a name is charged until its work is launched.  The first name that waits is
+    charged for the wait.
     """
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
         self._names: list[str] = []
         self._since = 0.0
-        self.synchronizes = False  # waits for the accelerator, so that a phase is what it took and not its launch
+        self.synchronizes = False  # if True, wait for the accelerator, to charge a phase for its work, not its launch
 
     def charge(self, name: str) -> Charge:
-        """Charge what happens inside to a name."""
+        """Charge the code inside to a name."""
         return Charge(self, name)
 
     def begin(self, name: str) -> None:
-        """From now on charge a name, until it ends."""
+        """Charge a name from now on, until it ends."""
         self._settle()
         self._names.append(name)
 
@@ -55,7 +55,7 @@ class Stopwatch:
 
 
 class Charge:
-    """Charges what happens inside to a name; a class, for a generator takes twice as long, many times a step."""
+    """Charge the code inside to a name; a class, because a generator takes twice as long, many times per step."""
 
     __slots__ = ("name", "stopwatch")
 
@@ -71,23 +71,22 @@ class Charge:
 
 @dataclass
 class Receipt:
-    """What a finished run spent.
+    """The costs of a finished run.
 
     Args:
-        seconds: Wall seconds by phase; ``other`` is what no phase accounts for.  Of this process, all parts of the run
-            since ``train()`` was last entered.  On an accelerator, seconds until work was handed over: it is waited
-            for in whichever phase needs a number of it first.
-        wall_seconds: Wall seconds of the whole run, earlier parts included.
+        seconds: Wall seconds by phase of this process since it last entered ``train()``; ``other`` is the rest.  On an
+            accelerator, seconds until work is launched; the phase that needs a result first waits for it.
+        wall_seconds: Wall seconds of the whole run, with its earlier parts.
         steps: Optimizer updates.
-        skipped_steps: Updates that were refused (NaN, spikes).
+        skipped_steps: Refused updates (NaN, spikes).
         samples: Examples trained on, over all ranks.
-        tokens: Tokens trained on without padding, over all ranks; 0 where the input has none.
-        flops: Floating-point operations by the rule 6 x parameters x input positions, padding included.
-        executed_flops: Those that ran, over all ranks, where they were counted.
-        model_flops: Those of them that the model needs: without what was computed again.
-        joules: Energy, over all ranks, where it was measured.
-        peak_memory_bytes: Largest memory of this process: of the accelerator where there is one, else resident.
-        techniques: For each technique its configuration, seconds spent in its hooks and its own report.
+        tokens: Tokens trained on without padding, over all ranks; 0 if the input has none.
+        flops: Floating-point operations by the rule 6 x parameters x input positions, with padding.
+        executed_flops: Operations that ran, over all ranks, if they were counted.
+        model_flops: Executed operations that the model needs, without recomputation.
+        joules: Energy, over all ranks, if it was measured.
+        peak_memory_bytes: Largest memory of this process: on the accelerator if there is one, else resident.
+        techniques: Configuration, seconds in hooks and report of each technique.
     """
 
     seconds: dict[str, float]
@@ -110,20 +109,20 @@ class Receipt:
 
     @property
     def samples_per_second(self) -> float:
-        """Examples a second of the whole run."""
+        """Return the examples per second of the whole run."""
         return self.samples / max(self.wall_seconds, 1e-9)
 
     @property
     def tokens_per_second(self) -> float:
-        """Tokens a second of the whole run."""
+        """Return the tokens per second of the whole run."""
         return self.tokens / max(self.wall_seconds, 1e-9)
 
     def cost(self, price_per_hour: float) -> float:
-        """What the run cost on a machine of such a price."""
+        """Return the cost of the run on a machine with this price."""
         return self.wall_seconds / 3600 * price_per_hour
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, as in ``receipt.json``."""
+        """Return plain data, as in ``receipt.json``."""
         rates = {"samples_per_second": self.samples_per_second, "tokens_per_second": self.tokens_per_second}
         return asdict(self) | rates
 
@@ -132,7 +131,7 @@ class Receipt:
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
 
     def table(self) -> Group:
-        """The receipt for the terminal."""
+        """Format the receipt for the terminal."""
         spent = Table(title="Receipt", show_header=False, title_justify="left")
         spent.add_column(style="bold")
         spent.add_column(justify="right")
@@ -164,14 +163,14 @@ class Receipt:
             where.add_row(name.partition(".")[2] or name, f"{seconds:.2f}", f"{seconds / total:.1%}")
         parts: list[Table] = [spent, where]
         if self.techniques:
-            did = Table(title="What each technique did", title_justify="left")
-            did.add_column("technique", overflow="fold")
-            did.add_column("seconds", justify="right")
-            did.add_column("report")
+            reports = Table(title="Techniques", title_justify="left")
+            reports.add_column("technique", overflow="fold")
+            reports.add_column("seconds", justify="right")
+            reports.add_column("report")
             for technique in self.techniques:
                 report = ", ".join(f"{k} {_short(v)}" for k, v in technique["report"].items())
-                did.add_row(technique["technique"], f"{technique['seconds']:.2f}", report or "-")
-            parts.append(did)
+                reports.add_row(technique["technique"], f"{technique['seconds']:.2f}", report or "-")
+            parts.append(reports)
         return Group(*parts)
 
 
@@ -180,7 +179,7 @@ def _short(value: Any) -> str:
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Largest memory in use since the process (CPU: resident) or the run (accelerator: allocated) began."""
+    """Return the largest memory in use since the process (CPU: resident) or the run (accelerator: allocated) began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     unit = 1 if platform.system() == "Darwin" else 1024

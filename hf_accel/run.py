@@ -1,4 +1,4 @@
-"""What a technique sees of the run that asks its hooks: `Technique.run_`."""
+"""Define the interface through which a technique sees its run: `Technique.run_`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Result = TypeVar("Result")
 class Run(Protocol):
     """A run, from the construction of its trainer to the end of ``train()``."""
 
-    # What the trainer has.
+    # From the trainer.
     args: TrainingArguments
     model: nn.Module
     model_wrapped: nn.Module
@@ -34,37 +34,37 @@ class Run(Protocol):
     is_fsdp_enabled: bool
     is_in_train: bool
 
-    # What the run adds to it.
+    # From the run.
     techniques: Sequence[Any]
     clock: Clock
-    """What is spent, and of how much."""
+    """Spent amounts, limits and progress."""
     stream: Any
     """The `StepStream`, while one is used."""
     head: Head | None
-    """What takes the loss apart, where it is known."""
+    """Splits the loss into losses of items, if it is known."""
     micro_batch: MicroBatch | None
-    """What the present forward pass computes; None outside of one."""
+    """Inputs of the current forward pass; None outside of one."""
     micro_batch_size: int
     nominal_batch_size: int
-    """Examples of an update over all ranks, where no technique says otherwise."""
+    """Examples of an update over all ranks, unless a technique decides."""
     nominal_steps: int | None
-    """Updates that the budget buys, where that is known beforehand."""
+    """Expected updates of the budget, if they are known in advance."""
     steps_per_epoch: int
     grad_norm: Any
-    """Of the last step, before clipping."""
+    """Gradient norm of the last step, before clipping."""
     learning_rate_factor: Callable[[float], float] | None
-    """The factor on the peak learning rate at a progress, where the schedule follows the clock."""
+    """Factor on the peak learning rate as a function of progress, if the schedule follows the clock."""
     searched_hyperparameters: Mapping[str, Any]
-    """What the present trial of a hyperparameter search sets; empty outside of one."""
+    """Values of the current trial of a hyperparameter search; empty outside of one."""
     resumed: bool
     streamed: bool
     paced: bool
 
     def owner(self, slot: str) -> Any:
-        """The technique that owns a slot; None where there is none."""
+        """Return the technique that owns a slot, or None."""
 
     def with_hook(self, hook: str) -> Sequence[Any]:
-        """The techniques that answer a hook, in order."""
+        """Return the techniques that implement a hook, in order."""
         ...
 
     def charge(self, technique: Any) -> AbstractContextManager:
@@ -72,26 +72,28 @@ class Run(Protocol):
         ...
 
     def count(self, inputs: Any, run: Callable[[], Result], *, needed: bool = True) -> Result:
-        """What ``run`` returns, which computes the model over inputs; its operations are counted if they are limited.
-        ``needed``: whether the model needs them for its gradient."""
+        """Return the result of ``run``, which computes the model over inputs; count its operations if they are limited.
+
+        ``needed``: True if the model needs them for its gradient.
+        """
         ...
 
     def add_flops(self, flops: float) -> None:
         """Add operations, by Trainer's rule, to those of the run."""
 
     def gather(self, ids_B: Tensor, values_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids of examples and their values, of all ranks, on the CPU."""
+        """Return ids of examples and their values from all ranks, on the CPU."""
         ...
 
     def find_head(self) -> Head | None:
-        """What takes the loss of the present model apart; None where it is not known."""
+        """Return the head of the current model, or None if its loss is unknown."""
 
     def prepare_inputs(self, inputs: dict[str, Any]) -> Mapping[str, Any]:
-        """Inputs on the device, as the model is given them."""
+        """Return inputs on the device, as the model receives them."""
         ...
 
     def without_unused_columns(self, dataset: Any) -> tuple[Any, Callable]:
-        """A data set and its collator, one of which leaves out what the model does not take."""
+        """Return a data set and its collator; one of them removes the columns that the model does not take."""
         ...
 
     def unobserved(self) -> AbstractContextManager:
@@ -99,9 +101,11 @@ class Run(Protocol):
         ...
 
     def resumed_state(self, technique: Any) -> Any:
-        """What a technique's ``state_dict("global")`` gave for the checkpoint that the run resumes from, before it is
-        loaded; None where there is none."""
+        """Return a technique's ``state_dict("global")`` in the checkpoint of a resumed run, before it is loaded.
+
+        Return None if there is none.
+        """
 
     def first_step_cost(self) -> dict[str, float]:
-        """What the first step has taken until its update, of the units that are known only afterward."""
+        """Return the cost of the first step until its update, in the units that are known only afterward."""
         ...

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
 import annotated_types as at
 import torch
@@ -348,12 +349,20 @@ def check_claims(techniques: Sequence[Technique]) -> None:
 
 def check_bounds(technique: Technique) -> None:
     """Raise ValueError where a field breaks the bound or the choice that its annotation declares."""
-    hints = get_type_hints(type(technique), include_extras=True)
+    hints = field_hints(type(technique))
     for field in dataclasses.fields(technique):
         value, hint = getattr(technique, field.name), hints[field.name]
         name = f"{type(technique).__name__}({field.name}={value!r})"
         if (rule := broken_rule(value, hint)) is not None:
             raise ValueError(f"{name}: {field.name} must be {rule}.")
+
+
+def field_hints(kind: type) -> dict[str, Any]:
+    """Return the annotations of a dataclass and its bases; `get_type_hints` refuses a plain ClassVar on Python 3.10."""
+    hints: dict[str, Any] = {}
+    for base in reversed(kind.__mro__):
+        hints |= inspect.get_annotations(base, eval_str=True)
+    return hints
 
 
 def broken_rule(value: Any, hint: Any) -> str | None:

@@ -114,6 +114,11 @@ class AccelTrainerMixin(Base):
         """The stream of step batches, where one is used."""
         return self.accel.step.stream
 
+    @property
+    def micro_batch_size(self) -> int:
+        """Examples of one forward pass on one device."""
+        return self.accel.step.micro_batch_size
+
     # The run --------------------------------------------------------------------------------------------------------
 
     def call_model_init(self, trial: Any = None) -> nn.Module:

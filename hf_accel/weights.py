@@ -1,19 +1,19 @@
-"""This rank's part of the weights, whoever shards them.
+"""Read, exchange, gather and scatter this rank's part of the weights, under any sharding.
 
-Plain functions on a model, wrapped or not, for one process, DDP, FSDP2 and DeepSpeed ZeRO-1/2/3, with or without peft
-adapters.  They are what weight averages, local SGD and everything else that handles weights between two steps need:
+These are plain functions on a model, wrapped or not, for one process, DDP, FSDP2 and DeepSpeed ZeRO-1/2/3, with or
+without peft adapters.  Weight averages, local SGD and all other work on weights between two steps need them:
 
     averages = {name: weight.clone() for name, weight in local_parameters(model).items()}
     ...
     swap(model, averages)    # evaluate the averages
     swap(model, averages)    # train on, bit for bit
 
-Parameters are called as in the model itself, without the prefixes that DDP, DeepSpeed, ``torch.compile`` and activation
-checkpointing put before or into names.  Call these functions between steps, never between a forward and its backward,
-and on all ranks: `gather` communicates.
+Parameters have the names of the model itself, without the prefixes that DDP, DeepSpeed, ``torch.compile`` and
+activation checkpointing put before or into names.  Call these functions on all ranks, because `gather` communicates.
+Call them between steps, never between a forward and its backward.
 
-Under ZeRO in fp16 or bf16 the weights are the half-precision copies that the forward uses; the fp32 masters in the
-optimizer are left alone, and the next optimizer step writes the copies anew.
+Under ZeRO in fp16 or bf16 the weights are the half-precision copies that the forward uses.  The fp32 masters in the
+optimizer stay unchanged, and the next optimizer step overwrites the copies.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 NESTED_WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
-"""What ``torch.compile`` and activation checkpointing add inside the names of parameters."""
+"""Parts that ``torch.compile`` and activation checkpointing add inside the names of parameters."""
 
 
 def local_parameters(model: nn.Module, trainable_only: bool = True) -> dict[str, Tensor]:
-    """This rank's part of each parameter, by name.
+    """Return this rank's part of each parameter, by name.
 
-    The tensors are detached and share memory with the model.  Whole parameters for one process, DDP and ZeRO-1/2;
-    this rank's shard under FSDP2, and a flat slice of it, without padding, under ZeRO-3: either may be empty.
+    The tensors are detached and share memory with the model.  For one process, DDP and ZeRO-1/2 they are whole
+    parameters.  Under FSDP2 they are this rank's shards, and under ZeRO-3 flat slices without padding.  Both may be
+    empty.
     """
     return {
         name: _local(parameter)
@@ -48,7 +49,7 @@ def local_parameters(model: nn.Module, trainable_only: bool = True) -> dict[str,
 
 
 def buffers(model: nn.Module) -> dict[str, Tensor]:
-    """The buffers, by name; every rank has them whole.  The other functions take them beside parameters."""
+    """Return the buffers, by name; every rank has them whole.  The other functions take them beside parameters."""
     return {_bare(name): buffer for name, buffer in _unwrapped(model).named_buffers()}
 
 
@@ -56,8 +57,8 @@ def buffers(model: nn.Module) -> dict[str, Tensor]:
 def swap(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Exchange this rank's part of the named parameters with ``tensors``, in place.
 
-    Afterwards the model computes with what ``tensors`` held, and ``tensors`` hold what the model computed with; a
-    second call undoes the first one exactly.  Shapes and dtypes are those of `local_parameters`.
+    Afterwards the model computes with the values of ``tensors``, and ``tensors`` hold the model's values.  A second
+    call undoes the first one exactly.  Shapes and dtypes are those of `local_parameters`.
     """
     parameters = _named(model, tensors)
     for name, parameter in parameters.items():
@@ -71,10 +72,10 @@ def swap(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 @torch.no_grad()
 def gather(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The full tensors, on the CPU, of which every rank gives its part, by name, in the dtype that they have.
+    """Return full tensors by name, on the CPU and in their dtype, from the parts of all ranks.
 
-    All ranks must call it with the same names.  Only rank 0 gets the tensors, as copies, and the others an empty dict:
-    whatever needs them whole writes or sends them once, and a copy for each rank may not fit into a host's memory.
+    All ranks must call it with the same names.  Only rank 0 gets the tensors, as copies; the others get an empty dict.
+    One copy is enough to write or send them, and a copy for each rank may not fit into a host's memory.
     """
     full = {}
     for name, parameter in _named(model, tensors).items():
@@ -86,10 +87,10 @@ def gather(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 @torch.no_grad()
 def scatter(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """This rank's part of full tensors, by name: the inverse of `gather`, on any number of ranks.
+    """Return this rank's part of full tensors, by name: the inverse of `gather`, on any number of ranks.
 
-    Every rank gives the full tensors (say, from a file); nothing is communicated.  The parts are copies, on the device
-    of the parameters' parts, in the dtype of the given tensors.
+    Every rank gives the full tensors (say, from a file), so the ranks do not communicate.  The parts are copies, on the
+    device of the parameters' parts, in the dtype of the given tensors.
     """
     parts = {}
     for name, parameter in _named(model, tensors).items():
@@ -123,9 +124,9 @@ def _named_parameters(model: nn.Module) -> dict[str, AnyParameter]:
 
 
 def _unwrapped(model: Any) -> nn.Module:
-    # accelerate's extract_model_from_parallel takes 5 ms, for it asks each time whether DeepSpeed is installed.
+    # accelerate's extract_model_from_parallel takes 5 ms, because it asks each time whether DeepSpeed is installed.
     wrappers: tuple[type, ...] = (DistributedDataParallel, DataParallel)
-    if "deepspeed" in sys.modules:  # or else no model can be wrapped by it
+    if "deepspeed" in sys.modules:  # otherwise it cannot wrap any model
         from deepspeed import DeepSpeedEngine
 
         wrappers += (DeepSpeedEngine,)
@@ -139,7 +140,7 @@ def _unwrapped(model: Any) -> nn.Module:
 
 
 def _named(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, AnyParameter]:
-    """What there are tensors for, in the model's order, which is the same on all ranks."""
+    """Return the parameters that have tensors, in the model's order, which is the same on all ranks."""
     parameters = _named_parameters(model) | buffers(model)
     if unknown := sorted(tensors.keys() - parameters.keys()):
         raise ValueError(
@@ -154,7 +155,7 @@ def _bare(name: str) -> str:
 
 
 def _in_zero3(parameter: AnyParameter) -> bool:
-    # DeepSpeed's own test (is_zero_param) asks for an attribute too, and it can be imported only where DeepSpeed is.
+    # DeepSpeed's own test (is_zero_param) asks for an attribute, too, and needs DeepSpeed.
     return hasattr(parameter, "ds_tensor")
 
 
@@ -195,14 +196,14 @@ def _part(parameter: AnyParameter, full: Tensor) -> Tensor:
 
 
 def _zero3_slice(parameter: AnyParameter) -> tuple[int, int]:
-    """Where this rank's slice of the flat parameter starts and how many elements it has; the rest is padding."""
+    """Return the start and the number of elements of this rank's slice of the flat parameter, without padding."""
     size = parameter.ds_tensor.ds_numel
     start = min(size * parameter.ds_zero_partition_rank, parameter.ds_numel)
     return start, min(size, parameter.ds_numel - start)
 
 
 def _refresh(parameters: list[AnyParameter]) -> None:
-    """Drop ZeRO-3's copies of whole parameters, which are outdated; the next forward makes them anew."""
+    """Drop ZeRO-3's outdated copies of whole parameters; the next forward makes new ones."""
     if not parameters:
         return
     from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
@@ -211,4 +212,4 @@ def _refresh(parameters: list[AnyParameter]) -> None:
     if outdated:
         outdated[0].partition(param_list=outdated, has_been_updated=False)
     for parameter in parameters:
-        parameter.ds_secondary_tensor = None  # of hierarchical partitioning, made anew from the next full copy
+        parameter.ds_secondary_tensor = None  # hierarchical partitioning makes a new one from the next full copy

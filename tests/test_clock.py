@@ -41,7 +41,7 @@ def test_amounts_are_read(text, unit, amount):
         ("0min", "must be > 0"),
         ("-3min", "not an amount"),
         ("1.2.3h", "not a number"),
-        ("1h 3steps", "one text is one unit"),
+        ("1h 3steps", "one text has one unit"),
         ("", "not an amount"),
     ],
 )

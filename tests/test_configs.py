@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from hf_accel import Recipe
 from hf_accel.cli import app
 from hf_accel.testing import tiny_llama
-from hf_accel.tools.planning import subject_of
+from hf_accel.tools.subjects import subject_of
 
 RECIPES = sorted((Path(__file__).parent.parent / "configs" / "recipes").glob("*.yaml"))
 
@@ -99,7 +99,7 @@ def test_qlora_trains_a_model_of_4_bits(tmp_path):
     adapted = AutoModelForCausalLM.from_pretrained(tmp_path / "out")  # on the base model, which is not quantized
     assert adapted.model.layers[0].mlp.up_proj.lora_B["default"].weight.abs().max() > 0
     result = qlora(tmp_path, "--set", "techniques=[]", "--output", str(tmp_path / "other"))
-    assert result.exit_code != 0 and "quantized weights, which are not trained, and no adapters" in result.output
+    assert result.exit_code != 0 and "quantized weights, which are frozen, and no adapters" in result.output
 
 
 def test_qlora_needs_a_model_and_what_quantizes_it(tmp_path):
@@ -108,5 +108,5 @@ def test_qlora_needs_a_model_and_what_quantizes_it(tmp_path):
     message = re.sub(r"\s+", " ", result.output)
     assert result.exit_code != 0 and "error: model.quantization_config: Loading an optimum-quanto" in message
     path = next(path for path in RECIPES if path.stem == "qlora")
-    with pytest.raises(ValueError, match="plan does not count quantized weights"):
+    with pytest.raises(ValueError, match="model.quantization_config: plan does not support it"):
         subject_of(str(path))

@@ -320,9 +320,7 @@ class OwnSampler(Trainer):
 
 
 def test_a_sampler_of_the_users_is_not_replaced_in_silence(tmp_path):
-    with pytest.raises(
-        ValueError, match=r"OwnSampler._get_train_sampler: it makes batches of its own, which InfoBatch\("
-    ):
+    with pytest.raises(ValueError, match=r"OwnSampler._get_train_sampler makes its own batches, which InfoBatch\("):
         trainer(tmp_path, accelerated(OwnSampler), techniques=[InfoBatch()])
     trainer(tmp_path, accelerated(OwnSampler), techniques=[Budget("2steps")]).train()
 

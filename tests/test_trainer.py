@@ -370,7 +370,7 @@ def test_two_owners_of_a_slot_are_named(tmp_path):
 
 
 def test_a_budget_against_max_steps_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"max_steps=5: Budget\(limit='1h'\) says already when the run ends"):
+    with pytest.raises(ValueError, match=r"max_steps=5: Budget\(limit='1h'\) limits the run already"):
         tiny_trainer([Budget("1h")], tmp_path, max_steps=5)
 
 

@@ -29,14 +29,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "distributed")]
 from transformers import Trainer, TrainerCallback  # noqa: E402
 
 import hf_accel  # noqa: E402
-from hf_accel import contrib  # noqa: E402
+from hf_accel.recipe import find_technique  # noqa: E402
 from hf_accel.testing import losses_of, tiny_trainer, weights_of  # noqa: E402
 
 Techniques = dict[str, dict[str, Any]]
 
 RUNS: dict[str, Techniques] = {
     "nothing": {},
-    "prune, group, ramp": {"InfoBatch": {}, "LengthGrouped": {}, "BatchSizeRamp": {}, "ExponentialMovingAverage": {}},
+    "prune, group, ramp": {
+        "InfoBatch": {},
+        "LengthGrouped": {},
+        "BatchSizeRamp": {},
+        "ExponentialMovingAverage": {"half_life": 100},
+    },
     "pack": {"Packing": {}, "Cosine": {}, "GradientSpikeGuard": {}, "SequenceLengthWarmup": {}},
     "padding-free": {"PaddingFree": {}, "LAMB": {}, "TokensPerBatch": {}, "TokenCutoff": {}},
     "select within the step": {"SelectiveBackprop": {}, "GradientNoiseScale": {}, "LatestWeightAveraging": {}},
@@ -62,7 +67,7 @@ RUNS: dict[str, Techniques] = {
     "mixed images": {"CutMix": {}, "RandAugment": {}},
     "speech": {"SpecAugment": {}, "InfoBatch": {}},
     "masked text": {"MaskRateSchedule": {}, "SparseMaskedHead": {}},
-    "replaced text": {"ReplacedTokenDetection": {}, "ExponentialMovingAverage": {}},
+    "replaced text": {"ReplacedTokenDetection": {}, "ExponentialMovingAverage": {"half_life": 100}},
 }
 """Techniques that train together, by the name of the run."""
 
@@ -78,8 +83,8 @@ ON_RANKS = {
 
 
 def build(techniques: Techniques) -> list[Any]:
-    """Fresh techniques, of hf_accel or its contrib."""
-    return [vars(hf_accel if name in hf_accel.__all__ else contrib)[name](**v) for name, v in techniques.items()]
+    """Fresh techniques."""
+    return [find_technique(name)(**values) for name, values in techniques.items()]
 
 
 def digest(value: Any) -> str:

@@ -1,21 +1,25 @@
-"""A budget: what the run may spend, in the user's own unit.
+"""Limit a run in your own unit, and make everything that depends on progress follow it.
 
-People guess ``max_steps``; the job is killed in mid-decay or ends early at a high learning rate.  With a budget the
-learning rate and everything else that depends on "when" follow what was spent, and the run ends on time:
+People guess ``max_steps``; then the job is killed in mid-decay, or ends early at a high learning rate.  With a budget,
+the learning rate and everything else that depends on "when" follow the spent amount, and the run ends on time:
 
     progress = spent / limit,   stop when the next step would not fit
 
-Seconds include compilation, evaluation and saving, and so do joules.  Operations (FLOPs) are those that ran, of the
-forward and backward passes of all ranks: recomputed ones count, those of frozen blocks, dropped tokens and adapters do
-as far as they are computed.  They are counted only where they are limited; a limit that is never reached has them
-counted.  `LearningRateSearch` finds the rate within a share of the budget.
+Seconds and joules include compilation, evaluation and saving.  FLOPs are those that ran, in the forward and backward
+passes of all ranks.  Recomputed operations count.  Frozen blocks, dropped tokens and adapters count with their computed
+operations only.  FLOPs are counted only if they are limited; add a limit that is never reached to count them.
+`LearningRateSearch` finds the rate within a share of the budget.
 
-Reference: Li, Yumer and Ramanan (2020), Budgeted training, https://arxiv.org/abs/1905.04753; schedules on wall-clock
-time: Izsak et al. (2021), https://arxiv.org/abs/2104.07705.  Departure: any unit, and several limits at once.
-
-When to use: whenever the time, the number of tokens or the number of epochs is given.
-When not to use: where runs must be bit-identical on machines of different speed, do not budget seconds.  Operations of
-batches that all differ in shape are slow to count.
+Recommendation: Use Budget if your run has a fixed time, token count, epoch count or other limit.
+When to use: Every run with a given time, number of tokens, number of epochs or other limit.
+When not to use:
+- Seconds, if runs must be bit-identical on machines of different speed.
+- FLOPs, if all batches differ in shape: their operations are slow to count.
+Defaults: One epoch, which is not taken from a paper.
+Differences from the paper: A limit may have any unit, and there may be several.
+Example: Budget("30min")
+References: Li, Yumer and Ramanan (2020), Budgeted training, https://arxiv.org/abs/1905.04753; Izsak et al. (2021),
+https://arxiv.org/abs/2104.07705, for schedules on wall-clock time.
 """
 
 from __future__ import annotations
@@ -35,13 +39,13 @@ from hf_accel.technique import State, Technique
 
 @dataclass(eq=False)
 class Budget(Technique):
-    """Ends the run when the limit is reached, with everything that follows progress at its end.
+    """End the run when the limit is reached, with everything that follows progress at its end.
 
     Args:
         limit: An amount with a unit such as ``"30min"``, ``"2h"``, ``"500steps"``, ``"3epochs"``, ``"1e6samples"``,
-            ``"1e9tok"``, ``"1e18flop"``, ``"50kJ"`` or ``"1.5kWh"``; or several, of which the first one reached ends
-            the run.  ``"job"``: what the time limit of the job leaves, under Slurm.  ``"+30min"``: so much beyond what
-            the run before it has spent, which is named by ``resume_from_checkpoint``.
+            ``"1e9tok"``, ``"1e18flop"``, ``"50kJ"`` or ``"1.5kWh"``, or several.  The first limit reached ends the run.
+            ``"job"`` is the rest of the job's time limit under Slurm.  ``"+30min"`` extends the finished run in
+            ``resume_from_checkpoint`` by that amount.
     """
 
     limit: str | list[str] = "1epoch"
@@ -57,22 +61,25 @@ class Budget(Technique):
         return [text.strip() for text in texts]
 
     def budget(self) -> Mapping[str, float]:
-        """The limits by unit."""
+        """Return the limits by unit."""
         texts = self._texts()
         further = [text.startswith("+") for text in texts]
         if len(set(further)) > 1 or "+job" in texts:
-            raise ValueError(f"{self!r}: what comes on top of an earlier run, and what does not. Write all with a '+'.")
+            raise ValueError(
+                f"{self!r} does not support extensions ('+30min') beside absolute limits. "
+                "Put '+' on all limits or on none."
+            )
         pairs = [("seconds", job_seconds()) if t == "job" else parse_budget(t.removeprefix("+")) for t in texts]
         limits = dict(pairs)
         if not pairs or len(limits) < len(pairs):
-            raise ValueError(f"{self!r}: each unit may be limited once, and at least one must be. Give other limits.")
+            raise ValueError(f"{self!r}: each unit may be limited once, and at least one must be. Set other limits.")
         return limits
 
     def extends_previous_run(self) -> bool:
         return any(text.startswith("+") for text in self._texts())
 
     def meters(self) -> Mapping[str, Any]:
-        """What counts operations, energy, and the seconds of a job."""
+        """Return meters for the limits that need one: FLOPs, energy, and the seconds of a job."""
         limits, args = self.budget(), self.run_.args  # type: ignore[union-attr]
         meters: dict[str, Any] = {}
         if "flops" in limits:
@@ -92,7 +99,7 @@ class Budget(Technique):
         if run.resumed:
             over = clock.done or clock.seconds > clock.limits.get("seconds", float("inf"))
             if any(clock.share([float(over)])):
-                raise ValueError(f"{self!r}: the run has spent it already. Give more.")
+                raise ValueError(f"{self!r}: the run has spent this budget already. Set a larger one.")
         else:
             self._refuse_too_little({"seconds": clock.seconds})
 
@@ -101,16 +108,18 @@ class Budget(Technique):
             run: Any = self.run_
             taken = run.first_step_cost()
             if "tokens" in run.clock.limits and not taken["tokens"]:
-                raise ValueError(f"{self!r}: the batches hold no tokens. Give samples or epochs.")
+                raise ValueError(
+                    f"{self!r} does not support tokens because the batches hold none. Use samples or epochs."
+                )
             self._refuse_too_little(taken)
 
     def _refuse_too_little(self, taken: Mapping[str, float]) -> None:
-        """Raise before the first update where it would be late, on every rank."""
+        """Raise on every rank, before the first update, if the budget is too small for it."""
         clock = self.run_.clock  # type: ignore[union-attr]
         fits = all(clock.can_afford(unit, amount) for unit, amount in taken.items() if unit in clock.limits)
         if not all(clock.share([float(fits)])):
             raise ValueError(
-                f"{self!r}: one step, and the evaluation and the checkpoint after it, do not fit into it. Give more."
+                f"{self!r} is too small for one step and the evaluation and checkpoint after it. Set a larger limit."
             )
 
     def state_dict(self, scope: Literal["global", "rank"]) -> State:
@@ -122,8 +131,10 @@ class Budget(Technique):
             self.run_.meters["flops"].load_state_dict(state["flops"])  # type: ignore[union-attr]
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the budget that was spent, by unit; where operations are counted, the share of what the device
-        can do that the model needed."""
+        """Report the spent share of the budget by unit.
+
+        If FLOPs are counted, add the utilization: the model's FLOPs as a share of those that the device can do.
+        """
         run: Any = self.run_
         clock = run.clock
         spent = clock.spent | {u: clock.spent[u] + a for u, a in clock.excluded_cost.items() if u not in CONTINUOUS}
@@ -134,12 +145,12 @@ class Budget(Technique):
         return report
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:
-        """A limit was reached, and none was passed by more than a step."""
+        """Return whether more than 0.9 of a limit was spent."""
         return any(report.get(f"{unit}_share", 0.0) > 0.9 for unit in UNITS)
 
 
 def _dtype_of(run: Any) -> torch.dtype:
-    """What matrices are multiplied in."""
+    """Return the dtype of matrix products."""
     if run.args.bf16:
         return torch.bfloat16
     return torch.float16 if run.args.fp16 else next(run.model.parameters()).dtype

@@ -1,17 +1,22 @@
-"""TargetMetric: stop as soon as an evaluation is good enough; the budget is the upper bound.
+"""Stop as soon as an evaluation is good enough; the budget is the upper bound.
+
+A run that stops at its target saves the rest of its budget:
 
     stop when  metric <= value   (a loss),   metric >= value   (anything else)
 
-The metric is any that the evaluation gives: the loss, or what ``compute_metrics`` makes, of the library ``evaluate``
-for example.  Where weights are averaged, the average is what is evaluated, and what the run returns.  The learning rate
-is where it was: a run that is stopped early has not cooled down.
+The metric is any that the evaluation returns: the loss, or a result of ``compute_metrics``, for example from the
+library ``evaluate``.  If weights are averaged, the run evaluates and returns the average.  The learning rate does not
+change, so a run that is stopped early has not cooled down.
 
+Recommendation: Use TargetMetric if you know which metric is good enough and a better model is worth nothing to you.
+When to use: Runs with a known target, if a better model is worth nothing.
+When not to use: To compare runs that differ in their schedule.  The one that decays earlier reaches a target earlier,
+and may end worse.
+Defaults: A loss of 0 is never reached, so set ``value``.
+Differences from the paper: None.
+Example: TargetMetric(metric="accuracy", value=0.9)
 Reference: Dahl et al. (2023), Benchmarking neural network training algorithms, https://arxiv.org/abs/2306.07179, for
 time to a target as the measure of training.
-
-When to use: what is good enough is known, and a better model is worth nothing.
-When not to use: to compare runs that differ in their schedule: the one that decays earlier reaches a target earlier,
-and may end worse.
 """
 
 from __future__ import annotations
@@ -28,28 +33,28 @@ from hf_accel.recipe.technique_syntax import nearest
 from hf_accel.technique import Technique
 
 EVERY = 0.05
-"""Share of the run between evaluations, where the arguments ask for none."""
+"""Share of the run between evaluations if the arguments ask for none."""
 
 
 @dataclass(eq=False)
 class TargetMetric(Technique):
-    """Ends the run at the first evaluation whose metric has reached a value.
+    """End the run at the first evaluation with a metric that has reached a value.
 
     Args:
-        metric: Its name, with or without ``eval_``.
-        value: What is good enough.
-        greater_is_better: Whether more is better; None: unless the name ends with ``loss``, as Trainer has it.
+        metric: Name of the metric, with or without ``eval_``.
+        value: Value that is good enough.
+        greater_is_better: True if more is better.  None means True unless the name ends with ``loss``, as in Trainer.
     """
 
     metric: str = "loss"
-    value: float = 0.0  # of a loss: never
+    value: float = 0.0  # a loss never reaches it
     greater_is_better: bool | None = None
     fidelity: ClassVar = "exact"
     variations: ClassVar = {"metric": "runtime", "value": 3.5, "greater_is_better": True}
     counters: ClassVar = ("found",)
 
     def prepare_args(self, args: TrainingArguments) -> TrainingArguments:
-        """Without evaluations there would be nothing to stop at."""
+        """Turn evaluations on if there are none."""
         if args.eval_strategy == IntervalStrategy.NO:
             args = copy.copy(args)
             args.eval_strategy, args.eval_steps = IntervalStrategy.STEPS, EVERY
@@ -79,7 +84,7 @@ class TargetMetric(Technique):
     def on_step_begin(self, args, state, control, **kwargs):
         if self.others_ and "best" not in self.found_:
             there = sorted(name.removeprefix("eval_") for name in self.others_)
-            raise ValueError(f"{self!r}: the evaluation gives no {self.metric!r}. {nearest(self.metric, there)}")
+            raise ValueError(f"{self!r}: the evaluation returns no {self.metric!r}. {nearest(self.metric, there)}")
 
     def on_train_end(self, args, state, control, **kwargs):
         self.training_ = False
@@ -88,9 +93,9 @@ class TargetMetric(Technique):
         return not self.metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
 
     def report(self) -> Mapping[str, Any]:
-        """The best value of an evaluation, and at which step and progress the target was reached, if it was."""
+        """Report the best value, and the step and progress at which the target was reached, if at all."""
         return dict(self.found_)
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:
-        """The metric was watched."""
+        """Return whether an evaluation had the metric."""
         return "best" in report

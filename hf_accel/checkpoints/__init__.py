@@ -1,1 +1,1 @@
-"""Checkpoints: their format, and how they are written and read."""
+"""Define the format of checkpoints, write them and read them."""

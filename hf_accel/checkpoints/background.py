@@ -1,9 +1,10 @@
-"""Checkpoints that are written during training.
+"""Write checkpoints during training.
 
-At the end of a step the tensors of a checkpoint are copied to the CPU, and training continues.  The optimizer's state,
-under FSDP2 every rank's shards of it and of the weights, is written by ``torch.distributed.checkpoint.async_save``; all
-else that is large, among it ``model.safetensors`` for ``from_pretrained``, by a thread.  When every rank has written
-its part, rank 0 marks the checkpoint as whole and deletes old ones.  Until then a run resumes from the one before.
+At the end of a step the tensors of a checkpoint are copied to the CPU, and training continues.
+``torch.distributed.checkpoint.async_save`` writes the optimizer's state; under FSDP2 it writes every rank's shards of
+this state and of the weights.  A thread writes all other large parts, such as ``model.safetensors`` for
+``from_pretrained``.  When every rank has written its part, rank 0 marks the checkpoint as complete and deletes old
+ones.  Until then a run resumes from the one before.
 
     optimizer_0/            state of the optimizer; under FSDP2 as accelerate writes it for SHARDED_STATE_DICT
     pytorch_model_fsdp_0/   the same of the weights, under FSDP2
@@ -36,14 +37,14 @@ OPTIMIZER, SHARDS = "optimizer_0", "pytorch_model_fsdp_0"
 """Folders in a checkpoint."""
 
 SKELETON = "__skeleton__"
-"""Key of what is left of a state without tensors."""
+"""Key of a state without its tensors."""
 
 Part = Callable[[], Any]
-"""Writes a part of a checkpoint."""
+"""Function that writes a part of a checkpoint."""
 
 
 def snapshot(value: Any, constant: frozenset[int] = frozenset()) -> Any:
-    """A copy on the CPU of tensors in nested lists and mappings; what shares memory shares it in the copy.
+    """Copy tensors in nested lists and mappings to the CPU; tensors that share memory share it in the copy.
 
     Tensors at the addresses ``constant`` are not copied.
     """
@@ -67,10 +68,9 @@ def snapshot(value: Any, constant: frozenset[int] = frozenset()) -> Any:
 
 
 def process_groups() -> list[Any]:
-    """A process group for each writer, whose messages must not mix with those of training; None where there are no
-    process groups.
+    """Return a process group for each writer, or None for each without ``torch.distributed``.
 
-    All ranks make them at the same time.
+    Messages of writers must not mix with those of training.  All ranks make the groups at the same time.
     """
     if not dist.is_initialized():
         return [None, None, None]
@@ -79,7 +79,7 @@ def process_groups() -> list[Any]:
 
 @dataclass
 class Parts:
-    """What is still to be written of a checkpoint: by the thread, and by ``async_save``."""
+    """Remaining parts of a checkpoint, for the thread and for ``async_save``."""
 
     writes: list[Part] = field(default_factory=list)
     futures: list[Any] = field(default_factory=list)
@@ -91,18 +91,18 @@ class Parts:
     def save_alone(self, folder: Path, state: Any, group: Any) -> None:
         """Begin to write a state into a folder, this rank alone."""
         tensors: dict[str, Tensor] = {}
-        # Of nested states, async_save makes strings of the numbers that parameters go by.
+        # In nested states, async_save turns the parameters' numbers into strings.
         skeleton = flatten_state(state, tensors)
         self._save(folder, {SKELETON: (skeleton,), TENSOR: tensors}, group, alone=True)
 
     def _save(self, folder: Path, state: dict[str, Any], group: Any, *, alone: bool) -> None:
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # said in a thread, where none can catch it
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a thread warns, out of reach
         self.futures.append(dcp.async_save(state, checkpoint_id=folder, process_group=group, no_dist=alone))
 
     def finish(self, complete: Part | None, group: Any, now: Callable[[], float]) -> Future[tuple[str | None, float]]:
         """Write the parts in a thread, then ``complete`` on the rank that saves.
 
-        The future gives what went wrong on any rank, and the time at the end.
+        The future returns an error of any rank, and the time at the end.
         """
 
         def write() -> tuple[str | None, float]:
@@ -117,7 +117,7 @@ class Parts:
 
 
 def attempt(parts: list[Part]) -> str | None:
-    """Write all parts; in words, the first thing that went wrong."""
+    """Write all parts; return the first error in words."""
     error = None
     for part in parts:
         try:
@@ -134,7 +134,7 @@ def _in_words(error: BaseException) -> str:
 
 
 def agreed(error: str | None, group: Any) -> str | None:
-    """The error of the first rank that has one; waits for all."""
+    """Wait for all ranks, and return the error of the first rank that has one."""
     if group is None:
         return error
     errors: list[str | None] = [None] * dist.get_world_size(group)
@@ -143,7 +143,7 @@ def agreed(error: str | None, group: Any) -> str | None:
 
 
 def load(folder: Path) -> Any:
-    """The state that `Parts.save_alone` wrote into a folder, on the CPU."""
+    """Return the state that `Parts.save_alone` wrote into a folder, on the CPU."""
     reader = dcp.FileSystemReader(folder)
     found: dict[str, Any] = {SKELETON: None}
     for name, entry in reader.read_metadata().state_dict_metadata.items():

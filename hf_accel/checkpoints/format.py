@@ -1,12 +1,12 @@
-"""What we write beside Trainer's checkpoint, and how a checkpoint is known to be whole.
+"""Write our files beside Trainer's checkpoint, and check that a checkpoint is complete.
 
     accel_state.json + .safetensors        clock, stream, techniques: the same on every rank, written by rank 0
     accel_rank{r}.json + .safetensors      what belongs to one rank
     averaged.safetensors                   averaged weights, under the model's own names
-    accel_incomplete                       there while a checkpoint is being written
+    accel_incomplete                       exists while a checkpoint is being written
     accel_complete.json                    sizes of all files and digests of ours; written last
 
-No pickle.  A directory that was begun and has no valid ``accel_complete.json`` is not resumed from.
+No pickle.  A run does not resume from a started directory without a valid ``accel_complete.json``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ INCOMPLETE = "accel_incomplete"
 AVERAGED = "averaged.safetensors"
 
 TENSOR = "__tensor__"
-"""Key, in a state that was taken apart, of the name of a tensor."""
+"""Key of a tensor's name in a flattened state."""
 
 
 class CheckpointError(ValueError):
@@ -41,7 +41,7 @@ def save_state(directory: str | Path, name: str, state: Mapping[str, Any]) -> No
     tensors: dict[str, Tensor] = {}
     document = flatten_state(state, tensors)
     Path(directory).mkdir(parents=True, exist_ok=True)
-    # Copies, for safetensors refuses tensors that share memory.
+    # Copies, because safetensors refuses tensors that share memory.
     tensors = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
     save_file(tensors, Path(directory, f"{name}.safetensors"))
     Path(directory, f"{name}.json").write_text(json.dumps(document))
@@ -61,7 +61,7 @@ def load_state(directory: str | Path, name: str) -> dict[str, Any]:
 
 
 def flatten_state(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any:
-    """Replace the tensors of a nested state by names, and put them into ``tensors``; `unflatten_state` undoes it."""
+    """Replace the tensors of a nested state by names, and put them into ``tensors``; `unflatten_state` inverts it."""
     if isinstance(value, Tensor):
         tensors[name] = value
         return {TENSOR: name}
@@ -74,7 +74,7 @@ def flatten_state(value: Any, tensors: dict[str, Tensor], name: str = "") -> Any
 
 
 def unflatten_state(value: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """A nested state, of which the tensors are given by name."""
+    """Rebuild a nested state with tensors given by name."""
     if isinstance(value, dict):
         if TENSOR in value:
             return tensors[value[TENSOR]]
@@ -85,7 +85,7 @@ def unflatten_state(value: Any, tensors: Mapping[str, Tensor]) -> Any:
 
 
 def mark_incomplete(directory: str | Path) -> None:
-    """Say that a directory is being written."""
+    """Mark a directory as being written."""
     Path(directory).mkdir(parents=True, exist_ok=True)
     Path(directory, INCOMPLETE).touch()
     Path(directory, COMPLETE).unlink(missing_ok=True)
@@ -93,7 +93,7 @@ def mark_incomplete(directory: str | Path) -> None:
 
 
 def mark_complete(directory: str | Path) -> None:
-    """Say that everything is written; the mark appears at once or not at all."""
+    """Mark a directory as completely written; the mark appears at once or not at all."""
     directory = Path(directory)
     marks = (COMPLETE, INCOMPLETE)
     files = sorted(path for path in directory.rglob("*") if path.is_file() and path.name not in marks)
@@ -116,7 +116,7 @@ def _digest(path: Path) -> str:
 
 
 def integrity_error(directory: str | Path) -> str | None:
-    """Why a checkpoint is not whole, in words; None where it is, or where a plain Trainer wrote it."""
+    """Return the reason why a checkpoint is not complete; None if it is, or if a plain Trainer wrote it."""
     directory = Path(directory)
     if not has_state(directory) and not (directory / INCOMPLETE).exists():
         return None if (directory / "trainer_state.json").is_file() else "it has no trainer_state.json"
@@ -139,26 +139,26 @@ def integrity_error(directory: str | Path) -> str | None:
 
 
 def has_state(directory: str | Path) -> bool:
-    """Whether the checkpoint holds a state of ours; a plain Trainer's does not."""
+    """Return whether the checkpoint holds a state of ours; a plain Trainer's does not."""
     return Path(directory, f"{STATE}.json").is_file()
 
 
 def checkpoints(output_dir: str | Path) -> list[Path]:
-    """The checkpoint directories of a run, newest first."""
+    """Return the checkpoint directories of a run, newest first."""
     found = [path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()]
     numbered = [(int(match[1]), path) for path in found if (match := re.fullmatch(r"checkpoint-(\d+)", path.name))]
     return [path for _, path in sorted(numbered, reverse=True)]
 
 
 def newest_complete(output_dir: str | Path) -> tuple[Path | None, dict[str, str]]:
-    """The newest whole checkpoint, and the newer ones that were passed over, each with its fault."""
-    passed_over: dict[str, str] = {}
+    """Return the newest complete checkpoint, and the newer ones that were skipped, each with its fault."""
+    skipped: dict[str, str] = {}
     for path in checkpoints(output_dir):
         fault = integrity_error(path)
         if fault is None:
-            return path, passed_over
-        passed_over[path.name] = fault
-    return None, passed_over
+            return path, skipped
+        skipped[path.name] = fault
+    return None, skipped
 
 
 def save_averaged(directory: str | Path, tensors: Mapping[str, Tensor]) -> None:
@@ -167,6 +167,6 @@ def save_averaged(directory: str | Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def load_averaged(directory: str | Path) -> dict[str, Tensor] | None:
-    """The averaged weights of a checkpoint; None where it has none."""
+    """Return the averaged weights of a checkpoint, or None if it has none."""
     path = Path(directory, AVERAGED)
     return load_file(path) if path.is_file() else None

@@ -1,4 +1,4 @@
-"""Chooses the checkpoint that a run resumes from, and reads it."""
+"""Choose the checkpoint that a run resumes from, and read it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Found = dict[str, list[tuple[Technique, Any]]]
 
 
 def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | None:
-    """The checkpoint to resume from: the given one, or the newest whole one."""
+    """Return the checkpoint to resume from: the given one, or the newest complete one."""
     if not resume:
         return None
     if isinstance(resume, str | os.PathLike):
@@ -35,7 +35,7 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | No
             raise ckpt.CheckpointError(f"{resume}: there is no checkpoint. Name a checkpoint-N directory.")
         if (fault := ckpt.integrity_error(resume)) is not None:
             whole, _ = ckpt.newest_complete(Path(resume).parent)
-            remedy = f"Resume from {whole}." if whole else "There is no whole checkpoint beside it: start anew."
+            remedy = f"Resume from {whole}." if whole else "There is no whole checkpoint beside it: start again."
             raise ckpt.CheckpointError(f"{resume}: the checkpoint is not whole, {fault}. {remedy}")
         return str(resume)
     whole, passed_over = ckpt.newest_complete(output_dir)
@@ -49,7 +49,7 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | No
 
 
 def checkpoint_to_extend(resume: str | bool | None, output_dir: str, owner: Technique) -> str | None:
-    """The checkpoint from which to continue a run that ended, beyond its budget."""
+    """Return the checkpoint from which to continue a finished run beyond its budget."""
     if not resume:
         raise ValueError(f"{owner!r}: there is no run to continue. Name it by resume_from_checkpoint=.")
     if resume is True or Path(resume, "trainer_state.json").is_file():
@@ -58,16 +58,16 @@ def checkpoint_to_extend(resume: str | bool | None, output_dir: str, owner: Tech
     whole = [path for path in ckpt.checkpoints(folder) if ckpt.has_state(path) and ckpt.integrity_error(path) is None]
     if not whole:
         raise ckpt.CheckpointError(f"{folder}: there is no whole checkpoint of a run of hf_accel. Name another.")
-    # Before the run cooled down, where there is such a checkpoint.
+    # Prefer a checkpoint before the run's cooldown.
     at_peak = (path for path in whole if ckpt.load_state(path, ckpt.STATE).get("rate") == 1.0)
     return str(next(at_peak, whole[0]))
 
 
 class CheckpointReader:
-    """Reads what a checkpoint holds.
+    """Read the contents of a checkpoint.
 
     Attributes:
-        state: Ours, the same on every rank; of a plain Trainer's checkpoint next to nothing.
+        state: Our state, the same on every rank; almost empty for a plain Trainer's checkpoint.
     """
 
     def __init__(self, host: TrainerView, checkpoint: str):
@@ -89,7 +89,7 @@ class CheckpointReader:
                     self._found.setdefault(scope, []).append((technique, match[1]))
 
     def _state_of_rank(self, world_size: int) -> dict[str, Any]:
-        """The states of this rank; nothing on another number of ranks."""
+        """Return the states of this rank, or nothing on another number of ranks."""
         host, here = self.host, self.host.args.world_size
         if world_size != here and host.is_deepspeed_enabled:
             raise ckpt.CheckpointError(
@@ -106,7 +106,7 @@ class CheckpointReader:
         return ckpt.load_state(self.checkpoint, rank) if own else {}
 
     def state_of(self, technique: Technique) -> Any:
-        """The global state of a technique; None where there is none."""
+        """Return the global state of a technique, or None."""
         return next((state for owner, state in self._found.get("global", ()) if owner is technique), None)
 
     def restore_techniques(self) -> None:
@@ -117,13 +117,13 @@ class CheckpointReader:
 
 
 class Heartbeat:
-    """Seconds and joules spent, in a file of the output directory, for a run that is killed."""
+    """Keep the spent seconds and joules in a file of the output directory, in case the run is killed."""
 
     def __init__(self, output_dir: str, run_id: str):
         self.path, self.run_id = Path(output_dir, "accel_heartbeat.json"), run_id
 
     def read(self) -> dict[str, float]:
-        """What the run had spent when it last wrote."""
+        """Return the amounts that the run had spent when it last wrote."""
         try:
             beat = json.loads(self.path.read_text())
         except (OSError, json.JSONDecodeError):
@@ -131,7 +131,7 @@ class Heartbeat:
         return {unit: beat[unit] for unit in CONTINUOUS} if beat["run_id"] == self.run_id else {}
 
     def write(self, seconds: float, joules: float) -> None:
-        """Note what the run has spent."""
+        """Write the amounts that the run has spent."""
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text(json.dumps({"run_id": self.run_id, "seconds": seconds, "joules": joules}))
         scratch.replace(self.path)
@@ -148,8 +148,7 @@ def load_optimizer(host: TrainerView, checkpoint: str | None, plain: Callable[[A
 
 
 def load_renamed_weights(host: TrainerView, checkpoint: Any, load_result: Any) -> Any:
-    """Read the weights of models (ViT) that are saved under the names of earlier versions, which Trainer does not
-    translate back."""
+    """Read the weights of models (ViT) with saved names of earlier versions, which Trainer does not translate back."""
     if load_result.missing_keys and load_result.unexpected_keys and isinstance(host.model, PreTrainedModel):
         saved = type(host.model).from_pretrained(checkpoint)
         return host.model.load_state_dict(saved.state_dict(), strict=False)
@@ -158,7 +157,7 @@ def load_renamed_weights(host: TrainerView, checkpoint: Any, load_result: Any) -
 
 @contextlib.contextmanager
 def reading_shards(host: TrainerView, checkpoint: str | None) -> Iterator[None]:
-    """Let accelerate read shards where shards were written, whatever it was told to write."""
+    """Let accelerate read shards if shards were written, whatever format it writes."""
     plugin = host.accelerator.state.fsdp_plugin if host.is_fsdp_enabled else None
     if plugin is None or checkpoint is None or not Path(checkpoint, SHARDS).is_dir():
         yield

@@ -1,4 +1,4 @@
-"""Writes checkpoints that are whole or not there, at once or during training."""
+"""Write checkpoints that are complete or absent, at once or during training."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ logger = logging.get_logger(__name__)
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of a trainer.
+    """Write the checkpoints of a trainer.
 
     Args:
-        in_background: Whether they are written during training.
+        in_background: Write them during training.
     """
 
     def __init__(self, host: TrainerView, *, in_background: bool):
@@ -39,11 +39,11 @@ class CheckpointWriter:
 
     @functools.cached_property
     def groups(self) -> list[Any]:
-        """The process groups of the writers."""
+        """Return the process groups of the writers."""
         return process_groups()
 
     def refuse_backends(self) -> None:
-        """Raise where checkpoints cannot be written in the background."""
+        """Raise ValueError if checkpoints cannot be written in the background."""
         if not self.in_background:
             return
         host = self.host
@@ -68,11 +68,11 @@ class CheckpointWriter:
         state: Callable[[], Any],
         now: Callable[[], float],
     ) -> float | None:
-        """Write a checkpoint; the seconds that it took, or None where it is still being written.
+        """Write a checkpoint; return the seconds that it took, or None if it is still being written.
 
         Args:
             plain: Trainer's own ``_save_checkpoint``.
-            state: Writes what the engine adds.
+            state: Writes the engine's files.
             now: Seconds of the run.
         """
         began = now()
@@ -118,11 +118,11 @@ class CheckpointWriter:
 
     @property
     def is_writing(self) -> bool:
-        """Whether a checkpoint is being written in the background."""
+        """Return whether a checkpoint is being written in the background."""
         return self._pending is not None
 
     def finish(self) -> float:
-        """Wait until the checkpoint that is being written is whole; the seconds it took.  Raise where it failed."""
+        """Wait until the current checkpoint is complete, and return the seconds it took.  Raise if it failed."""
         assert self._pending is not None
         (directory, began, future), self._pending = self._pending, None
         error, ended = future.result()
@@ -132,7 +132,7 @@ class CheckpointWriter:
         return ended - began
 
     def _log_failure(self, directory: Path, error: str | None) -> None:
-        """Log what went wrong at once; it is raised where all ranks meet, at the next checkpoint or the end."""
+        """Log an error at once; it is raised later, at the next checkpoint or the end, where all ranks meet."""
         if error is not None and self.host.args.should_save:
             logger.error(_failure(directory, error))
 
@@ -151,11 +151,11 @@ class CheckpointWriter:
         self._parts.writes.append(functools.partial(write, *(snapshot(value, constant) for value in args)))
 
     def save_weights(self, output_dir: Any, state_dict: Any, plain: Callable[..., Any], save: Callable) -> Any:
-        """Write the model; ``plain`` is Trainer's own ``_save``, and ``save`` the same as a function of a trainer."""
+        """Write the model; ``plain`` is Trainer's own ``_save``, and ``save`` is it as a function of a trainer."""
         host = self.host
         if self._parts is not None and host.args.should_save and getattr(plain, "__func__", None) is save:
             given = host.model.state_dict() if state_dict is None else state_dict
-            if not any(isinstance(tensor, DTensor) for tensor in given.values()):  # else all ranks gather them
+            if not any(isinstance(tensor, DTensor) for tensor in given.values()):  # otherwise all ranks gather them
                 return self.put(functools.partial(save, host.with_frozen_config()), output_dir, given)
         return plain(output_dir, state_dict)
 
@@ -180,15 +180,15 @@ FILE_WRITERS = ("PytorchStreamWriter", "inline_container")
 
 
 def _failure(directory: Path, error: Exception | str) -> str:
-    """The sentence for a checkpoint that a full disk, say, has kept from being written."""
+    """Describe why a checkpoint could not be written, for example because of a full disk."""
     whole, _ = ckpt.newest_complete(directory.parent)
-    remedy = f"resume from {whole}, which is whole" if whole else "start anew: there is no whole one yet"
+    remedy = f"resume from {whole}, which is whole" if whole else "start again: there is no whole one yet"
     why = " ".join(str(error).split())[:200]
     return f"{directory}: the checkpoint could not be written ({why}). Make room, and {remedy}."
 
 
 def _clear(directory: Path) -> None:
-    """Remove what an earlier run has left of ours in a checkpoint that is written again."""
+    """Remove our files of an earlier run from a checkpoint that is written again."""
     for folder in (OPTIMIZER, SHARDS):
         shutil.rmtree(directory / folder, ignore_errors=True)
     for file in (*directory.glob("accel_*"), directory / ckpt.AVERAGED):

@@ -1,4 +1,4 @@
-"""The commands, and what they have in common: a mistake of the user ends in one sentence and exit code 2."""
+"""Define the commands of ``hf-accel``.  A user's mistake ends in one sentence and exit code 2."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from hf_accel.cli.train import train
 
 
 class Commands(TyperGroup):
-    """Commands whose mistakes of the user are told without a traceback."""
+    """Report a user's mistake without a traceback."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run a command; what our code refused or found missing is the user's to mend, anything else is a crash."""
+        """Run a command; errors that our code raises are mistakes of the user, and all others are crashes."""
         try:
             return super().invoke(ctx)
         except (ValueError, ImportError) as error:
@@ -36,7 +36,7 @@ class Commands(TyperGroup):
 
 
 def raised_here(error: BaseException) -> bool:
-    """Whether a line of this package raised the error, not one that it called."""
+    """Return whether this package raised the error itself, not code that it called."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return Path(frames[-1].f_code.co_filename).is_relative_to(Path(hf_accel.__file__).parent)
 
@@ -49,7 +49,7 @@ app = typer.Typer(
     help="Train to the same quality in less time.",
 )
 app.command()(train)
-app.command(context_settings={"allow_interspersed_args": False})(run)  # what follows the script is its own
+app.command(context_settings={"allow_interspersed_args": False})(run)  # later options belong to the script
 app.command()(compare)
 app.command("find-lr")(find_lr)
 app.command()(export)

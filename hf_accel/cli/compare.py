@@ -1,4 +1,4 @@
-"""``hf-accel compare``: how many times faster recipes reach the quality of a fair baseline, with intervals."""
+"""``hf-accel compare``: measure how many times faster recipes reach the quality of a fair baseline, with intervals."""
 
 from __future__ import annotations
 
@@ -24,36 +24,35 @@ def compare(
         typer.Argument(metavar="RECIPE", help="YAML files, or techniques as 'InfoBatch(keep=0.5)'."),
     ] = None,
     workload: Annotated[
-        str | None, typer.Option(help="Where to compare; without one, task, model and data of the recipe.")
+        str | None, typer.Option(help="Workload of the comparison. Default: task, model and data of the recipe.")
     ] = None,
-    baseline: Annotated[Path | None, typer.Option(help="Recipe in the place of the workload's tuned baseline.")] = None,
-    horizons: Annotated[str, typer.Option(help="Shares of the budget that the baseline is trained for.")] = (
+    baseline: Annotated[Path | None, typer.Option(help="Recipe that replaces the workload's tuned baseline.")] = None,
+    horizons: Annotated[str, typer.Option(help="Horizons of the baseline, as shares of the budget.")] = (
         "0.25,0.5,0.75,1,1.5"
     ),
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 5,
-    budget: Annotated[str | None, typer.Option(help="Time for the whole comparison, as 20min.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Metric of the evaluation, as loss or accuracy.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Time for the whole comparison, such as 20min.")] = None,
+    metric: Annotated[str | None, typer.Option(help="Metric of the evaluation, such as loss or accuracy.")] = None,
     out: Annotated[
         Path | None,
-        typer.Option(file_okay=False, help="Folder of records and reports; interrupted, it goes on from there."),
+        typer.Option(file_okay=False, help="Folder of records and reports. An interrupted comparison resumes there."),
     ] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the workloads' data sets.")] = None,
     record: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", dir_okay=False, help="Write the evidence there, as docs/evidence/NAME.json."),
+        typer.Option(metavar="FILE", dir_okay=False, help="File of the record, such as docs/evidence/NAME.json."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
-    ablate: Annotated[bool, typer.Option("--ablate", help="Leave out each technique of a recipe in turn.")] = False,
+    ablate: Annotated[bool, typer.Option("--ablate", help="Also run the recipe without each technique.")] = False,
     placebos: Annotated[bool, typer.Option(help="Run placebos beside the candidates.")] = True,
-    share: Annotated[float, typer.Option(help="Share of the budget that candidates are trained for, a horizon.")] = 1.0,
+    share: Annotated[float, typer.Option(help="Horizon of the candidates, as a share of the budget.")] = 1.0,
     scale: Annotated[str, typer.Option(help="Scale of the workload: cpu or gpu.")] = "cpu",
     tune: Annotated[
-        int, typer.Option(min=0, help="Trials of learning rate and batch size for every arm; 4 or more are tuning.")
+        int, typer.Option(min=0, help="Trials of learning rate and batch size per arm; 4 or more count as tuning.")
     ] = 0,
 ) -> None:
     """Measure the speed-up of recipes at equal quality, against a fair baseline."""
-    from hf_accel.compare import Comparison
-    from hf_accel.compare.record import write_record
+    from hf_accel.compare import Comparison, write_record
     from hf_accel.compare.report import table
     from hf_accel.compare.workloads import DATA_ROOT
 
@@ -88,7 +87,7 @@ def compare(
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator:
-    """Runs done, time gone, and the time that is left, as soon as one run has ended."""
+    """Show finished runs, elapsed time and, after the first run, the remaining time."""
     columns = (TextColumn("{task.description}"), BarColumn(None), MofNCompleteColumn(), TimeElapsedColumn())
     with Bar(*columns, TextColumn("{task.fields[left]}"), console=console) as bar:
         task = bar.add_task("starting", total=None, left="")

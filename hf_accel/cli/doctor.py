@@ -1,4 +1,4 @@
-"""``hf-accel doctor``: where the time of a training goes, what would save some, traps, and mistakes in settings."""
+"""``hf-accel doctor``: find lost time of a training run, ways to save it, traps, and mistakes in settings."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from hf_accel.tools.run_script import run_script
 
 def doctor(
     target: Annotated[Path, typer.Argument(help="A script, a recipe, or a config of DeepSpeed or accelerate.")],
-    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="The script's own.")] = None,
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGS", help="Arguments of the script.")] = None,
 ) -> None:
-    """Say where the time of a training goes, and what would save some of it."""
+    """Show where a training run spends its time, and how to save some of it."""
     if not target.is_file():
         raise ValueError(f"target({str(target)!r}): there is no such file. Give a script, a recipe or a configuration.")
     console = Console()
@@ -32,7 +32,7 @@ def doctor(
         with instead_of_training(lambda trainer: examined.append(examine(trainer))):
             run_script(target, arguments or [])
         if not examined:
-            raise ValueError(f"target({str(target)!r}): it called no Trainer's train(). Give a script that trains.")
+            raise ValueError(f"target({str(target)!r}): it never called Trainer.train(). Give a script that trains.")
         if not dist.is_initialized() or dist.get_rank() == 0:
             show(console, examined[0])
     elif target.suffix == ".json" or "distributed_type" in target.read_text(errors="replace"):
@@ -46,7 +46,7 @@ def doctor(
 
 
 def examine_recipe(recipe: Recipe) -> Examination:
-    """A short run of a recipe, without its budget."""
+    """Examine a short run of a recipe without its budget."""
     techniques = [t for t in recipe.build_techniques() if "budget" not in t.implemented_hooks()]
     with tempfile.TemporaryDirectory() as folder:
         args: Any = recipe.with_changes(f"args.output_dir={folder}").training_arguments()
@@ -55,7 +55,7 @@ def examine_recipe(recipe: Recipe) -> Examination:
 
 
 def show(console: Console, found: Examination) -> None:
-    """What was found, as tables."""
+    """Print an examination as tables."""
     total = sum(found.seconds.values()) or 1.0
     where = Table(title="Where a step's time goes", title_justify="left")
     where.add_column("phase")
@@ -68,15 +68,15 @@ def show(console: Console, found: Examination) -> None:
             )
     console.print(where)
     if found.run_seconds is not None:
-        console.print(f"The whole run would take about {found.run_seconds:,.0f} s here.", highlight=False)
-    listed(console, "What would save time", found.findings)
+        console.print(f"The whole run would take about {found.run_seconds:,.0f} s on this machine.", highlight=False)
+    listed(console, "Ways to save time", found.findings)
     listed(console, "Traps", found.traps)
     if not found.findings and not found.traps:
         console.print("Nothing stands out.")
 
 
 def listed(console: Console, title: str, findings: list[Finding]) -> None:
-    """Findings, numbered."""
+    """Print findings as a numbered table."""
     if not findings:
         return
     table = Table(title=title, title_justify="left", show_lines=True)

@@ -1,4 +1,4 @@
-"""``hf-accel export``: the averaged model of a checkpoint, as an ordinary folder."""
+"""``hf-accel export``: write the averaged model of a checkpoint as an ordinary folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hf_accel.cli.soup import refuse_full
 def export(
     checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="A folder checkpoint-N.")],
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the model; without one, averaged-N beside the checkpoint.")
+        Path | None, typer.Option(help="Folder of the model. Default: averaged-N beside the checkpoint.")
     ] = None,
 ) -> None:
     """Write the averaged model of a checkpoint as a folder for from_pretrained."""
@@ -25,9 +25,9 @@ def export(
     if not checkpoint.is_dir():
         raise ValueError(f"{checkpoint}: there is no checkpoint. Name a checkpoint-N directory.")
     if (fault := ckpt.integrity_error(checkpoint)) is not None:
-        raise ValueError(f"{checkpoint}: the checkpoint is not whole, {fault}. Name another one.")
+        raise ValueError(f"{checkpoint}: the checkpoint is not complete: {fault}. Name another one.")
     if (averages := ckpt.load_averaged(checkpoint)) is None:
-        raise ValueError(f"{checkpoint}: holds no averages. Load it with from_pretrained as it is.")
+        raise ValueError(f"{checkpoint}: holds no averaged weights. Load it with from_pretrained.")
     refuse_full(out)
     logging.disable_progress_bar()
     write(checkpoint, averages, out)
@@ -35,7 +35,7 @@ def export(
 
 
 def write(checkpoint: Path, averages: dict[str, Tensor], out: Path) -> None:
-    """The model or the adapter of a checkpoint, with averages in the place of the weights."""
+    """Write the model or the adapter of a checkpoint with averages instead of its weights."""
     from safetensors.torch import save_file
 
     from hf_accel.tools.soup import ADAPTER, copy_companions, is_adapter, load_adapter, load_model
@@ -55,7 +55,7 @@ def write(checkpoint: Path, averages: dict[str, Tensor], out: Path) -> None:
 
 
 def in_adapter_file(name: str) -> str:
-    """What peft's files call a parameter of the adapter ``default``."""
+    """Return the name that peft's files use for a parameter of the adapter ``default``."""
     name = name.replace(".modules_to_save.default", "").replace(".default", "")
     return name.removesuffix(".weight") if name.endswith(".lora_magnitude_vector.weight") else name
 
@@ -63,6 +63,6 @@ def in_adapter_file(name: str) -> str:
 def _refuse_unknown(checkpoint: Path, averages: dict[str, Tensor], tensors: dict[str, Tensor]) -> None:
     if unknown := sorted(averages.keys() - tensors.keys()):
         raise ValueError(
-            f"{checkpoint}: its model has no {unknown[0]}, of which there is an average ({len(unknown)} such names). "
+            f"{checkpoint}: its model lacks {len(unknown)} of the averaged weights, such as {unknown[0]}. "
             "Load the model as in training, and averaged.safetensors into it."
         )

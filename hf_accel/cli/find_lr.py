@@ -1,4 +1,4 @@
-"""``hf-accel find-lr``: the peak learning rate for a recipe, or for the baseline of a workload, by short runs."""
+"""``hf-accel find-lr``: find the peak learning rate of a recipe, or of a workload's baseline, by short runs."""
 
 from __future__ import annotations
 
@@ -26,21 +26,21 @@ if TYPE_CHECKING:
 
 
 def find_lr(
-    recipe: Annotated[Path | None, typer.Argument(help="YAML file of the run that the learning rate is for.")] = None,
+    recipe: Annotated[Path | None, typer.Argument(help="YAML file of the run.")] = None,
     changes: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, as args.seed=1.")
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value, such as args.seed=1.")
     ] = None,
     workload: Annotated[str | None, typer.Option(help="Task, model, data and baseline of a workload.")] = None,
-    budget: Annotated[str | None, typer.Option(help="What the run may spend: 30min, 500steps, 3epochs.")] = None,
-    share: Annotated[float, typer.Option(help="What the search may cost, in runs of that length.")] = 3.0,
+    budget: Annotated[str | None, typer.Option(help="Limit of the run: 30min, 500steps, 3epochs.")] = None,
+    share: Annotated[float, typer.Option(help="Largest cost of the search, in runs of that length.")] = 3.0,
     out: Annotated[Path | None, typer.Option(help="Folder of find-lr.json and find-lr.png.")] = None,
     data: Annotated[Path | None, typer.Option(help="Folder of the workloads' data sets.")] = None,
     plot: Annotated[bool, typer.Option(help="Draw the range test and the sweep.")] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Propose a peak learning rate: a range test, then short runs, of which the best are trained for longer."""
+    """Propose a peak learning rate: run a range test, then short runs, and train the best ones for longer."""
     if recipe is None and workload is None:
-        raise ValueError("find-lr: neither a recipe nor a workload is given. Name one.")
+        raise ValueError("find-lr needs a recipe or a workload. Name one.")
     if plot:
         _need_matplotlib()
     chosen = (Recipe() if recipe is None else Recipe.load(recipe)).with_changes(*(changes or ()))
@@ -54,10 +54,10 @@ def find_lr(
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"out({str(folder)!r}): is a file. Choose another --out.")
     logging.set_verbosity_error()
-    told = Console(stderr=True)
+    log = Console(stderr=True)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = of_recipe(chosen, scratch) if workload is None else of_workload(workload, chosen, scratch)
-        found = search(trainer, share=share, follow=lambda line: told.print(line, highlight=False))
+        found = search(trainer, share=share, follow=lambda line: log.print(line, highlight=False))
     if not trainer.is_world_process_zero():
         return
     folder.mkdir(parents=True, exist_ok=True)
@@ -73,8 +73,8 @@ def find_lr(
 
 
 def table(found: FoundRate) -> Table:
-    """The losses by learning rate and round, and what they cost."""
-    shown = Table(title="Loss after runs of a share of the horizon", title_justify="left")
+    """Show the loss by learning rate and round, and the cost of the search."""
+    shown = Table(title="Loss after short runs, by share of the horizon", title_justify="left")
     shown.add_column("learning rate", justify="right")
     for round_ in found.rounds:
         shown.add_column(f"{round_['share']:.2g}", justify="right")
@@ -83,7 +83,7 @@ def table(found: FoundRate) -> Table:
         style = "bold green" if rate == found.learning_rate else None
         shown.add_row(f"{rate:g}", *("" if loss is None else f"{loss:.4f}" for loss in losses), style=style)
     shown.caption = (
-        f"{found.runs} short runs: {found.cost:.2f} of the run's own cost, {found.steps:,} updates on "
+        f"{found.runs} short runs: {found.cost:.2f} of the cost of the run, {found.steps:,} updates on "
         f"{found.samples:,.0f} samples, {found.flops:.3g} FLOPs, {found.seconds:.0f} s. "
         f"The learning rate was {found.given:g}."
     )
@@ -91,9 +91,9 @@ def table(found: FoundRate) -> Table:
 
 
 def of_recipe(recipe: Recipe, scratch: str) -> Any:
-    """The trainer of a recipe."""
+    """Build the trainer of a recipe."""
     args = recipe.training_arguments()
-    recipe.build_techniques()  # a mistake shows before any data are read
+    recipe.build_techniques()  # fails on a mistake before data is read
     args.output_dir, args.report_to, args.disable_tqdm = scratch, [], True
     args.dataloader_pin_memory &= torch.accelerator.is_available()
     set_seed(args.seed)
@@ -103,7 +103,7 @@ def of_recipe(recipe: Recipe, scratch: str) -> Any:
 
 
 def of_workload(name: str, recipe: Recipe, scratch: str) -> Any:
-    """The trainer of a workload's baseline, with the arguments, the techniques and the budget of a recipe."""
+    """Build the trainer of a workload's baseline with the arguments, techniques and budget of a recipe."""
     from hf_accel.compare import Comparison, build_workload
     from hf_accel.compare.worker import HARNESS, make_trainer
 
@@ -114,7 +114,7 @@ def of_workload(name: str, recipe: Recipe, scratch: str) -> Any:
     arm = Comparison([given], workload=workload).arms[0]
     budget = recipe.budget or workload.nominal_budget()
     if not isinstance(budget, str):
-        raise ValueError(f"budget({budget!r}): a workload takes one. Give one.")
+        raise ValueError(f"budget({budget!r}): find-lr on a workload needs exactly one budget. Pass --budget once.")
     args = arm.recipe.args | {"output_dir": scratch} | HARNESS
     set_seed(int(args.get("seed", 42)))
     return make_trainer(workload.build(), args, arm.recipe, budget, TrainerCallback(), hosted=True)

@@ -1,4 +1,4 @@
-"""``hf-accel plan``: what a model takes of each device's memory, which setting fits, and what fits in a budget."""
+"""``hf-accel plan``: predict the memory of each device, choose a setting that fits, and fit a run into a budget."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from hf_accel.optim.learning_rate.learning_rate_scaling import rate_factor
 from hf_accel.optim.learning_rate.learning_rate_search import LearningRateSearch
 from hf_accel.recipe import Recipe
 from hf_accel.tools.calibration import Forecast, calibrate
-from hf_accel.tools.planning import KEPT_BACK, Footprint, Planner, Setting, parse_bytes, subject_of, write_configs
+from hf_accel.tools.planning import KEPT_BACK, Footprint, Planner, Setting, parse_bytes, write_configs
+from hf_accel.tools.subjects import subject_of
 
 WAYS = {
     (False, False): "all weights",
@@ -26,29 +27,29 @@ WAYS = {
     (True, False): "LoRA",
     (True, True): "LoRA + ch.",
 }
-"""How a table names adapters and activation checkpointing."""
+"""Column headings by the use of adapters and of activation checkpointing."""
 
 
 def plan(
     model: Annotated[str, typer.Argument(help="Folder or config.json of a model, name on the Hub, or recipe.")],
     devices: Annotated[int, typer.Option(min=1, help="Devices of the machine.")] = 1,
-    memory: Annotated[str, typer.Option(help="Of each device, as 80GB or 24GiB.")] = "80GB",
-    length: Annotated[int | None, typer.Option(min=2, help="Positions of an example.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Examples of a forward pass on a device.")] = None,
+    memory: Annotated[str, typer.Option(help="Memory of each device, such as 80GB or 24GiB.")] = "80GB",
+    length: Annotated[int | None, typer.Option(min=2, help="Positions per example.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Examples per forward pass on a device.")] = None,
     bf16: Annotated[bool, typer.Option(help="Compute in bfloat16.")] = True,
     lora_rank: Annotated[int, typer.Option(min=1, help="Rank of the adapters.")] = 16,
     budget: Annotated[
-        str | None, typer.Option(help="Of a recipe: say what fits in 2h, or how long 3epochs take, by a trial.")
+        str | None, typer.Option(help="Run a trial of a recipe to predict the work in 2h, or the time of 3epochs.")
     ] = None,
     output: Annotated[Path, typer.Option(help="Folder of the configuration files.")] = Path("accel_plan"),
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
 ) -> None:
-    """Say what fits on the devices, recommend a setting, and write its configuration files."""
+    """Show which settings fit on the devices, recommend one, and write its configuration files."""
     limit = parse_bytes(memory)
     if budget is not None and Path(model).suffix not in (".yaml", ".yml"):
-        raise ValueError(f"budget({budget!r}): takes the data of a recipe, and {model} is none. Give a recipe.")
+        raise ValueError(f"budget({budget!r}) needs the data of a recipe, and {model} is not a recipe. Give a recipe.")
     if budget is not None:
-        Recipe.load(model).with_changes(f"budget={budget}").build_techniques()  # a mistake shows at once
+        Recipe.load(model).with_changes(f"budget={budget}").build_techniques()  # fails early on a mistake
     if output.exists() and not output.is_dir():
         raise ValueError(f"output({str(output)!r}): is a file. Choose another --output.")
     subject = subject_of(model, rows=batch, length=length)
@@ -69,13 +70,13 @@ def plan(
     shown = chosen or min(settings, key=lambda setting: planner.footprint(setting).device)
     console.print(parts(planner, settings, shown, console.width))
     if not any(setting.lora for setting in settings):
-        left_out = "LoRA is left out: it needs peft. Install it with: pip install 'hf-accel[peft]'."
-        console.print(left_out, markup=False, highlight=False)
+        hint = "LoRA needs peft, which is not installed. Install it with: pip install 'hf-accel[peft]'."
+        console.print(hint, markup=False, highlight=False)
     if chosen is None:
         smallest = planner.footprint(shown).device
         console.print(
-            f"Nothing fits: the least is {_gigabytes(smallest)} GB of the {_gigabytes(limit)} GB ({shown}). "
-            "Take fewer --batch or --length, or more devices.",
+            f"Nothing fits: the smallest setting ({shown}) needs {_gigabytes(smallest)} of {_gigabytes(limit)} GB. "
+            "Lower --batch or --length, or add devices.",
             highlight=False,
         )
         raise typer.Exit(1)
@@ -83,11 +84,11 @@ def plan(
 
 
 CALIBRATION_SECONDS = 30.0
-"""Of the short run that is timed; the evaluations of some batches, and the copies of the model, come on top."""
+"""Seconds of the timed short run, without evaluations of some batches and copies of the model."""
 
 
 def what_fits(recipe: Recipe, budget: str, rows: int, devices: int) -> dict[str, Any]:
-    """Steps, data, learning rate and seconds of a run, by a trial on this machine in one process."""
+    """Predict steps, data, learning rate and seconds of a run by a trial on this machine in one process."""
     tuned_for = int(recipe.args.get("per_device_train_batch_size", 8))
     chosen = recipe.with_changes(f"budget={budget}", f"args.per_device_train_batch_size={rows}")
     logging.set_verbosity_error()
@@ -119,16 +120,16 @@ def what_fits(recipe: Recipe, budget: str, rows: int, devices: int) -> dict[str,
 
 
 def schedule(timed: dict[str, Any], budget: str | None) -> Table:
-    """What fits in a budget."""
+    """Show the work that fits in a budget."""
     forecast: Forecast = timed["forecast"]
-    table = Table(title=f"What fits in {budget}", title_justify="left", show_header=False, caption_justify="left")
+    table = Table(title=f"Work within {budget}", title_justify="left", show_header=False, caption_justify="left")
     table.add_column(style="bold")
     table.add_column(justify="right")
     table.add_row("updates", f"{timed['steps']:,}")
     for unit in ("epochs", "samples", "tokens"):
         if timed[unit]:
             table.add_row(unit, f"{timed[unit]:,.3g}" if unit == "epochs" else f"{timed[unit]:,.0f}")
-    table.add_row("examples of an update", f"{timed['batch']:,}")
+    table.add_row("examples per update", f"{timed['batch']:,}")
     scaled = (
         "" if timed["times_the_batch"] == 1 else f" ({timed['rule']} rule, {timed['times_the_batch']:g} x the batch)"
     )
@@ -144,8 +145,8 @@ def schedule(timed: dict[str, Any], budget: str | None) -> Table:
         if times and seconds:
             table.add_row(f"  of {name}", f"{times:,.0f} x {seconds:.3g} s")
     table.caption = (
-        f"By {forecast.measured_steps:,} updates on this machine in one process, {forecast.cost:.0f} s; "
-        "other devices take other times."
+        f"Measured on {forecast.measured_steps:,} updates on this machine in one process, in {forecast.cost:.0f} s. "
+        "Other devices differ."
     )
     return table
 
@@ -159,8 +160,8 @@ def _duration(seconds: float) -> str:
 
 
 def totals(planner: Planner, settings: list[Setting], limit: float) -> Table:
-    """Memory of a device by engine and way."""
-    table = Table(title="GB of a device", title_justify="left", caption_justify="left")
+    """Show the memory of a device by engine, adapters and activation checkpointing."""
+    table = Table(title="GB per device", title_justify="left", caption_justify="left")
     table.add_column("engine", no_wrap=True)
     ways = sorted({(s.lora, s.checkpointing) for s in settings})
     for way in ways:
@@ -172,15 +173,15 @@ def totals(planner: Planner, settings: list[Setting], limit: float) -> Table:
             fits = size <= limit * (1 - KEPT_BACK)
             cells.append(f"[green]{_gigabytes(size)} yes[/]" if fits else f"[red]{_gigabytes(size)}  no[/]")
         table.add_row(engine, *cells)
-    table.caption = f"yes: fits, with {KEPT_BACK:.0%} of a device kept back for its allocator and context."
+    table.caption = f"yes: fits, with {KEPT_BACK:.0%} of a device reserved for its allocator and context."
     return table
 
 
 def parts(planner: Planner, settings: list[Setting], shown: Setting, width: int) -> Table:
-    """What the memory is for, by engine, in the way of one setting; of its engine alone on a narrow terminal."""
+    """Show the use of memory by engine for the options of one setting; on a narrow terminal, only for its engine."""
     way = "LoRA" if shown.lora else "all weights"
     way += ", activation checkpointing" if shown.checkpointing else ""
-    table = Table(title=f"What it is for, in GB ({way})", title_justify="left", caption_justify="left")
+    table = Table(title=f"Use of the memory in GB ({way})", title_justify="left", caption_justify="left")
     table.add_column("")
     engines = dict.fromkeys(s.engine for s in settings if width >= 80 or s.engine == shown.engine)
     for engine in engines:
@@ -188,19 +189,19 @@ def parts(planner: Planner, settings: list[Setting], shown: Setting, width: int)
     found = [planner.footprint(Setting(engine, shown.checkpointing, shown.lora)) for engine in engines]
     for name in Footprint._fields:
         table.add_row(name, *(_gigabytes(size) if (size := getattr(f, name)) else "-" for f in found))
-    table.caption = "When most is alive: gradients grow while activations go. Buffers: what is gathered or sent."
+    table.caption = "At the peak: gradients grow while activations shrink. Buffers: gathered or sent tensors."
     return table
 
 
 def advice(planner: Planner, chosen: Setting, limit: float, written: list[Path]) -> str:
-    """The recommendation in words, and how to start."""
+    """Describe the recommendation in words, with the command that starts it."""
     size = planner.footprint(chosen).device
     rows = planner.largest_rows(chosen, limit)
     options = "" if not chosen.checkpointing or chosen.engine.startswith("fsdp") else " --gradient_checkpointing"
     options += " --bf16" if planner.bf16 else ""
     adapters = f"\nGive AccelTrainer the technique LoRA(rank={planner.lora_rank})." if chosen.lora else ""
     return (
-        f"Take {chosen}: {_gigabytes(size)} of {_gigabytes(limit)} GB; the largest --batch that fits is "
+        f"Use {chosen}: {_gigabytes(size)} of {_gigabytes(limit)} GB; the largest --batch that fits is "
         f"{rows:,}.{adapters}\n"
         f"Written: {', '.join(map(str, written))}. Start with\n"
         f"  accelerate launch --config_file {written[0]} train.py "

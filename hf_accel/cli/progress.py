@@ -1,4 +1,4 @@
-"""The progress bar: the share of the budget that is spent, whatever its unit, and the values that are logged."""
+"""Show a progress bar with the spent share of the budget, whatever its unit, and the logged values."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import ProgressCallback, Trainer, TrainerCallback
 
 
 class _Bar(TrainerCallback):
-    """Follows the clock, where Trainer's own bar counts steps of which a budget knows no number."""
+    """Show budget progress, because Trainer's bar needs a number of steps that a budget may not have."""
 
     def __init__(self, trainer: Any, bar: Progress) -> None:
         self.trainer, self.bar = trainer, bar
@@ -28,7 +28,7 @@ class _Bar(TrainerCallback):
 
 @contextmanager
 def progress_bar(trainer: Trainer) -> Iterator[None]:
-    """Show the progress of what is trained inside; nothing where the arguments disable it."""
+    """Show the progress of training inside, unless the arguments disable it."""
     if trainer.args.disable_tqdm or not trainer.is_world_process_zero():
         yield
         return

@@ -1,4 +1,4 @@
-"""``hf-accel soup``: one model from several that were fine-tuned from the same weights."""
+"""``hf-accel soup``: average several models that were fine-tuned from the same weights."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from hf_accel.recipe import Recipe
 def soup(
     folders: Annotated[list[Path], typer.Argument(metavar="CHECKPOINT...", help="Models or LoRA adapters.")],
     out: Annotated[Path, typer.Option(help="Folder of the new model.")],
-    greedy: Annotated[bool, typer.Option("--greedy", help="Keep only what helps; needs --recipe.")] = False,
-    recipe: Annotated[Path | None, typer.Option(help="YAML file whose validation set decides.")] = None,
-    metric: Annotated[str, typer.Option(help="Metric of the evaluation, as loss or accuracy.")] = "loss",
+    greedy: Annotated[bool, typer.Option("--greedy", help="Keep only models that help; needs --recipe.")] = False,
+    recipe: Annotated[Path | None, typer.Option(help="YAML file with the validation set for --greedy.")] = None,
+    metric: Annotated[str, typer.Option(help="Metric of the evaluation, such as loss or accuracy.")] = "loss",
 ) -> None:
     """Average the weights of models, or of LoRA adapters, exactly."""
     from hf_accel.tools import soup as soups
 
     if greedy != (recipe is not None):
-        raise ValueError("soup: --greedy and --recipe belong together. Give both, or none.")
+        raise ValueError("soup: --greedy and --recipe need each other. Give both or neither.")
     refuse_full(out)
     logging.disable_progress_bar()
     console, kept = Console(), list(dict.fromkeys(folders))
@@ -48,13 +48,13 @@ def soup(
 
 
 def refuse_full(out: Path) -> None:
-    """Raise ValueError where a folder holds something already."""
+    """Raise ValueError if a path exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"out({str(out)!r}): is there already. Choose another --out.")
+        raise ValueError(f"out({str(out)!r}): exists and is not an empty folder. Choose another --out.")
 
 
 def evaluation(recipe: Recipe, metric: str) -> Callable[[Path], float]:
-    """A metric of any folder's model, on the validation set of a recipe."""
+    """Return a function that evaluates the model of a folder on a recipe's validation set."""
     from hf_accel.tasks import build_task
     from hf_accel.tools.soup import is_adapter, load_model
 
@@ -75,7 +75,7 @@ def evaluation(recipe: Recipe, metric: str) -> Callable[[Path], float]:
         metrics = Trainer(model=model, args=args, **task).evaluate()
         if f"eval_{metric}" not in metrics:
             shown = ", ".join(sorted(name.removeprefix("eval_") for name in metrics))
-            raise ValueError(f"metric({metric!r}): the evaluation has none of this name. It has {shown}.")
+            raise ValueError(f"metric({metric!r}): the evaluation does not report it. Choose one of {shown}.")
         return metrics[f"eval_{metric}"]
 
     return evaluate

@@ -1,4 +1,4 @@
-"""``hf-accel techniques``: all techniques with what is known of them, or the card of one."""
+"""``hf-accel techniques``: list all techniques with their evidence, or print the card of one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from rich.table import Table
 
 
 def techniques(
-    name: Annotated[str | None, typer.Argument(help="A technique; its card is printed.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the same as JSON.")] = False,
+    name: Annotated[str | None, typer.Argument(help="Print the card of this technique.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """List the techniques with their evidence, or print the card of one."""
     from hf_accel import evidence
@@ -23,7 +23,7 @@ def techniques(
     records, known = evidence.load_records(), dict(cards.in_order())
     if name is not None:
         if name not in known:
-            raise ValueError(f"technique({name!r}): there is none of this name. {nearest(name, known)}")
+            raise ValueError(f"technique({name!r}): there is no such technique. {nearest(name, known)}")
         text = cards.card(known[name], records)
         if as_json:
             print(json.dumps({**cards.facts(known[name], records), "card": text}))

@@ -1,4 +1,4 @@
-"""Records of finished runs, found again by what was run and with which code."""
+"""The cache of finished runs: a record is reused while its configuration, the code and the machine are the same."""
 
 from __future__ import annotations
 
@@ -7,35 +7,37 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
+import re
 from pathlib import Path
 from typing import Any
+
+import torch
 
 import hf_accel
 
 VERSIONS = ("torch", "transformers", "accelerate", "datasets", "numpy", "peft", "scikit-learn")
-REPORTING = (
-    *("cli", "cards.py", "evidence.py"),
-    *(f"compare/{name}.py" for name in ("statistics", "results", "report", "page", "charts", "comparison")),
-)
-"""Parts of the package that no run executes."""
+NOT_RUN = ("cli/", "cards.py", "evidence", "compare/")
+RUN = ("compare/worker.py", "compare/operations.py", "compare/pool.py", "compare/workloads/")
+"""Prefixes of the files that runs do not execute, and of the exceptions to them."""
 
 
 @functools.cache
 def code_hash() -> str:
-    """A hash of the package's source, as far as runs execute it, and of what it stands on."""
+    """Hash the source that runs execute, and the versions of the libraries that it uses."""
     root = Path(hf_accel.__file__).parent
     digest = hashlib.sha256(json.dumps(versions(), sort_keys=True).encode())
     for file in sorted(root.rglob("*.py")):
         name = file.relative_to(root).as_posix()
-        if not name.startswith(REPORTING):
+        if name.startswith(RUN) or not name.startswith(NOT_RUN):
             digest.update(name.encode() + b"\0" + file.read_bytes())
     return digest.hexdigest()[:16]
 
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """The versions that a record holds for."""
+    """Return the versions of Python, the machine and the libraries."""
     found = {"python": platform.python_version(), "machine": platform.machine()}
     for name in VERSIONS:
         try:
@@ -45,8 +47,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def machine() -> str:
+    """Name the accelerator, or the processor and a run's share of it."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    models = re.findall(r"model name\s*: (.*)", info.read_text() if info.exists() else "")
+    return f"{(models or [platform.processor() or platform.machine()])[0]}, {os.cpu_count()} cores, one thread a run"
+
+
 def key(run: dict[str, Any]) -> str:
-    """A hash of a run: its configuration, this package's code and that of techniques and workloads from elsewhere."""
+    """Hash a run's configuration, this package's code, and the modules of the user's techniques and workload."""
     digest = hashlib.sha256(json.dumps(run, sort_keys=True, default=repr).encode())
     digest.update(code_hash().encode())
     named = [run["workload"], *(name for entry in run["recipe"].get("techniques", []) for name in entry)]
@@ -58,7 +69,7 @@ def key(run: dict[str, Any]) -> str:
 
 
 def stamp(document: Any) -> str:
-    """A hash of sizes and times of the local files that strings in a document name, and of those in named folders."""
+    """Hash sizes and times of the local files and folders that strings in a document name."""
     if isinstance(document, dict):
         document = list(document.values())
     if isinstance(document, list | tuple):
@@ -69,14 +80,14 @@ def stamp(document: Any) -> str:
         if document == "" or not path.exists():
             return ""
     except (TypeError, OSError, RuntimeError):
-        return ""  # a number, or too long for a path, or the home of nobody
+        return ""  # a number, a string too long for a path, or the home of an unknown user
     files = sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
     found = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return hashlib.sha256(repr(found).encode()).hexdigest()[:16]
 
 
 def read(path: Path) -> dict[str, Any] | None:
-    """The record of a run; None where there is none."""
+    """Read a record; None if there is none."""
     try:
         return json.loads(path.read_text())
     except (FileNotFoundError, json.JSONDecodeError):
@@ -84,6 +95,6 @@ def read(path: Path) -> dict[str, Any] | None:
 
 
 def load(path: Path) -> dict[str, Any] | None:
-    """The record of a finished run; None where there is none, or where the run failed and may be tried again."""
+    """Read the record of a finished run; None if there is none, or if the run failed and should be tried again."""
     record = read(path)
     return record if record is not None and record["status"] == "finished" else None

@@ -1,9 +1,9 @@
-"""The operations of a run, counted in forks of its process: no arm pays for the count, and no bit of it changes.
+"""Counts a run's operations in forks of its process, so that the run pays nothing and computes the same bits.
 
-Where a step of a new kind comes, a fork of the process makes it, counted, reports and ends; then the process makes it
-itself.  So are the first update of each kind, and all that is done before the first step: passes that score, a teacher
-that is trained.  An accelerator cannot be used in a fork: there, nothing is counted but where operations are what is
-compared; then steps are, where they run, and nothing else.
+Before a step of a new kind, a fork of the process makes that step, counts it, reports and ends; then the process makes
+it.  The first update of each kind, and all work before the first step (scoring passes, a teacher's training), are
+counted the same way.  Forks cannot use an accelerator.  There, only steps are counted, where they run, and only if
+operations are the cost of the comparison.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from hf_accel.trainer import AccelTrainerMixin
 
 
 class FirstStep(BaseException):
-    """Ends what a fork does when the first step begins."""
+    """Ends a fork at the first step."""
 
 
 class Operations(TrainerCallback, FlopMeter):
-    """Counts what a trainer, whose callback it becomes, computes between ``train()`` and its end, without evaluations.
+    """Counts what a trainer computes within ``train()``, without evaluations; adds itself to the trainer's callbacks.
 
     Args:
-        on_accelerator: Whether steps are counted on an accelerator, too, though they take longer so.
+        on_accelerator: Count steps on an accelerator, too, which makes them slower.
 
     Attributes:
-        executed: Operations that ran; nan where a kernel has no formula, or nothing is counted.
-        spent: Wall and CPU seconds of the counting, which are not the run's.
+        executed: Operations that ran; nan if a kernel has no formula, or nothing is counted.
+        spent: Wall and CPU seconds of the counting, which the run is not charged for.
     """
 
     def __init__(self, trainer: Trainer, *, on_accelerator: bool = False) -> None:
@@ -65,11 +65,11 @@ class Operations(TrainerCallback, FlopMeter):
             trainer.training_step = training_step
 
     def now(self) -> float:
-        """Seconds that pass for the run."""
+        """Return the time without the counting."""
         return time.monotonic() - self.spent["wall_seconds"]
 
     def train(self, trainer: Trainer) -> None:
-        """Train; what comes before the first step is counted beforehand."""
+        """Count what comes before the first step, then train."""
         if isinstance(trainer, AccelTrainerMixin) and trainer.techniques and not torch.accelerator.is_available():
             self.executed += self._ahead(trainer.train).executed
         trainer.train()
@@ -104,7 +104,7 @@ class Operations(TrainerCallback, FlopMeter):
         self.executed += self._updates[kind]
 
     def _ahead(self, run: Callable[[], Any]) -> Flops:
-        """The operations of what this process will do next, counted in a fork; in one, none are counted anew."""
+        """Count in a fork what this process will do next; within a fork, only do it."""
         if self._in_fork:
             run()
             return Flops()
@@ -122,7 +122,7 @@ class Operations(TrainerCallback, FlopMeter):
         return Flops(*json.loads(told)) if told else Flops(math.nan, math.nan)
 
     def _report(self, run: Callable[[], Any], writing: int) -> None:
-        """Run and report, in the fork, and end it."""
+        """Run, report, and end the fork."""
         self._in_fork = True
         try:
             with Counting() as counting:

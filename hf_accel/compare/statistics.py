@@ -1,19 +1,19 @@
-"""How many times faster, and how sure that is: a candidate against the curve of a baseline.
+"""Speed-ups with intervals: a candidate against the curve of a baseline.
 
-The baseline is trained at several horizons, each with its learning rate decayed to zero inside it.  That gives, for
-each seed, a curve of loss against log cost.  What counts for a candidate that reached loss q at cost t is
+The baseline is trained at several horizons, and its learning rate decays to zero within each.  Each seed then has a
+curve of loss against log cost.  For a candidate that reached loss q at cost t,
 
     speed-up_seed = T_seed(q) / t,      T_seed(q) = cost at which the baseline of the same seed reaches q
 
-and the mean of the logarithms over seeds, with Student's interval.  Because each seed has a curve of its own, the noise
-of the curve is a part of what varies between seeds, and of the interval.  What does not vary is where a curve runs
-between its knots; the interval is widened by that doubt (`Curve.log_cost`).  Without it, 95 % intervals covered the
-truth in as few as 15 % of simulated comparisons on steep curves; with it, in 94 % and more.
+The result is the mean of the logarithms over seeds, with Student's interval.  Because each seed has its own curve, the
+interval includes the noise of the curve.  It is widened by the uncertainty of a curve between its knots, which all
+seeds share (`Curve.log_cost`).  Without that, 95 % intervals covered the truth in as few as 15 % of simulated
+comparisons on steep curves; with it, in 94 % and more.
 
 Reference: Kaddour et al. (2023), No train no gain, https://arxiv.org/abs/2307.06440: against a baseline that may choose
 its horizon, most published speed-ups vanish.
 
-A *loss* here is any quality, turned so that lower is better.  Shape suffixes: ``S`` seeds, ``H`` horizons.
+A *loss* here is any quality with its sign chosen so that lower is better.  Shape suffixes: ``S`` seeds, ``H`` horizons.
 """
 
 from __future__ import annotations
@@ -24,30 +24,25 @@ from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
-
-try:
-    from scipy.interpolate import PchipInterpolator
-    from scipy.stats import t as student
-except ImportError as error:
-    raise ImportError("hf_accel.compare: needs scipy. Install it with: pip install 'hf-accel[compare]'.") from error
+from scipy.interpolate import PchipInterpolator
+from scipy.stats import t as student
 
 CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Loss against log cost of one seed's baseline: knots of ascending cost and strictly descending loss."""
+    """One seed's baseline, loss against log cost: costs ascend from knot to knot, and losses descend strictly."""
 
     log_costs: np.ndarray
     losses: np.ndarray
 
     def log_cost(self, loss: float) -> tuple[float, float]:
-        """Logarithm of the cost at which the loss is reached, inside the range of the knots, and its uncertainty.
+        """Return the logarithm of the cost that reaches a loss within the knots' range, and its uncertainty.
 
-        Two monotone cubics (PCHIP) go through the knots, one of loss against log cost and one of log cost against loss;
-        on curves that flatten out they err to opposite sides.  The value is their mean, the uncertainty half of their
-        distance.  (Straight lines would lie above a loss curve, which is convex, and credit every candidate with one
-        to five percent that it does not have.)
+        Two monotone cubics (PCHIP) go through the knots: loss against log cost, and log cost against loss.  On curves
+        that flatten out they err to opposite sides.  The value is their mean, the uncertainty half their distance.
+        Straight lines would lie above a convex loss curve and credit every candidate with a spurious 1 to 5 %.
         """
         assert self.losses[-1] <= loss <= self.losses[0], "losses outside of the curve are bounds or misses"
         if loss in self.losses:
@@ -59,11 +54,11 @@ class Curve:
 
 
 def fit_curve(costs_H: ArrayLike, losses_H: ArrayLike) -> Curve:
-    """The curve of one seed, made monotone.
+    """Fit a monotone curve to one seed's runs, without those that have no finite loss.
 
-    Where noise lets a costlier run end worse, neighbors are averaged, in loss and in log cost, until the loss falls
-    from knot to knot (isotonic regression by pooling of adjacent violators; a pooled knot stays one point, so that the
-    inverse is continuous).  Runs without a finite loss are left out.
+    Noise can make a costlier run end worse.  Neighbors are then averaged in loss and in log cost, until the loss falls
+    from knot to knot (isotonic regression by pooling adjacent violators).  A pooled knot stays one point, so that the
+    inverse is continuous.
     """
     costs, losses = np.asarray(costs_H, float), np.asarray(losses_H, float)
     finite = np.isfinite(losses) & np.isfinite(costs)
@@ -81,9 +76,9 @@ def fit_curve(costs_H: ArrayLike, losses_H: ArrayLike) -> Curve:
 
 
 def useful_horizons(losses_SH: ArrayLike) -> np.ndarray:
-    """Which horizons improve, in the mean over seeds, on all shorter ones; a mask (H,).
+    """Return a mask (H,) of the horizons that improve, in the mean over seeds, on all shorter ones.
 
-    Who overfits at the longest horizon would train less, and so does the baseline.
+    Horizons at which the baseline overfits are ignored.
     """
     losses = np.ma.masked_invalid(np.asarray(losses_SH, float)).mean(axis=0).filled(math.inf)
     best = np.concatenate([[math.inf], np.minimum.accumulate(losses)[:-1]])
@@ -95,15 +90,14 @@ class SpeedUp:
     """A speed-up at equal quality.
 
     Args:
-        kind: ``measured``; ``bound``: for some seeds the candidate was better than the longest baseline, and the truth
-            is at least ``value``; ``miss``: for some it was worse than the shortest, or failed, which counts as
-            infinite time, and the truth is below ``high``.
+        kind: ``measured``; ``bound``: some seeds were better than the longest baseline, so the truth is at least
+            ``value``; ``miss``: some were worse than the shortest baseline or failed, so the truth is below ``high``.
         value: Geometric mean over seeds; 0 for a miss.
         low: Lower end of the 95 % interval.
-        high: Upper end; infinite where it is not known.
-        per_seed: The speed-up of each seed, or its bound; 0 where it failed.
-        bounds: Seeds that were better than the longest baseline.
-        misses: Seeds that were worse than the shortest baseline, or failed.
+        high: Upper end; infinite if unknown.
+        per_seed: Speed-up of each seed, or its bound; 0 if it failed.
+        bounds: Number of seeds that were better than the longest baseline.
+        misses: Number of seeds that were worse than the shortest baseline or failed.
     """
 
     kind: Literal["measured", "bound", "miss"]
@@ -128,15 +122,14 @@ def speed_up(
     baseline_losses_SH: ArrayLike,
     candidate_costs_S: ArrayLike,
     candidate_losses_S: ArrayLike,
-    confidence: float = CONFIDENCE,
 ) -> SpeedUp:
-    """The speed-up of a candidate whose seeds are those of the baseline, in the same order.
+    """Compare a candidate with a baseline of the same seeds, in the same order.
 
-    Nothing is extrapolated: outside of the baseline's range of losses a seed gives a bound or a miss, never a number.
+    Nothing is extrapolated: outside the baseline's range of losses a seed gives a bound or a miss, never a number.
     """
     costs_SH, losses_SH = np.asarray(baseline_costs_SH, float), np.asarray(baseline_losses_SH, float)
     useful = useful_horizons(losses_SH)
-    logs, kinds, doubts = [], [], [0.0]
+    logs, kinds, doubt = [], [], 0.0
     for costs_H, losses_H, cost, loss in zip(
         costs_SH, losses_SH, np.asarray(candidate_costs_S, float), np.asarray(candidate_losses_S, float), strict=True
     ):
@@ -148,19 +141,19 @@ def speed_up(
         elif loss < curve.losses[-1]:
             reached, kind = float(curve.log_costs[-1]) - math.log(cost), "bound"
         else:
-            (log_cost, doubt), kind = curve.log_cost(loss), "measured"
+            (log_cost, uncertainty), kind = curve.log_cost(loss), "measured"
             reached = log_cost - math.log(cost)
-            doubts.append(doubt)
+            doubt += uncertainty
         logs.append(reached)
         kinds.append(kind)
     bounds, misses = kinds.count("bound"), kinds.count("miss")
     per_seed = tuple(math.exp(value) for value in logs)
-    doubt = sum(doubts) / len(logs)  # of interpolation: alike for all seeds, so no mean over seeds removes it
+    doubt /= len(logs)  # all seeds err alike, so the mean over seeds does not reduce it
     if misses:
         known = bounds == 0 and all(map(math.isfinite, logs))
-        high = math.exp(mean_interval(logs, confidence)[2] + doubt) if known else math.inf
+        high = math.exp(mean_interval(logs)[2] + doubt) if known else math.inf
         return SpeedUp("miss", 0.0, 0.0, high, per_seed, bounds, misses)
-    mean, low, high = mean_interval(logs, confidence)
+    mean, low, high = mean_interval(logs)
     mean, low, high = math.exp(mean), math.exp(low - doubt), math.exp(high + doubt)
     if bounds:
         # Each value is at most the truth, so the lower end holds for the truth, too.
@@ -168,18 +161,18 @@ def speed_up(
     return SpeedUp("measured", mean, low, high, per_seed, bounds, misses)
 
 
-def p_value(found: SpeedUp, confidence: float = CONFIDENCE) -> float:
-    """One-sided p of "not faster than the baseline"; 2.5 % where the interval begins at 1."""
+def p_value(found: SpeedUp) -> float:
+    """Return the one-sided p of "not faster than the baseline"; 2.5 % if the 95 % interval begins at 1."""
     seeds = len(found.per_seed)
     if found.kind == "miss" or seeds < 2:
         return 1.0
     half = math.log(found.value) - math.log(found.low)
-    quantile = float(student.ppf(0.5 + confidence / 2, seeds - 1))
+    quantile = float(student.ppf(0.5 + CONFIDENCE / 2, seeds - 1))
     return float(student.sf(math.log(found.value) * quantile / max(half, 1e-12), seeds - 1))
 
 
 def mean_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> tuple[float, float, float]:
-    """Mean and the ends of Student's interval; a single value has an infinite one."""
+    """Return the mean and the ends of Student's interval, which is infinite for a single value."""
     values = np.asarray(values, float)
     mean = float(values.mean())
     if len(values) < 2:
@@ -188,21 +181,13 @@ def mean_interval(values: ArrayLike, confidence: float = CONFIDENCE) -> tuple[fl
     return mean, mean - half, mean + half
 
 
-def non_inferiority_margin(seed_sigma: float, floor: float) -> float:
-    """The loss that does not matter: half the standard deviation between seeds, at least the floor.
-
-    Fixed before a comparison, from seeds that it does not use.
-    """
-    return max(0.5 * seed_sigma, floor)
-
-
 @dataclass(frozen=True)
 class NonInferiority:
-    """Whether a candidate's loss is at most a margin above the baseline's, over paired seeds, one-sided at 5 %.
+    """A test of whether a candidate's loss is at most a margin above the baseline's: paired, one-sided at 5 %.
 
     Args:
         verdict: ``non-inferior``: the upper bound is below the margin; ``inferior``: the lower bound is above it;
-            ``undecided``: neither, more seeds are needed.
+            ``undecided``: neither; more seeds are needed.
         difference: Mean of candidate minus baseline; negative is better.
         low: Lower one-sided bound.
         high: Upper one-sided bound.
@@ -222,7 +207,7 @@ class NonInferiority:
 def non_inferiority(candidate_losses_S: ArrayLike, baseline_losses_S: ArrayLike, margin: float) -> NonInferiority:
     """Compare final losses of the same seeds.
 
-    A candidate's run that failed makes it inferior; against a baseline without a finite loss nothing is decided.
+    A failed run makes a candidate inferior; against a baseline without a finite loss, the verdict is undecided.
     """
     if not np.isfinite(np.asarray(baseline_losses_S, float)).all():
         return NonInferiority("undecided", math.nan, -math.inf, math.inf, margin)

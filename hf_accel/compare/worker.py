@@ -1,8 +1,7 @@
-"""One run of a comparison, measured, in a process of its own.
+"""Measures runs of a comparison, each in its own process.
 
-``python -m hf_accel.compare.worker`` reads jobs from its standard input, a line of JSON each, and answers each with the
-exit status.  It imports everything once and forks for each job, so that a run starts in a fresh process without the
-seconds of the imports.
+``python -m hf_accel.compare.worker`` reads jobs from its standard input, one line of JSON each, and answers with exit
+statuses.  It imports everything once and forks for each job, so that a fresh process need not import again.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ from hf_accel.trainer import AccelTrainer, AccelTrainerMixin
 
 
 class Meter:
-    """CPU and wall seconds since its beginning; CPU seconds are of this process and of ended children."""
+    """Counts CPU and wall seconds since its construction; CPU seconds include those of finished children."""
 
     def __init__(self) -> None:
         self.began = self._now()
@@ -47,18 +46,18 @@ class Meter:
         return time.perf_counter(), time.process_time() + children.ru_utime + children.ru_stime
 
     def seconds(self) -> dict[str, float]:
-        """What has passed."""
+        """Return the seconds so far."""
         wall, cpu = self._now()
         return {"wall_seconds": wall - self.began[0], "cpu_seconds": cpu - self.began[1]}
 
 
 class SetUp(TrainerCallback):
-    """Notes what was spent when the first step begins: construction, scoring passes, a teacher, growth."""
+    """Notes the seconds before the first step: construction, scoring passes, a teacher, growth."""
 
     def __init__(self, meter: Meter):
         self.meter, self.seconds = meter, {}
         self.counting: dict[str, float] = {}
-        """Seconds until this moment of the counting of operations, which are not the run's."""
+        """Seconds of counting operations so far, which the run is not charged for."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.seconds = self.seconds or without(self.meter.seconds(), self.counting)
@@ -67,9 +66,8 @@ class SetUp(TrainerCallback):
 def measure(run: dict[str, Any]) -> dict[str, Any]:
     """Train once and evaluate.
 
-    What is charged is the training section: from the construction of the trainer to the return of ``train()``, with
-    all that a technique does in it.  Imports, data, the model's construction and a warm-up of two steps come before,
-    the final evaluation after; they are printed, not charged.
+    The run is charged for the training section: from the construction of the trainer to the return of ``train()``.
+    Imports, data, building the model, two warm-up steps and the final evaluation are reported, not charged.
     """
     if not torch.accelerator.is_available():
         torch.set_num_threads(1)
@@ -112,13 +110,13 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
 
 
 def resident_bytes() -> int:
-    """What is resident; 0 where the system does not say."""
+    """Return the resident memory; 0 if the system does not tell."""
     statm = Path("/proc/self/statm")
     return int(statm.read_text().split()[1]) * resource.getpagesize() if statm.exists() else 0
 
 
 def reset_peak_memory() -> None:
-    """Count the peak anew; that of resident memory only Linux can."""
+    """Reset the peak; only Linux can reset that of resident memory."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     with contextlib.suppress(OSError):
@@ -126,7 +124,7 @@ def reset_peak_memory() -> None:
 
 
 def without(seconds: dict[str, float], others: dict[str, float]) -> dict[str, float]:
-    """Seconds less others of the same names."""
+    """Subtract seconds by name."""
     return {name: value - others.get(name, 0.0) for name, value in seconds.items()}
 
 
@@ -138,7 +136,7 @@ HARNESS = {
     "report_to": "none",
     "disable_tqdm": True,
 }
-"""Arguments that are the comparison's, in every arm."""
+"""Arguments that the comparison sets for every arm."""
 
 
 def make_trainer(
@@ -149,20 +147,20 @@ def make_trainer(
     callback: TrainerCallback,
     hosted: bool = False,
 ) -> Trainer:
-    """The trainer of an arm: without techniques, Trainer itself, so that hosting is charged to those that need it.
+    """Build an arm's trainer: without techniques, Trainer itself, so that only arms that need AccelTrainer pay for it.
 
-    A plain Trainer mis-scales the losses of some models when it accumulates gradients; their baseline is hosted.
+    Trainer mis-scales the losses of some models when it accumulates gradients; their baseline uses AccelTrainer.
     """
     unit, amount = parse_budget(budget)
     horizon: dict[str, Any] | None = None
-    accumulates = args.get("gradient_accumulation_steps", 1) > 1
-    misscaled = accumulates and not losses.honors_num_items(task["model"])
+    accumulation = args.get("gradient_accumulation_steps", 1)
+    misscaled = accumulation > 1 and not losses.honors_num_items(task["model"])
     plain = not recipe.techniques and not hosted and not misscaled
-    if plain and unit in ("steps", "epochs", "samples"):
+    if plain and unit == "epochs":
         horizon = {"num_train_epochs": amount}
-        if unit != "epochs":
-            size = args.get("per_device_train_batch_size", 8) * args.get("gradient_accumulation_steps", 1)
-            horizon = {"max_steps": max(math.ceil(amount / (size if unit == "samples" else 1)), 1)}
+    elif plain and unit in ("steps", "samples"):
+        size = args.get("per_device_train_batch_size", 8) * accumulation if unit == "samples" else 1
+        horizon = {"max_steps": max(math.ceil(amount / size), 1)}
     args = {name: value for name, value in args.items() if name not in ("max_steps", "num_train_epochs")}
     arguments = TrainingArguments(**args, **(horizon or {}))
     arguments.dataloader_pin_memory &= torch.accelerator.is_available()
@@ -182,7 +180,7 @@ def make_trainer(
 
 
 def with_metric(metric: str, own: Callable | None) -> Callable:
-    """What computes the workload's own metrics, and one of ``evaluate`` where they have none of its name."""
+    """Compute the workload's own metrics, and one of ``evaluate`` if they have none of its name."""
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
         found = {} if own is None else dict(own(prediction))
@@ -196,7 +194,7 @@ def with_metric(metric: str, own: Callable | None) -> Callable:
 
 
 def warm_up(task: dict[str, Any], args: dict[str, Any]) -> None:
-    """Two plain steps on a copy of the model: lazy imports and first allocations are no arm's cost."""
+    """Take two plain steps on a copy of the model, so that no arm pays for lazy imports and first allocations."""
     arguments = TrainingArguments(**(args | {"max_steps": 2, "warmup_steps": 0, "logging_strategy": "no"}))
     arguments.dataloader_pin_memory &= torch.accelerator.is_available()
     trainer = Trainer(args=arguments, **(task | {"model": copy.deepcopy(task["model"])}))
@@ -205,12 +203,12 @@ def warm_up(task: dict[str, Any], args: dict[str, Any]) -> None:
 
 
 def receipt_of(trainer: Trainer) -> Receipt | None:
-    """The receipt of a run that hosted techniques."""
+    """Return the receipt of an AccelTrainer's run."""
     return trainer.receipt if isinstance(trainer, AccelTrainerMixin) else None
 
 
 def work_done(trainer: Trainer) -> dict[str, float]:
-    """Steps, samples and tokens; these are 0 where nobody counted them."""
+    """Return steps, samples, and tokens, which are 0 for a plain Trainer."""
     if (receipt := receipt_of(trainer)) is not None:
         counts = {"steps": receipt.steps, "samples": receipt.samples, "tokens": receipt.tokens}
     else:
@@ -222,7 +220,7 @@ def work_done(trainer: Trainer) -> dict[str, float]:
 
 
 def run_job(job: dict[str, Any]) -> None:
-    """Measure a run and write its record; a failure is a record, too."""
+    """Measure a run and write its record, also if it fails."""
     began = time.perf_counter()
     record: dict[str, Any]
     try:
@@ -238,7 +236,7 @@ def run_job(job: dict[str, Any]) -> None:
 
 
 def fork_job(job: dict[str, Any]) -> int:
-    """Run a job in a fork of this process, whose output goes into the job's log; its exit status."""
+    """Run a job in a fork of this process, with its output in the job's log; return the exit status."""
     pid = os.fork()
     if pid == 0:
         code = 1
@@ -258,9 +256,9 @@ def fork_job(job: dict[str, Any]) -> int:
 def serve() -> None:
     """Answer jobs until the input ends."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # the output of libraries is no answer
     gc.collect()
-    gc.freeze()  # else every run would collect the garbage of the imports: Trainer does so once, in a quarter second
+    gc.freeze()  # otherwise every run would spend a quarter second collecting the garbage of the imports
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
         print(fork_job(json.loads(line)), file=answers, flush=True)

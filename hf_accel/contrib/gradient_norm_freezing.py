@@ -5,8 +5,8 @@ from the first trainable one upwards, as long as their change
 
     | |g'_l| - |g_l| | / |g'_l|
 
-is below the quantile ``threshold`` of the changes of all trainable blocks.  |g_l| is the root mean square of the norm
-of a step's gradient since the last check, and |g'_l| that before it.  A plain Trainer gives the clipped gradient.
+is below the quantile ``threshold`` of the changes of all trainable blocks.  The norm |g_l| is the root mean square over
+the steps since the last check, and |g'_l| that before it.  A plain Trainer gives the clipped gradient.
 
 Recommendation: Do not use GradientNormFreezing unless you study freezing; no gain was shown here.
 When to use: Fine-tuning of a pretrained encoder over several epochs.  For freezing by the state of the model, authors

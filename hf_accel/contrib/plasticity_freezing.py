@@ -10,7 +10,7 @@ P_l has twice in a row been below ``threshold`` times its largest value.
 
 Recommendation: Do not use PlasticityFreezing unless you study freezing; its gain was never measured here.
 When to use: Fine-tuning of a pretrained encoder over several epochs.  For freezing by the state of the model, authors
-report 19 to 43 % less time, and more where outputs of frozen blocks are cached, which this does not do.
+report 19 to 43 % less time.  Cached outputs of frozen blocks would save more; they are missing here.
 When not to use: Training from scratch.  Models under ``torch.compile``, which compiles again at each change.  DeepSpeed
 ZeRO.
 Defaults: ``threshold`` is Egeria's.  ``start``, ``max_fraction`` and ``checks`` are those of `GradientNormFreezing`.

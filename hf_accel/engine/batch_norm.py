@@ -61,7 +61,11 @@ def statistics(
                 layer.momentum = None  # the mean over batches
                 layer.train()
             for batch in inputs:
+                known = {name: buffer.clone() for name, buffer in buffers.items()}
                 predict(batch)
+                if not all(buffer.isfinite().all() for buffer in buffers.values()):  # one spoiled example
+                    for name, buffer in buffers.items():
+                        buffer.copy_(known[name])
         return {name: buffer.clone() for name, buffer in buffers.items()}
     finally:
         weights.swap(model, averages)

@@ -15,7 +15,7 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 import annotated_types as at
 
@@ -24,7 +24,7 @@ from hf_accel import evidence
 from hf_accel.evidence import Arm, Record, Records
 from hf_accel.recipe import known_techniques
 from hf_accel.recipe.technique_syntax import read_call
-from hf_accel.technique import HOOKS, SLOTS, Technique
+from hf_accel.technique import HOOKS, SLOTS, Technique, field_hints
 
 ROOT = Path(hf_accel.__file__).parents[1]
 AREAS = {"data": "data", "model": "model", "optim": "optimization", "budget": "budgeted", "system": "system"}
@@ -154,7 +154,7 @@ def bound(hint: Any) -> str:
 
 def fields(kind: type[Technique]) -> Iterator[tuple[str, str, str, str]]:
     """Yield name, default, bound and meaning of each hyperparameter."""
-    hints, meaning = get_type_hints(kind, include_extras=True), meanings(kind)
+    hints, meaning = field_hints(kind), meanings(kind)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         if field.name not in meaning:
             raise ValueError(
@@ -189,7 +189,7 @@ def measurement(name: str, document: Record, arm: Arm) -> str:
     baseline = "the tuned baseline" if document["tuned"] else "a baseline that was not tuned"
     return (
         f"[{name}](../evidence/{name}.json), {which}{f' with {args}' if args else ''}: "
-        f"**{evidence.speed_up(document, arm)}** in {evidence.said(document['cost'])} at equal {metric} against "
+        f"**{evidence.speed_up(document, arm)}** in {evidence.cost_label(document['cost'])} at equal {metric} against "
         f"{baseline}; {evidence.verdict(document, arm)}. {seeds(document)}, {document['machine']}, {document['date']}."
     )
 

@@ -1,25 +1,23 @@
-"""What comparisons have shown: their records, and the grade of each technique.
+"""The evidence: records of comparisons, and the grade of each technique.
 
-A record is a finished comparison without its logs: who was compared with what, on which machine, and what came out for
-each seed.  ``hf-accel compare --record FILE`` writes one; those in ``docs/evidence`` are committed and come with the
-package.  A technique's grade is
+A record is a finished comparison without its logs: the arms, the machine, and the result of each seed.  ``hf-accel
+compare --record FILE`` writes one; the records in ``docs/evidence`` are committed and ship with the package.  Grades:
 
-    proven here      in some record with placebos, an arm of this technique alone gained (`gained`) on a tuned baseline
-    no gain shown    there are records of this technique alone, and none is such
-    reported         there is no such record; the papers on its card say what others saw
+    proven here      an arm of this technique alone gained (`gained`), in a record with placebos and a tuned baseline
+    no gain shown    there are records of this technique alone, but none in which it gained so
+    reported         there is no record of it alone; the papers on its card report results
 
-Arms of several techniques grade none of them, as nobody knows whose the gain is.  Who compares a technique often enough
-finds it faster some time, so p is adjusted for all arms of it alone on tuned baselines, over all records.
+Arms of several techniques grade none of them, because the gain could be anyone's.  Repeated comparisons produce false
+positives, so p-values are adjusted for all records in which the technique alone meets a tuned baseline.
 
-What is no question of speed at equal quality (two schedules over the same steps, say) is measured by a script of
-``benchmarks``.  Its document may have ``findings``, which cards show: each with ``technique``, ``workload``, ``text``,
-and whether it ``gained`` on a tuned baseline, which counts for the grade as an arm does, or None where it has no say.
+Questions other than speed at equal quality, such as two schedules over the same steps, have scripts in ``benchmarks``.
+Their documents may have ``findings``, which cards show: ``technique``, ``workload``, ``text`` and ``gained``.  True or
+False counts for the grade as an arm does; None does not count.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -32,24 +30,24 @@ Finding = dict[str, Any]
 Records = Mapping[str, Record]
 """Records by name."""
 LEVEL = 0.025
-"""Where the interval of a single candidate begins at 1, its one-sided p is this."""
+"""One-sided significance level equivalent to a 95 % interval."""
 Grade = Literal["proven here", "no gain shown", "reported"]
 
 
 def folder() -> Path:
-    """Where the committed records are: in the package where it was installed, else in the checkout."""
+    """Return the folder of the committed records, in the installed package or in the checkout."""
     packaged = Path(hf_accel.__file__).with_name("evidence_records")
     return packaged if packaged.is_dir() else Path(hf_accel.__file__).parents[1] / "docs" / "evidence"
 
 
 def load_records(path: Path | None = None) -> dict[str, Record]:
-    """The comparisons and the findings in a folder, by the stem of the file."""
+    """Load a folder's comparisons and findings, by the stem of the file."""
     documents = {file.stem: json.loads(file.read_text()) for file in sorted((path or folder()).glob("*.json"))}
     return {name: document for name, document in documents.items() if document.keys() & {"arms", "findings"}}
 
 
 def candidates(records: Records) -> Iterator[tuple[str, Record, Arm]]:
-    """The name of the record, the record, and the arm, of everything that was to be faster than a baseline."""
+    """Yield each candidate, after its record and the name of that."""
     for name, document in records.items():
         for arm in document.get("arms", ()):
             if arm["role"] == "candidate":
@@ -57,7 +55,7 @@ def candidates(records: Records) -> Iterator[tuple[str, Record, Arm]]:
 
 
 def findings(technique: str, records: Records) -> Iterator[tuple[str, Record, Finding]]:
-    """The name of the record, the record, and the finding, of what else was measured of a technique."""
+    """Yield each finding about a technique, after its record and the name of that."""
     for name, document in records.items():
         for finding in document.get("findings", ()):
             if finding["technique"] == technique:
@@ -65,29 +63,42 @@ def findings(technique: str, records: Records) -> Iterator[tuple[str, Record, Fi
 
 
 def techniques_of(arm: Arm) -> list[str]:
-    """The names of an arm's techniques."""
+    """Return the names of an arm's techniques."""
     return [name for entry in arm["techniques"] for name in entry]
 
 
-def gained(document: Record, arm: Arm) -> bool:
-    """Whether an arm was faster at equal quality, and neither by chance nor just as a placebo of it is.
-
-    The 95 % interval of its speed-up in the main cost lies above 1 (of a bound, its lower end does), also when p is
-    adjusted for the number of candidates, all placebos of it were measured, and of none the interval reaches as high
-    as the arm's own value.
-    """
+def outcome(document: Record, arm: Arm) -> str:
+    """Judge a candidate by its speed-up in the main cost, in a few words."""
     own = arm["speed_ups"].get(document["cost"])
-    above = own is not None and own["kind"] != "miss" and own["low"] > 1
-    return above and not by_chance(arm) and not rivals(document, arm) and not unmeasured(document, arm)
+    if own is None:
+        return "not measured"
+    if own["kind"] == "miss":
+        return "miss"
+    if own["low"] <= 1:
+        return "slower" if own["high"] is not None and own["high"] < 1 else "no gain shown"
+    if rivals(document, arm):
+        return "no gain over its placebo"
+    if by_chance(arm):
+        return "no gain beyond chance"
+    return "not all placebos run" if unmeasured(document, arm) else "faster"
+
+
+def gained(document: Record, arm: Arm) -> bool:
+    """Tell whether an arm was faster at equal quality, beyond chance and beyond its placebos.
+
+    The 95 % interval of its speed-up lies above 1, or the lower end of a bound does, also with p adjusted for the
+    number of candidates.  All its placebos ran, and none has an interval that reaches up to the arm's value.
+    """
+    return outcome(document, arm) == "faster"
 
 
 def by_chance(arm: Arm) -> bool:
-    """Whether one of so many candidates may look as fast as this without being it."""
+    """Tell whether p, adjusted for the number of candidates, is too large."""
     return arm["p_value"] is not None and arm["p_value"] > LEVEL
 
 
 def rivals(document: Record, arm: Arm) -> list[str]:
-    """The placebos of an arm that may be as fast: the upper end of their interval reaches its value."""
+    """Name the arm's placebos that may be as fast: their interval reaches up to the arm's value."""
     own = arm["speed_ups"].get(document["cost"], {"value": 0.0})
     found = []
     for other in placebos(document, arm):
@@ -98,17 +109,17 @@ def rivals(document: Record, arm: Arm) -> list[str]:
 
 
 def unmeasured(document: Record, arm: Arm) -> list[str]:
-    """The placebos of an arm whose cost is not known, as the time was up before they ran."""
+    """Name the arm's placebos that did not run because the time was up."""
     return [other["name"] for other in placebos(document, arm) if document["cost"] not in other["speed_ups"]]
 
 
 def placebos(document: Record, arm: Arm) -> list[Arm]:
-    """The placebos of an arm."""
+    """Return an arm's placebos."""
     return [other for other in document["arms"] if other["role"] == "placebo" and other["of"] == arm["name"]]
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """P values adjusted for their number: who finds one of many below a level finds it by chance no more often.
+    """Adjust p-values for their number, so that the chance of any false positive stays below the level.
 
     Reference: Holm (1979), A simple sequentially rejective multiple test procedure.
     """
@@ -120,7 +131,7 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def grade(technique: str, records: Records) -> Grade:
-    """What the records say of a technique."""
+    """Grade a technique by the records."""
     alone = [(document, arm) for _, document, arm in candidates(records) if techniques_of(arm) == [technique]]
     found = [f["gained"] for _, _, f in findings(technique, records) if f["gained"] is not None]
     tuned = [(document, arm) for document, arm in alone if document["tuned"]]
@@ -133,64 +144,44 @@ def grade(technique: str, records: Records) -> Grade:
     return "no gain shown" if alone or found else "reported"
 
 
-def said(cost: str) -> str:
-    """A cost as people call it."""
+def cost_label(cost: str) -> str:
+    """Return a cost's name for people."""
     return {"cpu_seconds": "CPU seconds", "wall_seconds": "wall seconds", "flops": "FLOPs"}.get(cost, cost)
 
 
 def sentence(document: Record, arm: Arm) -> str:
-    """What came out for a candidate, in words."""
-    name, metric = arm["name"], document["metric"].removeprefix("eval_")
-    own = arm["speed_ups"].get(document["cost"])
-    faster = "faster" if "seconds" in document["cost"] else f"cheaper in {said(document['cost'])}"
+    """Say a candidate's result in a sentence."""
+    name, metric, label = arm["name"], document["metric"].removeprefix("eval_"), cost_label(document["cost"])
+    own, found = arm["speed_ups"].get(document["cost"]), outcome(document, arm)
     if own is None:
-        return f"{name}: nothing is known of its {said(document['cost'])}."
-    if own["kind"] == "miss":
+        return f"{name}: {label} were not measured."
+    if found == "miss":
         of = f"{own['misses']} of {len(own['per_seed'])} seeds"
         return f"{name}: miss. {of} ended worse than the baseline's shortest run, or failed."
-    if own["low"] > 1:
-        gain = f"{name} reaches the baseline's {metric} {own['text']} {faster}"
-        if own["kind"] == "bound":
-            gain = f"{name} ends with a better {metric} than the baseline's longest run, and is {own['text']} {faster}"
-        if others := rivals(document, arm):
-            return f"{gain}, but a placebo may be as fast ({', '.join(others)}): no gain shown."
-        if by_chance(arm):
-            return f"{gain}, which among so many candidates may be chance (p = {arm['p_value']:.2g}): no gain shown."
-        if others := unmeasured(document, arm):
-            return f"{gain}, but not all of its placebos were run (not {', '.join(others)}): no gain shown."
-        return f"{gain}." if document["placebos"] else f"{gain}; it was compared with no placebos."
-    if own["high"] is not None and own["high"] < 1:
+    if found == "slower":
         return f"{name} is slower: {own['text']} at equal {metric}."
-    return f"{name}: no gain shown, {own['text']} at equal {metric}."
+    if found == "no gain shown":
+        return f"{name}: no gain shown, {own['text']} at equal {metric}."
+    faster = f"{own['text']} {'faster' if 'seconds' in document['cost'] else f'cheaper in {label}'}"
+    gain = f"{name} reaches the baseline's {metric} {faster}"
+    if own["kind"] == "bound":
+        gain = f"{name} ends with a better {metric} than the baseline's longest run, and is {faster}"
+    if found == "faster":
+        return f"{gain}." if document["placebos"] else f"{gain}; it was compared with no placebos."
+    doubt = {
+        "no gain over its placebo": f"but a placebo may be as fast ({', '.join(rivals(document, arm))})",
+        "no gain beyond chance": f"which among so many candidates may be chance (p = {arm['p_value'] or 0:.2g})",
+        "not all placebos run": f"but not all of its placebos were run (not {', '.join(unmeasured(document, arm))})",
+    }
+    return f"{gain}, {doubt[found]}: no gain shown."
 
 
 def speed_up(document: Record, arm: Arm) -> str:
-    """An arm's speed-up in the main cost, with its interval."""
+    """Return an arm's speed-up in the main cost, with its interval."""
     return arm["speed_ups"].get(document["cost"], {"text": "not measured"})["text"]
 
 
 def verdict(document: Record, arm: Arm) -> str:
-    """What came out for a candidate, in a word or three."""
-    own = arm["speed_ups"].get(document["cost"])
-    if own is None:
-        word = "not measured"
-    elif own["kind"] == "miss":
-        word = "miss"
-    elif gained(document, arm):
-        word = "faster"
-    elif own["low"] > 1 and rivals(document, arm):
-        word = "no gain over its placebo"
-    elif own["low"] > 1:
-        word = "no gain beyond chance" if by_chance(arm) else "not all placebos run"
-    else:
-        word = "slower" if own["high"] is not None and own["high"] < 1 else "no gain shown"
+    """Say a candidate's result in a few words."""
+    word = outcome(document, arm)
     return word if document["placebos"] else f"{word}, without placebos"
-
-
-def rounded(value: Any) -> Any:
-    """The same with six digits of every number that is not whole."""
-    if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
-    if isinstance(value, list):
-        return [rounded(item) for item in value]
-    return float(f"{value:.6g}") if isinstance(value, float) and math.isfinite(value) else value

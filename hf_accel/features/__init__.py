@@ -1,1 +1,1 @@
-"""What techniques share that read, cut, mix and score examples."""
+"""Code that techniques share to read, cut, mix and score examples."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def folded(inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """The inputs with every choice as a row of its own; unchanged where each example is one row."""
+    """Give every choice a row of its own; inputs with one row per example stay the same."""
     shape = inputs["input_ids"].shape
     if len(shape) < 3:
         return dict(inputs)

@@ -1,47 +1,30 @@
-"""Examples end to end in one row: made from what the user's collator makes of each, for models that keep them apart.
+"""Lay examples end to end in one row, as the user's collator makes each.
 
 Shape suffixes: ``R`` rows, ``L`` positions of a row.
 """
 
 from __future__ import annotations
 
-import contextlib
-import copy
-import inspect
-import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
-from hf_accel.adapters import unwrapped
-from hf_accel.features.truncation import refuse_media_tokens
-from hf_accel.losses import IGNORED, kind_of
-from hf_accel.preserve import evaluation_mode
 from hf_accel.technique import Technique
-
-Result = TypeVar("Result")
-
-BORDER = 6
-"""Length of the first of the two examples that are tried; the second is longer by one."""
-
-BLOCKS = 8
-"""Blocks of the copy that is tried where the model itself cannot be: among so many are all kinds that a model mixes."""
 
 
 class Layout(NamedTuple):
-    """How examples lie in a row, so that a model trains on them as on examples apart."""
+    """Layout of the examples of a row, in which a model trains on them as on separate examples."""
 
     first: int = 0
     """Position of an example's first token."""
     shift: bool = True
-    """Whether each token predicts the next one, so that none predicts an example's first."""
+    """True if each token predicts the next one, so that none predicts the first one of an example."""
     masked: bool = False
-    """Whether the model needs `tell_apart`, because it does not look where ``position_ids`` start again."""
+    """True if the model needs `tell_apart`, because it ignores restarting ``position_ids``."""
 
 
 CAUSAL = Layout()
@@ -50,15 +33,17 @@ CAUSAL = Layout()
 def unpadded(
     examples: Sequence[Mapping[str, Tensor]], asking: Technique, layout: Layout = CAUSAL
 ) -> list[dict[str, Tensor]]:
-    """Examples that are rows (1, L) each, without what an ``attention_mask`` hides, with ``position_ids``."""
+    """Remove the positions that an ``attention_mask`` hides from examples, rows (1, L) each; add ``position_ids``."""
     rows = []
     for example in examples:
         if (ids_1L := example.get("input_ids")) is None:
-            raise ValueError(f"{asking!r}: the batch ({', '.join(example)}) has no input_ids. Leave it out.")
+            raise ValueError(
+                f"{asking!r} needs input_ids in the batch ({', '.join(example)}). Remove {type(asking).__name__}."
+            )
         if len(ids_1L) != 1:
             raise ValueError(
-                f"{asking!r}: the collator makes {len(ids_1L)} rows of one example, which belong together. "
-                "Leave it out."
+                f"{asking!r} does not support collators that make {len(ids_1L)} rows of one example because the rows "
+                f"belong together. Remove {type(asking).__name__}."
             )
         seen_1L = example.get("attention_mask", torch.ones_like(ids_1L)).bool()
         row = {"position_ids": layout.first + torch.arange(int(seen_1L.sum()))[None]}
@@ -67,34 +52,32 @@ def unpadded(
                 continue
             if value.shape != ids_1L.shape:
                 raise ValueError(
-                    f"{asking!r}: {name!r} has the shape {tuple(value.shape)} where input_ids have "
-                    f"{tuple(ids_1L.shape)}, so it cannot be flattened. Drop it from the data, or pad."
+                    f"{asking!r} does not support {name!r} of shape {tuple(value.shape)} because input_ids have shape "
+                    f"{tuple(ids_1L.shape)}. Drop it from the data or remove {type(asking).__name__}."
                 )
             row[name] = value[seen_1L][None]
         if "labels" in row and layout.shift:
-            row["labels"][:, :1] = IGNORED  # no example predicts the first token of the next
+            row["labels"][:, :1] = -100  # no example predicts the first token of the next
         rows.append(row)
     return rows
 
 
 def end_to_end(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """One row, (1, T), of rows."""
+    """Join rows to one row, (1, T)."""
     return {name: torch.cat([row[name] for row in rows], 1) for name in rows[0]}
 
-
-# Encoders -------------------------------------------------------------------------------------------------------------
 
 _handles: WeakKeyDictionary[nn.Module, Any] = WeakKeyDictionary()
 
 
 def tell_apart(model: nn.Module) -> None:
-    """From now on, give the model the mask that ``position_ids`` mean, where it gets no other."""
+    """Give a model without ``attention_mask`` the one that follows from ``position_ids``, from now on."""
     if model not in _handles:
         _handles[model] = model.register_forward_pre_hook(_with_mask, with_kwargs=True)
 
 
 def stop_telling_apart(model: nn.Module) -> None:
-    """Undo `tell_apart`, where it was done."""
+    """Undo `tell_apart`."""
     if (handle := _handles.pop(model, None)) is not None:
         handle.remove()
 
@@ -108,143 +91,3 @@ def _with_mask(model: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict
     if model.config._attn_implementation == "eager":  # adds it to the scores
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
     return args, inputs | {"attention_mask": mask}
-
-
-def _layouts(model: Any, num_rows: int) -> list[Layout]:
-    """What is tried: for encoders that take a mask of pairs as it is, this mask as well, and RoBERTa's positions."""
-    made_by = vars(sys.modules[type(model.base_model).__module__])
-    takes_pairs = "create_bidirectional_mask" in made_by and "create_bidirectional_sliding_window_mask" not in made_by
-    encodes = kind_of(model) in ("masked LM", "token classification") and not getattr(model.config, "is_decoder", False)
-    if num_rows > 1 or not encodes or not takes_pairs or model.config._attn_implementation not in ("sdpa", "eager"):
-        return [CAUSAL]
-    beyond_padding = getattr(model.config, "pad_token_id", None) or 0
-    return [CAUSAL, Layout(masked=True), Layout(first=beyond_padding + 1, masked=True)]
-
-
-# What a model does with them ------------------------------------------------------------------------------------------
-
-
-def check_kept_apart(model: Any, asking: Technique, num_rows: int = 1) -> Layout:
-    """The layout in which a model keeps the examples of a row apart; ValueError where there is none."""
-    base, run = unwrapped(model), asking.run_
-    if not isinstance(base, PreTrainedModel):
-        raise ValueError(f"{asking!r}: {type(base).__name__} is not a model of transformers. Leave it out.")
-    refuse_media_tokens(asking, base)
-    if run is not None and run.args.use_cache:
-        raise ValueError(f"{asking!r}: with a cache, a model does not look where examples begin. Set use_cache=False.")
-    model.config.use_cache = False  # as Trainer sets it, but not for every model of a ``model_init``
-    faults = []
-    for layout in _layouts(base, num_rows):
-        if (fault := flattening_fault(model, num_rows, run, layout)) is None:
-            return layout._replace(shift=not _tried(model, run, layout, _predicts_itself))
-        faults.append(fault)
-    raise ValueError(
-        f"{asking!r}: {type(model).__name__} with {model.config._attn_implementation!r} attention: {faults[0]}, "
-        "so flattened examples would not train as padded ones. Pad, and group examples by length."
-    )
-
-
-def flattening_fault(model: Any, num_rows: int = 1, run: Any = None, layout: Layout = CAUSAL) -> str | None:
-    """Why flattened rows would not train as their examples do apart; None where they would.
-
-    Tried on ``num_rows`` equal rows, on the device and in the precision of ``run``, the trainer.  Leaves the model as
-    found.
-    """
-    return _tried(model, run, layout, lambda tried: _fault(tried, tried, num_rows, layout)) or None
-
-
-@torch.no_grad()
-def _tried(model: Any, run: Any, layout: Layout, trial: Callable[[Any], Result]) -> Result:
-    """What a trial finds out about a model, or about one of its kind where its weights are elsewhere."""
-    device = next(model.parameters()).device if run is None else run.args.device
-    accelerator = getattr(run, "accelerator", None)  # a quantized model is asked before there is one
-    precision = contextlib.nullcontext() if accelerator is None else accelerator.autocast()
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), precision:
-        tried = model if _can_run(model, device) else _fresh(model).to(device)
-        try:
-            if layout.masked:
-                tell_apart(tried)
-            with evaluation_mode(tried):
-                return trial(tried)
-        finally:
-            stop_telling_apart(tried)
-
-
-def _can_run(model: Any, device: torch.device) -> bool:
-    """Whether a model computes where it is now: flash attention does on accelerators only, and nothing does without
-    weights, which ZeRO-3 keeps elsewhere from the beginning and FSDP may read on the first rank only."""
-    weight = next(model.parameters())
-    if weight.device.type == "meta" or hasattr(weight, "ds_tensor"):
-        return False
-    return weight.device.type == device.type or "flash" not in model.config._attn_implementation
-
-
-def _fresh(model: Any) -> Any:
-    """The first blocks of a model of the same kind, with weights of its own, alike on every rank."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model  # without adapters
-    config = copy.deepcopy(base.config)
-    text = config.get_text_config()
-    if (number := getattr(text, "num_hidden_layers", 0)) > BLOCKS:
-        for name, value in list(vars(text).items()):
-            if isinstance(value, list) and len(value) == number:
-                setattr(text, name, value[:BLOCKS])
-        text.num_hidden_layers = BLOCKS
-    torch.manual_seed(0)
-    return type(base)(config).to(base.dtype)
-
-
-def _fault(model: Any, forward: Callable, num_rows: int, layout: Layout) -> str:
-    if model.main_input_name != "input_ids" or model.config.is_encoder_decoder:
-        return "it is not a decoder of token ids"
-    accepted = inspect.signature(model.forward).parameters.values()
-    if not any(p.name == "position_ids" or p.kind is p.VAR_KEYWORD for p in accepted):
-        return "its forward takes no position_ids"
-    if kind_of(unwrapped(model)) in ("classification", "one of several", "question answering"):
-        return "it has no output for each token"
-    device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(0)
-    vocab_size = model.get_input_embeddings().weight.shape[0]
-    ids_RL = torch.randint(vocab_size, (1, 2 * BORDER + 1), generator=generator).repeat(num_rows, 1).to(device)
-    padding = getattr(model.config, "pad_token_id", None)
-    ids_RL[ids_RL == padding] = 0 if padding else 1
-    others_RL = ids_RL.clone()
-    others_RL[:, :BORDER] = (others_RL[:, :BORDER] + 1) % vocab_size
-    positions_RL = torch.cat([torch.arange(BORDER), torch.arange(BORDER + 1)]).repeat(num_rows, 1).to(device)
-    positions_RL += layout.first
-
-    def logits(ids: Tensor, **kwargs: Tensor) -> Tensor:
-        outputs = forward(input_ids=ids, **kwargs)
-        return outputs["logits"].double() if "logits" in outputs else torch.empty(0)
-
-    def joined(ids: Tensor) -> Tensor:
-        return logits(ids, attention_mask=torch.ones_like(ids))
-
-    flat = logits(ids_RL, position_ids=positions_RL)
-    if flat.shape[:2] != ids_RL.shape:
-        return "it has no output for each token"
-    # What a crossing would change is known from one sequence of both, where everything crosses.
-    one = joined(ids_RL)
-    would_change = (one - joined(others_RL))[:, BORDER:].norm()
-    if would_change == 0 and forward is model:
-        # Freshly initialized projections may be zero and hide all: look at weights that are not.
-        noisy = {name: _noisy(p, generator) for name, p in model.named_parameters() if p.is_floating_point()}
-        return _fault(model, lambda **kwargs: torch.func.functional_call(model, noisy, (), kwargs), num_rows, layout)
-    if (flat - logits(others_RL, position_ids=positions_RL))[:, BORDER:].norm() > 0.1 * would_change:
-        return "what it computes of one example depends on the one before"
-    apart = torch.cat([joined(ids_RL[:, :BORDER]), joined(ids_RL[:, BORDER:])], 1)
-    if (flat - apart).norm() > 0.1 * (one - apart).norm():
-        return f"it does not count positions from {layout.first}"
-    return ""
-
-
-def _predicts_itself(model: Any) -> bool:
-    """Whether the loss is of each token itself and not of the next one: a label of the first token counts."""
-    ids_1L = torch.ones(1, BORDER, dtype=torch.long, device=next(model.parameters()).device)
-    labels_1L = torch.full_like(ids_1L, IGNORED)
-    labels_1L[:, 0] = 0
-    loss = model(input_ids=ids_1L, labels=labels_1L).get("loss")
-    return loss is not None and bool(loss > 0)  # nan where no label counts
-
-
-def _noisy(parameter: Tensor, generator: torch.Generator) -> Tensor:
-    return parameter + 0.02 * torch.randn(parameter.shape, generator=generator).to(parameter)

@@ -1,4 +1,4 @@
-"""Lengths of the examples of a training set.
+"""Measure the lengths of the examples of a training set.
 
 Shape suffixes: ``N`` examples, ``R`` rows: one for each example, or one for each choice of a multiple-choice example.
 """
@@ -19,10 +19,10 @@ from hf_accel.features.columns import column_names, columns_in_chunks
 from hf_accel.technique import Technique
 
 CHUNK = 1000
-"""Examples that are read at once."""
+"""Examples to read at once."""
 
 LONGEST = 2**40
-"""Longest length that is taken for real, so that sums over a training set fit into 64 bits."""
+"""Largest supported length, so that sums over a training set fit into 64 bits."""
 
 
 class Lengths(NamedTuple):
@@ -39,14 +39,14 @@ class Lengths(NamedTuple):
 
 
 def example_lengths(dataset: Any, *columns: str, asking: Technique, remedy: str) -> Lengths:
-    """Measure each example by the first of ``columns`` that exists: one of token ids, or of lengths.
+    """Measure each example by the first existing one of ``columns``, which holds token ids or lengths.
 
-    ``remedy`` says what to do where none exists.
+    ``remedy`` ends the error about missing columns.
     """
     if isinstance(dataset, IterableDataset):
         raise ValueError(
-            f"{asking!r}: how long the examples of train_dataset ({type(dataset).__name__}) are is not known before "
-            f"they are read. {remedy}"
+            f"{asking!r} does not support {type(dataset).__name__} as train_dataset because its lengths are unknown "
+            f"before they are read. {remedy}"
         )
     found = column_names(dataset, asking)
     column = next((column for column in columns if column in found), None)
@@ -67,7 +67,7 @@ def example_lengths(dataset: Any, *columns: str, asking: Technique, remedy: str)
 
 
 def token_rows(dataset: Any, asking: Technique) -> Iterator[np.ndarray]:
-    """The token ids of each example, (tokens,), without the padding that its ``attention_mask`` hides."""
+    """Read the token ids of each example, (tokens,), without the padding that its ``attention_mask`` hides."""
     for values, mask in _chunks(dataset, "input_ids", column_names(dataset, asking), asking):
         ids_T, lengths_R, example_R = _flat(values, "input_ids", asking)
         example_T = example_R.repeat_interleave(lengths_R)
@@ -78,14 +78,14 @@ def token_rows(dataset: Any, asking: Technique) -> Iterator[np.ndarray]:
 
 
 def padding_share(lengths: Lengths, ids_N: Tensor, batch_size: int) -> float:
-    """Share of the positions that is padding when consecutive batches are padded to their longest row."""
+    """Return the share of padding if consecutive batches are padded to their longest row."""
     batches = ids_N.split(batch_size)
     positions = sum(float(lengths.width_N[ids].max()) * float(lengths.rows_N[ids].sum()) for ids in batches)
     return 1 - float(lengths.tokens_N[ids_N].sum()) / positions if positions else 0.0
 
 
 def _chunks(dataset: Any, column: str, found: list[str], asking: Technique) -> Iterator[tuple[pa.Array, Any]]:
-    """Chunks of a column, and of ``attention_mask`` where the column is token ids that have one."""
+    """Read a column in chunks, with ``attention_mask`` if it holds token ids that have one."""
     if column == "input_ids" and "attention_mask" in found:
         for values, mask in columns_in_chunks(dataset, [column, "attention_mask"], asking, CHUNK):
             yield values, mask
@@ -99,7 +99,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 
 def _flat(values: pa.Array, column: str, asking: Technique) -> tuple[pa.Array, Tensor, Tensor]:
-    """All items of lists or of lists of lists; the lengths of the innermost lists, and the example of each, (R,)."""
+    """Return the items of nested lists, the lengths of the innermost lists, and the example of each, (R,)."""
     example_R = torch.arange(len(values))
     while True:
         lengths_R = torch.tensor(_numbers(pc.call_function("list_value_length", [values]), column, asking)).long()
@@ -124,8 +124,8 @@ def _of_rows(values: pa.Array, mask: pa.Array | None, column: str, asking: Techn
     )
 
 
-def _seen(mask: pa.Array | None, lengths_R: Tensor) -> Tensor | None:
-    """Which items an attention mask shows; None where it is not one of the same rows."""
+def _seen(mask: Any, lengths_R: Tensor) -> Tensor | None:
+    """Return the items that an attention mask shows; None if it does not belong to the same rows."""
     if mask is None or mask.null_count or not _is_list(mask.type):
         return None
     while _is_list(mask.type):
@@ -136,16 +136,18 @@ def _seen(mask: pa.Array | None, lengths_R: Tensor) -> Tensor | None:
 
 
 def _numbers(values: pa.Array, column: str, asking: Technique) -> np.ndarray:
-    """Numbers of a length column, or lengths of lists, each from 0 to `LONGEST`."""
+    """Check that all values are lengths, from 0 to `LONGEST`; return them as float64."""
     kind = values.type
     if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
-        raise ValueError(f"{asking!r}: the column {column!r} holds {kind}, no lengths. Name a column of lengths.")
+        raise ValueError(
+            f"{asking!r} does not support the column {column!r} because it holds {kind}. Use a column of lengths."
+        )
     numbers = values.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    wrong = ~((numbers >= 0) & (numbers <= LONGEST))  # nan where there is none
+    wrong = ~((numbers >= 0) & (numbers <= LONGEST))  # None is nan
     if wrong.any():
         raise ValueError(
-            f"{asking!r}: the column {column!r} holds {values[int(wrong.argmax())].as_py()!r}, which is no length. "
-            "Correct or remove such examples."
+            f"{asking!r} does not support {values[int(wrong.argmax())].as_py()!r} as a length in the column "
+            f"{column!r}. Correct or remove such examples."
         )
     return numbers
 

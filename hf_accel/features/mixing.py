@@ -1,4 +1,4 @@
-"""What techniques share that mix the images of two examples: who is mixed with whom, and labels for both.
+"""Mix the images of two examples: find partners, and make labels for both.
 
 Shape suffixes: ``B`` examples of a micro-batch, ``N`` of a step, ``V`` classes.
 """
@@ -19,29 +19,34 @@ from hf_accel.technique import Technique
 
 
 def prepare_soft_labels(technique: Technique, model: Any) -> None:
-    """Refuse what does not tell images of one class each; and say in ``config.problem_type`` that the model does,
-    which the labels of a batch would else settle, as soft ones the wrong way."""
+    """Check that the model classifies images with one class each, and write that into ``config.problem_type``.
+
+    Otherwise the soft labels of the first batch would set another problem type.
+    """
     refuse_other_than_images(technique, model)
     head = technique.run_.head  # type: ignore[union-attr]
     single = "single_label_classification"
     problems = (model.config.problem_type, getattr(head, "problem", None))
     if not isinstance(head, ClassHead) or model.config.num_labels < 2 or not {*problems} <= {None, single}:
         raise ValueError(
-            f"{technique!r}: {type(model).__name__} with problem_type={model.config.problem_type!r} and "
-            f"{model.config.num_labels} labels has no loss for shares of classes. Leave it out."
+            f"{technique!r} does not support {type(model).__name__} with problem_type={model.config.problem_type!r} "
+            f"and {model.config.num_labels} labels because its loss takes no shares of classes. "
+            f"Remove {type(technique).__name__}."
         )
     model.config.problem_type = single
 
 
 def partners(technique: Technique, batch: StepBatch) -> list[tuple[Tensor, Tensor]]:
-    """For each micro-batch, the images and the labels of its examples' partners.
+    """Return, for each micro-batch, the images and the labels of its examples' partners.
 
-    The examples at positions 2k and 2k + 1 of a step are partners; the last of an odd number takes the first.  Where a
-    partner is on another rank or in a micro-batch of another one, the step is read once more, whole, and goes through
-    the techniques before this one; with micro-batches of even size that happens in the last step of an epoch at most.
+    The examples at positions 2k and 2k + 1 of a step are partners; the last of an odd number takes the first.  If a
+    partner is on another rank, the whole step is read again and transformed by the techniques before this one.  With
+    micro-batches of even size, only the last step of an epoch may need that.
     """
     run: Any = technique.run_
     plan, micros = batch.plan, batch.micro_batches
+    if any("labels" not in micro.inputs for micro in micros):
+        raise ValueError(f"{technique!r} needs labels in the batch. Use a collator that returns them.")
     number = len(plan.ids_N)
     rows = split_step(number, plan.micro_batch_size, plan.rank, plan.world)
     wanted = [[(position ^ 1) % number for position in row] for row in rows]
@@ -70,22 +75,22 @@ def partners(technique: Technique, batch: StepBatch) -> list[tuple[Tensor, Tenso
 def with_soft_labels(
     technique: Technique, micro: MicroBatch, images_B: Tensor, partner_labels_B: Tensor, shares_B: Tensor
 ) -> MicroBatch:
-    """A micro-batch of mixed images, whose labels are those of the examples and their partners by their shares."""
+    """Make a micro-batch of mixed images, with the labels of examples and partners mixed by their shares."""
     num_labels = technique.run_.model.config.num_labels  # type: ignore[union-attr]
     own_BV, others_BV = (_soft(technique, labels, num_labels) for labels in (micro.inputs["labels"], partner_labels_B))
     inputs = {**micro.inputs, "pixel_values": images_B, "labels": torch.lerp(others_BV, own_BV, shares_B[:, None])}
-    # With weights the loss is made from those of the examples; the model's own does not know soft labels.
+    # Weights select our loss of examples; the model's own does not take soft labels.
     weights_B = torch.ones(len(micro.ids_B)) if micro.weights_B is None else micro.weights_B
     return micro._replace(inputs=inputs, weights_B=weights_B)
 
 
 def _soft(technique: Technique, labels: Tensor, num_labels: int) -> Tensor:
-    """Shares of classes, (B, V), from classes, (B,), or as they are."""
+    """Turn classes, (B,), into shares of classes, (B, V); keep shares."""
     if labels.is_floating_point():
         return labels
     if labels.min() < 0 or labels.max() >= num_labels:
         raise ValueError(
-            f"{technique!r}: a label is not a class from 0 to {num_labels - 1} and cannot be mixed. "
+            f"{technique!r} does not support labels outside 0 to {num_labels - 1} because they cannot be mixed. "
             "Remove examples without a class."
         )
     return F.one_hot(labels.reshape(-1), num_labels).float()

@@ -1,6 +1,6 @@
-"""Scores of the examples of a training set: from a pass of the model before training; and the choice of the best.
+"""Score the examples of a training set by a pass of the model, and choose the best.
 
-Shape suffixes: ``N`` examples of the data set, ``B`` of a batch, ``K`` of those that are kept.
+Shape suffixes: ``N`` examples of the data set, ``B`` of a batch, ``K`` kept ones.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from tqdm.auto import tqdm
 
 from hf_accel.batch import StepPlan
 from hf_accel.features.columns import column
-from hf_accel.losses import IGNORED, ExampleLosses, Head
+from hf_accel.losses import IGNORED, ClassHead, ExampleLosses, Head, TokenHead
 from hf_accel.preserve import evaluation_mode, random_state_kept
 from hf_accel.stream.reader import StepReader
 from hf_accel.technique import Technique
 
 WHOLE_WEIGHTS = {
-    "fsdp2": "it judges examples by the model before training, whose weights are then not on the device",
-    "zero": "it judges examples by the model before training, whose weights are then not on the device",
+    "fsdp2": "it scores examples before training, while the weights of the model are not on the device",
+    "zero": "it scores examples before training, while the weights of the model are not on the device",
 }
-"""`Technique.refused_backends` of what calls `score_examples`."""
+"""`Technique.refused_backends` of techniques that call `score_examples`."""
 
 
 @torch.no_grad()
@@ -37,9 +37,9 @@ def score_examples(
     batch_size: int | None = None,
     model: nn.Module | None = None,
 ) -> Tensor:
-    """``score(inputs, num_examples)``, (B, ...), of every example, (N, ...); on the CPU, the same on every rank.
+    """Compute ``score(inputs, num_examples)``, (B, ...), of all examples, (N, ...); on the CPU, equal on all ranks.
 
-    Ranks share the work.  ``model``, or the trainer's, is in evaluation mode meanwhile.
+    Ranks share the work.  ``model``, by default the trainer's, is in evaluation mode meanwhile.
     """
     run: Any = technique.run_
     check_whole_weights(technique)
@@ -64,27 +64,28 @@ def score_examples(
 
 
 def check_whole_weights(technique: Technique) -> None:
-    """Raise ValueError where the model's weights are not on the device before training."""
+    """Raise ValueError if the model's weights are not on the device before training."""
     run: Any = technique.run_
     if run.is_fsdp_enabled or run.is_deepspeed_enabled:
         raise ValueError(
-            f"{technique!r}: {WHOLE_WEIGHTS['zero']}. Judge them on one device, and give the result as a column."
+            f"{technique!r} does not support FSDP and DeepSpeed because {WHOLE_WEIGHTS['zero']}. Score the examples "
+            "on one device, and add the scores as a column."
         )
 
 
 def reader_for(run: Any, dataset: Any) -> StepReader:
-    """Reads examples as the trainer does, without techniques."""
+    """Make a reader of examples like the trainer's, without techniques."""
     return StepReader(*run.without_unused_columns(dataset))
 
 
 def head_for(technique: Technique) -> Head:
-    """The kind of loss that the trainer's model has."""
+    """Find the kind of loss of the trainer's model."""
     run: Any = technique.run_
     head = run.head or run.find_head()
     if head is None:
         raise ValueError(
-            f"{technique!r} needs a loss for each example, and {type(run.model).__name__}'s is not known. "
-            "Give example_loss_func=."
+            f"{technique!r} needs a loss of each example, but that of {type(run.model).__name__} is unknown. "
+            "Set example_loss_func=."
         )
     return head
 
@@ -92,39 +93,41 @@ def head_for(technique: Technique) -> Head:
 def losses_and_outputs(
     head: Head, model: nn.Module, inputs: Mapping[str, Tensor], num_examples: int
 ) -> tuple[ExampleLosses, Any]:
-    """The losses of a batch's examples, and the outputs they are of."""
+    """Compute the outputs of a batch and the losses of its examples."""
     outputs = model(**head.without_labels(model, inputs))
-    check_classes(outputs.get("logits"), inputs.get("labels"))
+    logits, labels = outputs.get("logits"), inputs.get("labels")
+    if isinstance(head, ClassHead | TokenHead) and logits is not None and labels is not None:
+        check_classes(logits, labels)
     return head.losses(outputs, inputs, num_examples), outputs
 
 
-def check_classes(logits: Tensor | None, labels: Tensor | None) -> None:
-    """Raise ValueError where a label is a class that the model does not have."""
-    if logits is None or labels is None or labels.is_floating_point():
+def check_classes(logits: Tensor, labels: Tensor) -> None:
+    """Raise ValueError if a label is a class that the model does not have; numbers and several labels pass."""
+    if labels.is_floating_point() or labels.shape == logits.shape or logits.shape[-1] == 1:
         return
     wrong = (labels >= logits.shape[-1]) | ((labels < 0) & (labels != IGNORED))
     if wrong.any():
         raise ValueError(
             f"labels: {int(labels[wrong][0])} is not a class of the model, which has 0 to {logits.shape[-1] - 1}. "
-            "Correct the labels, or num_labels of the model."
+            "Correct the labels or num_labels of the model."
         )
 
 
 def mean_losses(head: Head, model: nn.Module, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
-    """The mean loss of each of a batch's examples, (B,)."""
+    """Compute the mean loss of each example of a batch, (B,)."""
     losses, _ = losses_and_outputs(head, model, inputs, num_examples)
     return losses.per_example(num_examples)
 
 
 def check_scores(scores_N: Tensor, num_examples: int, technique: Technique) -> None:
-    """Raise ValueError unless there is a number for each example."""
+    """Raise ValueError unless each example has a number."""
     if scores_N.shape != (num_examples,):
         raise ValueError(
-            f"{technique!r}: it has scores of shape {tuple(scores_N.shape)} for {num_examples} examples. "
-            "Give one number for each."
+            f"{technique!r} does not support scores of shape {tuple(scores_N.shape)} for {num_examples} examples. "
+            "Use one number per example."
         )
     if not_numbers := int(scores_N.isnan().sum()):
-        raise ValueError(f"{technique!r}: {not_numbers} of {num_examples} scores are nan. Give numbers.")
+        raise ValueError(f"{technique!r}: {not_numbers} of {num_examples} scores are nan. Correct or remove them.")
 
 
 def keep_by_score(
@@ -135,9 +138,9 @@ def keep_by_score(
     classes: list[Any] | None,
     technique: Technique,
 ) -> Tensor:
-    """Ids, ascending, of the share ``keep`` with the highest (``hard``) or lowest scores: of all, or of each class.
+    """Keep the share ``keep`` with the highest (``hard``) or lowest scores, overall or in each class; ids, ascending.
 
-    Chance decides between equal scores.
+    The order of equal scores is random.
     """
     shuffled_N = torch.randperm(len(scores_N), generator=generator)
     ranked_N = shuffled_N[scores_N[shuffled_N].argsort(descending=prefer == "hard", stable=True)]
@@ -148,12 +151,14 @@ def keep_by_score(
     kept = {name: members[: round(keep * len(members))] for name, members in groups.items()}
     if gone := [name for name, members in kept.items() if not members]:
         whose = "" if classes is None else f" of class {gone[0]!r}"
-        raise ValueError(f"{technique!r}: it would keep no example{whose} of {len(groups[gone[0]])}. Keep more.")
+        raise ValueError(
+            f"{technique!r} would keep none of the {len(groups[gone[0]])} examples{whose}. Set a larger keep."
+        )
     return torch.tensor(sorted(i for members in kept.values() for i in members))
 
 
 def refuse_lost_classes(dataset: Any, ids_K: Tensor, technique: Technique) -> None:
-    """Raise ValueError where a class of a column ``label`` or ``labels`` would vanish."""
+    """Raise ValueError if a class in the column ``label`` or ``labels`` would vanish."""
     found: Any = dataset.column_names if isinstance(dataset, datasets.Dataset) else dataset[0]
     name = next((name for name in ("label", "labels") if name in found), None)
     if name is None:
@@ -164,5 +169,6 @@ def refuse_lost_classes(dataset: Any, ids_K: Tensor, technique: Technique) -> No
     classes = column(dataset, name, technique)
     if lost := set(classes) - {classes[i] for i in ids_K.tolist()}:
         raise ValueError(
-            f"{technique!r}: it would keep no example of class {min(lost, key=repr)!r}. Keep more, or balance={name!r}."
+            f"{technique!r} would keep no example of class {min(lost, key=repr)!r}. Set a larger keep or "
+            f"balance={name!r}."
         )

@@ -1,13 +1,13 @@
-"""Attention of each example of a row by itself, where ``position_ids`` say that there are several.
+"""Compute the attention of each example of a row by itself, if ``position_ids`` mark several examples.
 
-The mask that ``sdpa`` makes of such a row, (T, T), hides what one example would see of another, but its scores are
-computed all the same: T^2, where the examples need the sum of their squares.  On CPUs it is cheaper to visit them one
-by one, as the kernels of flash attention do:
+The mask of ``sdpa`` for such a row, (T, T), hides other examples but still computes all T^2 scores.  The examples need
+only the sum of their squared lengths.  On CPUs it is cheaper to visit them one by one, like the kernels of flash
+attention:
 
     softmax(q_e k_e^T / sqrt(d)) v_e      for every example e
 
-Registered with ``transformers`` as an attention implementation of its own; rows with an ``attention_mask``, windows and
-whatever else ``sdpa`` makes a mask for are left to it.
+It is registered with ``transformers`` as an attention implementation.  Rows with an ``attention_mask``, windows and all
+other masks are left to ``sdpa``.
 
 Shape suffixes: ``R`` rows, ``H`` heads, ``T`` positions, ``D`` sizes of a head.
 """
@@ -24,16 +24,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from hf_accel.features.flattening import flattening_fault
+from hf_accel.features.flattening_trial import flattening_fault
 
 NAME = "sdpa_by_segment"
 
 _segments = WeakTensorKeyDictionary()
-"""Lengths of the examples of each row, by the ``position_ids`` that all blocks of a model are given."""
+"""Lengths of the examples of each row, by the ``position_ids`` that all blocks of a model receive."""
 
 
 def segment_lengths(position_ids_RT: Tensor) -> list[list[int]] | None:
-    """Lengths of the examples of each row; None where no row has several."""
+    """Return the lengths of the examples of each row, or None if no row has several."""
     if position_ids_RT not in _segments:
         starts_RT = torch.ones_like(position_ids_RT, dtype=torch.bool)
         starts_RT[:, 1:] = position_ids_RT[:, 1:] <= position_ids_RT[:, :-1]
@@ -54,7 +54,7 @@ def attention(
     position_ids: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What ``sdpa`` gives, (R, T, H, D); the signature is of `transformers.AttentionInterface`."""
+    """Return the result of ``sdpa``, (R, T, H, D); the signature is of `transformers.AttentionInterface`."""
     lengths = None
     if attention_mask is None and position_ids is not None and position_ids.shape[0] == len(query_RHTD):
         lengths = segment_lengths(position_ids)
@@ -68,7 +68,7 @@ def attention(
 
 
 def mask(q_length: int, kv_length: int, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor | None:
-    """None where nothing but the borders of examples is to be hidden; else that of ``sdpa``."""
+    """Return None if only the borders of examples matter, else the mask of ``sdpa``."""
     window = kwargs.get("local_size")
     if (
         attention_mask is None
@@ -85,19 +85,21 @@ AttentionMaskInterface.register(NAME, mask)
 
 
 def attend_by_segment(model: Any) -> None:
-    """From now on, in a model that `can_attend_by_segment`."""
+    """Switch a model to this attention, if it `can_attend_by_segment`."""
     model.set_attn_implementation(NAME)
 
 
 def attend_as_before(model: Any) -> None:
-    """Undo `attend_by_segment`, where it was done."""
+    """Undo `attend_by_segment`."""
     if model.config._attn_implementation == NAME:
         model.set_attn_implementation("sdpa")
 
 
 def can_attend_by_segment(model: Any, num_rows: int = 1, run: Any = None) -> bool:
-    """Whether a model with ``sdpa`` attention stays on a CPU, where ``run``, the trainer, trains it, and keeps
-    examples apart in this way; tried, and undone."""
+    """Return whether a model trains on a CPU with ``sdpa`` attention and keeps examples apart in this way.
+
+    A trial decides, and leaves the model as found.
+    """
     config = model.config
     on_cpu = next(model.parameters()).device.type == "cpu" and (run is None or run.args.device.type == "cpu")
     if not on_cpu or config._attn_implementation != "sdpa" or config.sub_configs:

@@ -1,7 +1,7 @@
-"""Examples cut to a length: to their beginnings, or into pieces that become examples of their own.
+"""Cut examples to a length: to their beginnings, or into pieces that become examples.
 
-Shape suffixes: ``R`` rows of a batch, ``L`` positions, ``B`` examples; a row holds several examples where these are
-packed (with ``position_ids`` that begin anew within a row).
+Shape suffixes: ``R`` rows of a batch, ``L`` positions, ``B`` examples.  A packed row holds several examples, and its
+``position_ids`` restart with each.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ from hf_accel.losses import IGNORED, examples_of
 from hf_accel.technique import Technique
 
 BORDERS = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx")
-"""What tells kernels where the examples of a row begin; made again of ``position_ids`` after a cut."""
+"""Inputs that tell kernels where the examples of a row begin; a cut makes them again from ``position_ids``."""
 
 BY_PAIRS = ("perm_mask", "target_mapping")
-"""Inputs for pairs of positions (XLNet), which a cut would have to follow twice."""
+"""Inputs of XLNet for pairs of positions."""
 
 
 def check_cuttable(inputs: Mapping[str, Any], asking: Technique) -> None:
-    """Raise ValueError where a cut would leave behind something that belongs to what is cut off."""
+    """Raise ValueError if a cut would leave parts of the removed tokens in other inputs."""
     ids = inputs.get("input_ids")
     if ids is None or inputs.get("labels") is None:
         raise ValueError(
-            f"{asking!r} does not support batches without input_ids and labels (here: {', '.join(inputs)}) because a "
-            "cut might take what the loss is of: an answer, or what a reference model has read. Leave it out."
+            f"{asking!r} does not support batches without input_ids and labels ({', '.join(inputs)}) because a cut "
+            f"might remove answers or differ from a reference model's text. Remove {type(asking).__name__}."
         )
     for name, value in inputs.items():
         if not isinstance(value, Tensor) or (name in BORDERS and "position_ids" in inputs):
@@ -40,27 +40,26 @@ def check_cuttable(inputs: Mapping[str, Any], asking: Technique) -> None:
         if name in (*BORDERS, *BY_PAIRS) or not aligned:
             raise ValueError(
                 f"{asking!r} does not support {name} of shape {tuple(value.shape)} because it cannot be cut along with "
-                f"input_ids of shape {tuple(ids.shape)}. Leave one of them out."
+                f"input_ids of shape {tuple(ids.shape)}. Remove {type(asking).__name__}."
             )
 
 
 def refuse_media_tokens(asking: Technique, model: Any) -> None:
-    """Raise ValueError where tokens stand for images or sounds, so that none of them may be missing."""
+    """Raise ValueError if tokens stand for images or sounds, so that none of them may be missing."""
     config = getattr(model, "config", None)
     names = [f"{kind}_token_{key}" for kind in ("image", "video", "audio") for key in ("id", "index")]
     if (name := next((name for name in names if getattr(config, name, None) is not None), None)) is not None:
         raise ValueError(
-            f"{asking!r} does not support {type(model).__name__} because each {name} in a text stands for a part of "
-            "an image or a sound. Train the text model alone, or leave it out."
+            f"{asking!r} does not support {type(model).__name__} because each {name} in a text stands for a part of an "
+            f"image or a sound. Train the text model alone or remove {type(asking).__name__}."
         )
 
 
 def truncate(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
-    """The first ``length`` tokens of each example, in every tensor that begins with the shape of ``input_ids``.
+    """Keep the first ``length`` tokens of each example, in every tensor with the leading shape of ``input_ids``.
 
-    Padding on the left stays there; examples that are packed are truncated one by one, and what is left of a row is
-    moved to its left.  Choices are truncated one by one, too.  Where no label to predict would be left, the inputs
-    stay whole.
+    Padding on the left stays there.  Packed examples and choices are truncated one by one, and the rest of a packed row
+    moves to its left.  If no label to predict would remain, the inputs stay whole.
     """
     if (shape := inputs["input_ids"].shape)[2:]:
         shorter = truncate(folded(inputs), length)
@@ -91,11 +90,11 @@ def truncate(inputs: Mapping[str, Any], length: int) -> dict[str, Any]:
 
 
 def rechunk(micro: MicroBatch, length: int, shift: bool = True) -> MicroBatch:
-    """Each example in pieces of ``length`` tokens, the last one shorter; a piece counts as an example with the id and
-    the weight of the one that it is of.  Pieces without a label are left out, unless no other is there.
+    """Cut each example into pieces of ``length`` tokens, the last one shorter.
 
-    Attention does not cross from piece to piece.  With ``shift``, where each token predicts the next one, the first
-    token of a piece is not predicted.
+    A piece counts as an example with the id and the weight of its source.  Pieces without a label are dropped, unless
+    all are.  Attention does not cross from piece to piece.  With ``shift``, each token predicts the next one, and
+    nothing predicts the first token of a piece.
     """
     inputs, ids_RL = micro.inputs, micro.inputs["input_ids"]
     mask_RL = inputs.get("attention_mask", torch.ones_like(ids_RL)).bool()
@@ -124,11 +123,11 @@ def rechunk(micro: MicroBatch, length: int, shift: bool = True) -> MicroBatch:
         name: value[kept_R] if isinstance(value, Tensor) and name not in BORDERS else value
         for name, value in cut.items()
     }
-    return _pieces_of(micro, _with_borders(kept), of_R)
+    return micro.of(_with_borders(kept), of_R)
 
 
 def _rechunk_packed(micro: MicroBatch, used_RL: Tensor, length: int, shift: bool) -> MicroBatch:
-    """Packed rows keep their shape; positions begin anew with every piece."""
+    """Keep the shape of packed rows, and restart their positions with every piece."""
     example_RL = examples_of(micro.inputs, len(micro.ids_B))
     rows = dict(micro.inputs)
     first = _first(rows, used_RL)
@@ -137,18 +136,18 @@ def _rechunk_packed(micro: MicroBatch, used_RL: Tensor, length: int, shift: bool
     starts_RL = (rows["position_ids"] == first) & used_RL
     if shift:
         rows["labels"] = rows["labels"].masked_fill(starts_RL, IGNORED)
-    return _pieces_of(micro, _with_borders(rows), example_RL[starts_RL])
+    return micro.of(_with_borders(rows), example_RL[starts_RL])
 
 
 def _by_position(name: str, value: Any, ids_RL: Tensor) -> bool:
-    """Whether a tensor has something for each position; labels that are numbers are of whole examples."""
+    """Return whether a tensor has an entry for each position; float labels belong to whole examples."""
     if not isinstance(value, Tensor) or (name == "labels" and value.is_floating_point()):
         return False
     return value.shape[:2] == ids_RL.shape
 
 
 def _with_borders(rows: dict[str, Any]) -> dict[str, Any]:
-    """Rows whose `BORDERS` are those that ``position_ids`` say, where they have any."""
+    """Make the `BORDERS` of rows again from ``position_ids``, if they have any."""
     if not rows.keys() & {*BORDERS}:
         return rows
     positions_RL = rows["position_ids"]
@@ -164,31 +163,25 @@ def _with_borders(rows: dict[str, Any]) -> dict[str, Any]:
     return rows
 
 
-def _pieces_of(micro: MicroBatch, inputs: dict[str, Tensor], of_B: Tensor) -> MicroBatch:
-    """A micro-batch of pieces, each of one of the examples of another one."""
-    columns = (micro.ids_B, micro.weights_B, micro.repeats_B)
-    return MicroBatch(inputs, *(None if column is None else column[of_B] for column in columns))
-
-
 def _used_of_packed(inputs: Mapping[str, Tensor], mask_RL: Tensor) -> Tensor | None:
-    """Where packed rows have tokens; None where no row holds several examples."""
+    """Mark the tokens of packed rows, or return None if no row holds several examples."""
     positions_RL = inputs.get("position_ids")
     if positions_RL is None or positions_RL.shape != mask_RL.shape:
         return None
-    # Between the first and the last token, with those that are hidden within an example.
+    # From the first to the last token, including hidden ones within an example.
     used_RL = mask_RL.cummax(1).values & mask_RL.flip(1).cummax(1).values.flip(1)
     anew_RL = (positions_RL[:, 1:] <= positions_RL[:, :-1]) & used_RL[:, 1:] & used_RL[:, :-1]
     return used_RL if anew_RL.any() else None
 
 
 def _first(inputs: Mapping[str, Tensor], used_RL: Tensor) -> int:
-    """The position of an example's first token: 0, or what RoBERTa and its like have, beyond their padding token."""
+    """Return the position of an example's first token: 0, or 2 and more in models such as RoBERTa."""
     first = int(inputs["position_ids"][used_RL].min())
     return first if first > 1 else 0
 
 
 def _refill(rows: dict[str, Tensor], kept_RL: Tensor) -> None:
-    """Make padding, which goes on counting the positions, of what packed rows do not keep."""
+    """Turn the dropped part of packed rows into padding, with positions that continue the count."""
     last_R1 = kept_RL.sum(1, keepdim=True) - 1
     positions_RL = rows["position_ids"]
     counted_RL = positions_RL.gather(1, last_R1) + torch.arange(kept_RL.shape[1]) - last_R1

@@ -1,4 +1,4 @@
-"""All that is known of transformers: its signatures, its arguments, and what of it is refused."""
+"""Hold everything that depends on transformers: its signatures, its arguments, and the refused settings."""
 
 from hf_accel.host.arguments import (
     REFUSED,

@@ -1,4 +1,4 @@
-"""What a model card says of a run with techniques."""
+"""Describe a run with techniques in the model card."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The private names of transformers that hf_accel relies on, compared when a trainer is built."""
+"""List the private names of transformers that hf_accel relies on, and compare them when a trainer is built."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import transformers
 from transformers import Trainer
 
 TESTED = ("5.17.0", "5.23.0")
-"""The oldest and the newest transformers that the tests ran with."""
+"""Oldest and newest versions of transformers that the tests ran with."""
 
 RELIED_ON = {
     "_finalize_training": "trial num_train_samples start_time",
@@ -50,17 +50,17 @@ RELIED_ON = {
 
 
 def check_signatures() -> None:
-    """Raise where this transformers is not one that we know."""
+    """Raise ImportError if this version of transformers has other signatures."""
     for name, parameters in RELIED_ON.items():
         method = getattr(Trainer, name, None)
         found = None if method is None else [p for p in inspect.signature(method).parameters if p != "self"]
         if found != parameters.split():
             raise ImportError(
-                f"transformers {transformers.__version__}: Trainer.{name} is not as hf_accel knows it. "
-                f"Install a tested version ({TESTED[0]} to {TESTED[1]})."
+                f"hf_accel does not support transformers {transformers.__version__} because Trainer.{name} has "
+                f"changed. Install a tested version ({TESTED[0]} to {TESTED[1]})."
             )
 
 
 def foreign_classes(kind: type) -> list[type]:
-    """The classes of a trainer, without ours, the nearest first."""
+    """Return a trainer's classes without ours, the nearest first."""
     return [cls for cls in kind.__mro__ if not cls.__module__.startswith("hf_accel.")]

@@ -1,4 +1,4 @@
-"""The trainer as the engine sees it: the attributes and methods of Trainer that are used, private ones by public names.
+"""Give the engine access to the attributes and methods of Trainer that it uses, private ones by public names.
 
 `AccelTrainerMixin` makes the one `TrainerView` of a trainer.  Nothing else in the engine knows the trainer.
 """
@@ -22,7 +22,7 @@ PUBLIC = frozenset(
     "model_accepts_loss_kwargs model_init model_wrapped optimizer optimizer_cls_and_kwargs place_model_on_device "
     "pop_callback prediction_step processing_class state train_dataset".split()
 )
-"""Attributes and methods that are used by the names that Trainer gives them."""
+"""Attributes and methods under Trainer's own names."""
 
 PRIVATE = {
     "created_lr_scheduler": "_created_lr_scheduler",
@@ -38,11 +38,11 @@ PRIVATE = {
     "signature_columns": "_signature_columns",
     "train_batch_size": "_train_batch_size",
 }
-"""Private attributes and methods, by the names that the engine gives them."""
+"""Private attributes and methods, by the engine's names for them."""
 
 
 class TrainerView:
-    """Reads and writes the attributes of a trainer that `PUBLIC` and `PRIVATE` list, and no others."""
+    """Read and write the attributes of a trainer that `PUBLIC` and `PRIVATE` list, and no others."""
 
     def __init__(self, trainer: Trainer):
         object.__setattr__(self, "_trainer", trainer)
@@ -55,26 +55,26 @@ class TrainerView:
 
     @property
     def classes(self) -> list[type]:
-        """The trainer's own classes, without ours, the nearest first."""
+        """Return the trainer's own classes, without ours, the nearest first."""
         return foreign_classes(type(self._trainer))
 
     def overrides(self, method: str) -> type | None:
-        """The class that replaces a method of Trainer, or whose instance does; None where none of its own does."""
+        """Return the class that replaces a method of Trainer, or whose instance does, or None."""
         if method in vars(self._trainer):
             return type(self._trainer)
         owner = next(cls for cls in self.classes if method in vars(cls))
         return None if owner is Trainer else owner
 
     def overrides_outside(self, method: str) -> type | None:
-        """The class that replaces a method of ours; None where none is derived from ours and does."""
+        """Return the class derived from ours that replaces a method, or None."""
         owner = next(cls for cls in type(self._trainer).__mro__ if method in vars(cls))
         return None if owner.__module__.startswith("hf_accel.") or owner is Trainer else owner
 
     def twin(self, model: nn.Module) -> Any:
-        """A trainer like this one that trains another model and has not begun; it has no callbacks of the user's."""
+        """Return a trainer like this one for another model, before its start and without the user's callbacks."""
         twin: Any = copy.copy(self._trainer)
         twin.args = copy.copy(self.args)
-        if self.is_in_train:  # has been done to the model that was copied
+        if self.is_in_train:  # already applied to the copied model
             twin.neftune_noise_alpha = None
             twin.args.use_liger_kernel = False
         twin.model = twin.model_wrapped = model
@@ -85,7 +85,7 @@ class TrainerView:
         return twin
 
     def with_frozen_config(self) -> Trainer:
-        """This trainer with a copy of its model's configuration, which growth may change before it is written."""
+        """Return a copy with a frozen configuration of the model, because growth may change the live one."""
         if not hasattr(self.model, "config"):
             return self._trainer
         saver: Any = copy.copy(self._trainer)

@@ -1,4 +1,4 @@
-"""The loss of each item and of each example, for the kinds of loss that ``transformers`` models have."""
+"""Compute the loss of each item and of each example, for the kinds of loss of ``transformers`` models."""
 
 from hf_accel.losses.given import FunctionHead, head_from
 from hf_accel.losses.heads import (

@@ -1,4 +1,4 @@
-"""Losses that the user gives, as functions or heads."""
+"""Use losses that the user gives, as functions or heads."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from hf_accel.losses.heads import ExampleLosses, ExampleLossFunc, Head, row_numb
 
 @dataclass(frozen=True)
 class FunctionHead(Head):
-    """A loss that the user gives.
+    """A loss function of the user.
 
-    Every example counts as one item, since what else would count is not known before the forward pass; where the
-    function gives items and a mask, an example's loss is the mean over its counted items.  The function may use
-    anything, so labels stay in the inputs.  It smooths its labels itself, as ``Trainer``'s ``compute_loss_func`` does.
+    Every example counts as one item, because other items are unknown before the forward pass.  If the function returns
+    items and a mask, an example's loss is the mean over its counted items.  The function may use anything, so labels
+    stay in the inputs.  It smooths its labels itself, like ``Trainer``'s ``compute_loss_func``.
     """
 
     example_loss_func: ExampleLossFunc
@@ -43,7 +43,7 @@ class FunctionHead(Head):
             mask_B = torch.ones_like(losses, dtype=torch.bool)
         if losses.shape != (num_examples,):
             raise ValueError(
-                f"example_loss_func(...) of shape {tuple(losses.shape)}: it must give one loss for each of "
+                f"example_loss_func(...) returned the shape {tuple(losses.shape)}, not one loss for each of "
                 f"{num_examples} examples. Return losses_B, or losses_BL and mask_BL."
             )
         losses_BL = losses.to(wide(losses.dtype)).unsqueeze(1)
@@ -51,7 +51,7 @@ class FunctionHead(Head):
 
 
 def head_from(example_loss_func: ExampleLossFunc | Head) -> Head:
-    """The head of a loss that the user gives: as a function, see `FunctionHead`; or itself, as `head_of` gives it."""
+    """Return the head of a user's loss: a `FunctionHead` of a function, or a head (from `head_of`, say) unchanged."""
     if isinstance(example_loss_func, Head):
         return example_loss_func
     return FunctionHead("example_loss_func", example_loss_func)

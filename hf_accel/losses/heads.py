@@ -1,15 +1,16 @@
-"""The loss of each item and of each example, for the kinds of loss that ``transformers`` models have.
+"""Compute the loss of each item and of each example, for the kinds of loss of ``transformers`` models.
 
-A model gives one number; techniques that select, weight or reorder examples need one for each.  A `Head` takes logits
-apart into `ExampleLosses`, and `weighted_mean` puts these together again: with all weights 1, to the model's own loss.
+A model returns one number; techniques that select, weight or reorder examples need one per example.  A `Head` splits
+logits into `ExampleLosses`, and `weighted_mean` combines these again.  With all weights 1, it returns the model's own
+loss.
 
     loss = 1/K sum_k  sum_i w_i l_ik / items_k          K = 1, but 2 for question answering (start and end)
 
-What a model's loss is, is read off the model: its class (``MODEL_FOR_*_MAPPING_NAMES``), and how its ``forward`` calls
-``self.loss_function``.  A loss that is not known is refused; nothing is guessed.
+A model's class (``MODEL_FOR_*_MAPPING_NAMES``) and its ``forward``, which calls ``self.loss_function``, tell its loss.
+Unknown losses are refused; nothing is guessed.
 
-Shape suffixes: ``B`` examples, ``R`` rows of the batch (fewer than examples where rows are packed), ``L`` positions,
-``V`` classes, ``K`` terms of the loss, ``BL`` items: rows x positions, rows x outputs or rows x terms.
+Shape suffixes: ``B`` examples, ``R`` rows of the batch (fewer than examples if rows are packed), ``L`` positions, ``V``
+classes, ``K`` terms of the loss.  ``BL`` are items: rows x positions, rows x outputs or rows x terms.
 """
 
 from __future__ import annotations
@@ -26,29 +27,29 @@ from transformers import PreTrainedConfig
 from hf_accel.adapters import unwrapped
 
 IGNORED = -100
-"""The label of what does not count, everywhere in ``transformers``."""
+"""Label of items that do not count, everywhere in ``transformers``."""
 
 ExampleLossFunc = Callable[[Any, Mapping[str, Any]], "Tensor | tuple[Tensor, Tensor]"]
 """``(outputs, inputs) -> losses_B``, or ``losses_BL, mask_BL``."""
 
 
 def widest(device: torch.device) -> torch.dtype:
-    """Of what is summed over many steps, or cumulated: float64, which MPS does not have."""
+    """Return the dtype of sums over many steps, or of cumulative sums: float64, which MPS does not have."""
     return torch.float32 if device.type == "mps" else torch.float64
 
 
 class ExampleLosses(NamedTuple):
-    """What a micro-batch's examples lose, item by item."""
+    """The losses of a micro-batch, item by item."""
 
     losses_BL: Tensor
-    """Loss of each item, float32 or wider, with its graph; 0 where it does not count."""
+    """Loss of each item, float32 or wider, with its graph; 0 if the item does not count."""
     mask_BL: Tensor
-    """Which items count."""
+    """True for items that count."""
     example_BL: Tensor
-    """Which example of the micro-batch an item belongs to, from 0; of a next token, the example of that token."""
+    """Example of the micro-batch that an item belongs to, from 0; for a next token, the example of that token."""
 
     def per_example(self, num_examples: int) -> Tensor:
-        """Mean over each example's counted items, (B,), 0 where it has none; detached, float32."""
+        """Return the mean over each example's counted items, (B,), 0 if it has none; detached, float32."""
         losses = self.losses_BL.detach().flatten()
         sums_B, counts_B = losses.new_zeros(num_examples), losses.new_zeros(num_examples)
         sums_B.index_add_(0, self.example_BL.flatten(), losses)
@@ -70,18 +71,18 @@ def weighted_mean(
     example_weights_B: Tensor | None = None,
     token_weights_BL: Tensor | None = None,
 ) -> Tensor:
-    """The loss of a batch, or one micro-batch's share of it, from the losses of its items.
+    """Return the loss of a batch, or one micro-batch's share of it, from the losses of its items.
 
     Args:
-        items_K: what each term is divided by, as `Head.count` gives it, summed over all that is to be one batch.
-            Where it is 0, nothing counts, and the loss is 0.
-        example_weights_B: how much each example counts; None: 1.
-        token_weights_BL: how much each item counts, shaped as ``losses.losses_BL``; None: 1.
+        items_K: Divisor of each term, as `Head.count` returns it, summed over the whole batch.  If it is 0, no item
+            counts, and the loss is 0.
+        example_weights_B: Weight of each example; None: 1.
+        token_weights_BL: Weight of each item, shaped as ``losses.losses_BL``; None: 1.
     """
     weighted_BL = losses.losses_BL
     if example_weights_B is not None:
         weighted_BL = weighted_BL * example_weights_B.to(weighted_BL)[losses.example_BL]
-    if token_weights_BL is not None:  # what does not count may have any weight, even nan
+    if token_weights_BL is not None:  # items that do not count may have any weight, even nan
         weighted_BL = weighted_BL * token_weights_BL.to(weighted_BL).masked_fill(~losses.mask_BL, 0)
     items_K = items_K.to(weighted_BL).reshape(-1)
     sums_K = weighted_BL.sum(0) if len(items_K) > 1 else weighted_BL.sum().reshape(1)
@@ -93,26 +94,26 @@ def weighted_mean(
 
 @dataclass(frozen=True)
 class Head:
-    """What kind of loss a model has; made by `head_of` or `head_from`, once a run."""
+    """The kind of loss of a model; `head_of` or `head_from` make it once per run."""
 
     kind: str
-    """What users call it, such as ``"causal LM"``."""
+    """Name for users, such as ``"causal LM"``."""
 
     terms: ClassVar[int] = 1
-    """``K``, the means that the loss is a mean of.  Where there are several, an item's column is its term."""
+    """``K``, the number of means that the loss averages.  If there are several, an item's column is its term."""
 
     def count(self, inputs: Mapping[str, Any], num_examples: int | None = None) -> Tensor:
-        """How many items the model's own loss averages over, (K,), from the labels alone."""
+        """Return the number of items that the model's own loss averages over, (K,), from the labels alone."""
         raise NotImplementedError
 
     def without_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Inputs for a forward pass that need not compute the model's own loss."""
+        """Return the inputs of a forward pass that need not compute the model's own loss."""
         raise NotImplementedError
 
     def losses(
         self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
     ) -> ExampleLosses:
-        """Losses from the logits in ``outputs`` and the labels in ``inputs``.
+        """Return the losses from the logits in ``outputs`` and the labels in ``inputs``.
 
         ``label_smoothing`` is the share, in [0, 1], of the target that is spread over all classes, as
         ``TrainingArguments.label_smoothing_factor`` defines it.
@@ -121,11 +122,13 @@ class Head:
 
 
 OTHER_DECODER_INPUTS = frozenset(["EncoderDecoderModel", "FSMTForConditionalGeneration"])
-"""Classes that make something else of their labels than ``prepare_decoder_input_ids_from_labels`` does: a decoder
-mask as well, or nothing."""
+"""Classes that use their labels in another way than ``prepare_decoder_input_ids_from_labels``.
+
+They make a decoder mask as well, or nothing.
+"""
 
 ADDED_TERMS = ("output_router_logits", "z_loss_coefficient")
-"""Settings with which a language model adds to its loss what is not of any item (mixtures of experts, Bamba)."""
+"""Settings that add a term of no item to the loss of a language model (mixtures of experts, Bamba)."""
 
 
 @dataclass(frozen=True)
@@ -133,20 +136,23 @@ class TokenHead(Head):
     """A class for each position: language models and token classification."""
 
     shift: bool
-    """Whether the logits at a position are for the next position's label."""
+    """True if the logits at a position are for the next position's label."""
 
     def count(self, inputs: Mapping[str, Any], num_examples: int | None = None) -> Tensor:
         return self._targets(inputs).ne(IGNORED).sum().reshape(1)
 
     def without_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """Without labels.  Encoder-decoders that make their ``decoder_input_ids`` of the labels get these; where a
-        model has no method for it, the labels stay, and it computes its own loss in vain."""
+        """Remove the labels.
+
+        Encoder-decoders that make their ``decoder_input_ids`` from the labels get these.  If a model has no method for
+        it, the labels stay, and the model computes its own loss in vain.
+        """
         base = unwrapped(model)
         for setting in ADDED_TERMS:
             if inputs.get(setting, getattr(base.config, setting, False)):
                 raise ValueError(
-                    f"{type(base).__name__}({setting}={getattr(base.config, setting, True)}): its loss has a term that "
-                    f"is no example's, which weights would lose. Set config.{setting} to 0 or False."
+                    f"{type(base).__name__}({setting}={getattr(base.config, setting, True)}): its loss has a term "
+                    f"without example, which weights would lose. Set config.{setting} to 0 or False."
                 )
         bare = {name: value for name, value in inputs.items() if name not in ("labels", "shift_labels")}
         given = inputs.get("decoder_input_ids") is not None or inputs.get("decoder_inputs_embeds") is not None
@@ -164,8 +170,8 @@ class TokenHead(Head):
         targets_RL = self._targets(inputs).to(logits_RLV.device)
         if logits_RLV.shape[:-1] != targets_RL.shape:
             raise ValueError(
-                f"logits{tuple(logits_RLV.shape)}: each of the labels{tuple(targets_RL.shape)} needs its own. "
-                "Turn off what drops or adds positions (prompt tuning, sparse prediction)."
+                f"logits{tuple(logits_RLV.shape)} and labels{tuple(targets_RL.shape)} differ in positions. "
+                "Turn off prompt tuning or sparse prediction, which drop or add positions."
             )
         losses_RL = F.cross_entropy(
             logits_RLV.flatten(0, -2), targets_RL.flatten(), reduction="none", label_smoothing=label_smoothing
@@ -195,7 +201,7 @@ class ClassHead(Head):
 
     config: PreTrainedConfig
     problem: str | None = None
-    """The ``problem_type``, where it is not the configuration's."""
+    """``problem_type`` that replaces the configuration's."""
 
     def count(self, inputs: Mapping[str, Any], num_examples: int | None = None) -> Tensor:
         labels = _labels(inputs)
@@ -211,8 +217,10 @@ class ClassHead(Head):
     def losses(
         self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
     ) -> ExampleLosses:
-        """The label of one class may also be shares of all classes, (B, V), as mixed examples have them.  Smoothing
-        leaves several labels alone, as ``Trainer`` does, and is refused for numbers."""
+        """Return the losses; labels may also be shares of all classes, (B, V), as mixed examples have them.
+
+        Smoothing does not change several labels, as in ``Trainer``, and is refused for numbers.
+        """
         logits_BV = _logits(outputs, "logits")
         labels = _labels(inputs).to(logits_BV.device)
         problem = self._problem(labels)
@@ -230,7 +238,7 @@ class ClassHead(Head):
         else:
             if labels.numel() != logits_BV.numel():
                 raise ValueError(
-                    f"labels{tuple(labels.shape)}: a {problem} needs one for each of the logits"
+                    f"labels{tuple(labels.shape)}: {problem} needs one label per logit, and logits are "
                     f"{tuple(logits_BV.shape)}. Correct num_labels or problem_type in the model's config."
                 )
             labels_BL = labels.reshape(logits_BV.shape).to(logits_BV.dtype)
@@ -239,15 +247,18 @@ class ClassHead(Head):
                 losses_BL = F.binary_cross_entropy_with_logits(logits_BV, labels_BL, reduction="none")
             elif label_smoothing:
                 raise ValueError(
-                    f"label_smoothing_factor({label_smoothing}): numbers have no classes to smooth over. Leave it at 0."
+                    f"label_smoothing_factor({label_smoothing}): numbers have no classes to smooth over. Set it to 0."
                 )
             else:
                 losses_BL = F.mse_loss(logits_BV, labels_BL, reduction="none")
         return ExampleLosses(losses_BL, mask_BL, row_numbers(losses_BL))
 
     def _problem(self, labels: Tensor) -> str:
-        """The problem type; where the configuration leaves it open, the labels of the first batch settle it there, as
-        they do in the model's own loss (`transformers.loss.loss_utils.ForSequenceClassificationLoss`)."""
+        """Return the problem type.
+
+        If the configuration leaves it open, the labels of the first batch set it there.  The model's own loss does the
+        same (`transformers.loss.loss_utils.ForSequenceClassificationLoss`).
+        """
         if self.problem is not None:
             return self.problem
         config = self.config
@@ -256,10 +267,10 @@ class ClassHead(Head):
                 config.problem_type = "regression"
             elif labels.dtype in (torch.long, torch.int):
                 config.problem_type = "single_label_classification"
-            elif config.model_type in ("deberta", "deberta-v2"):  # these have a loss of their own for it
+            elif config.model_type in ("deberta", "deberta-v2"):  # these have another loss for it
                 raise ValueError(
                     f"labels({labels.dtype}): the problem type of {config.model_type} is open. "
-                    'Set config.problem_type, to "multi_label_classification" for instance.'
+                    'Set config.problem_type, for example to "multi_label_classification".'
                 )
             else:
                 config.problem_type = "multi_label_classification"
@@ -268,8 +279,10 @@ class ClassHead(Head):
 
 @dataclass(frozen=True)
 class SpanHead(Head):
-    """The start and the end of an answer; what lies beyond the text does not count.  Smoothing leaves it alone, as
-    ``Trainer`` does."""
+    """The start and the end of an answer; positions beyond the text do not count.
+
+    Smoothing does not apply, as in ``Trainer``.
+    """
 
     terms: ClassVar[int] = 2
 
@@ -296,10 +309,10 @@ class SpanHead(Head):
 
 
 def examples_of(inputs: Mapping[str, Any], num_examples: int) -> Tensor:
-    """Which example each position of the labels belongs to, from 0, (R, L).
+    """Return the example that each position of the labels belongs to, from 0, (R, L).
 
-    A row is an example, unless there are fewer rows than examples.  Then ``position_ids`` tell packed examples apart:
-    they rise within one and start again with the next.  Padding (where ``attention_mask`` is 0) starts none.
+    A row is an example, unless there are fewer rows than examples.  Then ``position_ids`` separate packed examples:
+    they rise within one and restart with the next.  Padding (where ``attention_mask`` is 0) starts none.
     """
     labels_RL = _labels(inputs)
     if len(labels_RL) == num_examples:
@@ -307,7 +320,7 @@ def examples_of(inputs: Mapping[str, Any], num_examples: int) -> Tensor:
     positions_RL = inputs.get("position_ids")
     if positions_RL is None or positions_RL.shape != labels_RL.shape:
         raise ValueError(
-            f"labels{tuple(labels_RL.shape)}: without position_ids of that shape, their rows cannot be divided into "
+            f"labels{tuple(labels_RL.shape)} need position_ids of that shape to divide their rows into "
             f"{num_examples} examples. Use a collator that returns them."
         )
     starts_RL = torch.ones_like(labels_RL, dtype=torch.bool)
@@ -317,8 +330,8 @@ def examples_of(inputs: Mapping[str, Any], num_examples: int) -> Tensor:
         starts_RL &= mask_RL.bool()
     if (found := int(starts_RL.sum())) != num_examples:
         raise ValueError(
-            f"position_ids{tuple(positions_RL.shape)}: they start {found} examples, and the batch has {num_examples}. "
-            "Let them start again with every example, and only there."
+            f"position_ids{tuple(positions_RL.shape)} start {found} examples, and the batch has {num_examples}. "
+            "Restart them with every example, and only there."
         )
     return starts_RL.flatten().cumsum(0).sub(1).clamp(min=0).view_as(labels_RL)
 
@@ -333,30 +346,30 @@ def _logits(outputs: Any, name: str) -> Tensor:
     logits = getattr(outputs, name, None)
     if logits is None:
         raise ValueError(
-            f"{type(outputs).__name__}({name}=None): losses of examples are taken from {name}. "
+            f"{type(outputs).__name__}({name}=None): losses of examples need {name}. "
             "Turn off fused losses that do not return them."
         )
     return logits.to(wide(logits.dtype))
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which losses are computed: float32 or wider."""
+    """Return the dtype in which losses are computed: float32 or wider."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def row_numbers(losses_BL: Tensor) -> Tensor:
-    """The number of its row for each item."""
+    """Return the row number of each item."""
     return torch.arange(len(losses_BL), device=losses_BL.device)[:, None].expand(losses_BL.shape)
 
 
 def _check_rows(logits: Tensor, num_examples: int) -> None:
     if len(logits) != num_examples:
         raise ValueError(
-            f"logits{tuple(logits.shape)}: there must be a row for each of {num_examples} examples. "
+            f"logits{tuple(logits.shape)} must have a row for each of {num_examples} examples. "
             "Do not pack examples for this kind of model."
         )
 
 
 def class_names(model: nn.Module) -> set[str]:
-    """Names of a model's class and of its bases."""
+    """Return the names of a model's class and of its bases."""
     return {cls.__name__ for cls in type(model).__mro__}

@@ -1,6 +1,6 @@
-"""Reads off a model's class and source which loss it computes.
+"""Find the loss that a model computes from its class and source.
 
-A loss that is not known is refused; nothing is guessed.
+Unknown losses are refused; nothing is guessed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from transformers.models.auto import modeling_auto as auto
 from hf_accel.adapters import unwrapped
 from hf_accel.losses.heads import ClassHead, Head, SpanHead, TokenHead, class_names
 
-# What a model's own loss is -------------------------------------------------------------------------------------------
+# Kinds of loss --------------------------------------------------------------------------------------------------------
 
 MAPPINGS = {
     "seq2seq": ("SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ"),
@@ -36,7 +36,7 @@ MAPPINGS = {
     "token classification": ("TOKEN_CLASSIFICATION",),
     "question answering": ("QUESTION_ANSWERING",),
 }
-"""The auto classes of each kind.  Bart and its like appear in several; the first one holds."""
+"""Auto classes of each kind.  Bart and similar models appear in several; the first one counts."""
 
 LOSS_FUNCTIONS = {
     "seq2seq": (ForCausalLMLoss, ForMaskedLMLoss),
@@ -47,19 +47,21 @@ LOSS_FUNCTIONS = {
     "token classification": (ForTokenClassification,),
     "question answering": (ForQuestionAnsweringLoss,),
 }
-"""What ``self.loss_function`` may be for each kind.  A subclass whose name does not say its kind gets
-`ForCausalLMLoss` from ``transformers``."""
+"""Functions that ``self.loss_function`` may be for each kind.
+
+A subclass with a name that does not tell its kind gets `ForCausalLMLoss` from ``transformers``.
+"""
 
 OTHER_LOSSES = frozenset(
     "BrosForTokenClassification DeiTForImageClassificationWithTeacher DiaForConditionalGeneration GitForCausalLM "
     "LevitForImageClassificationWithTeacher LxmertForQuestionAnswering MusicgenForCausalLM MusicgenMelodyForCausalLM "
     "ShieldGemma2ForImageClassification VibeVoiceForConditionalGeneration".split()
 )
-"""Classes whose loss is not what their auto class says."""
+"""Classes with another loss than their auto class tells."""
 
 
 def head_of(model: nn.Module) -> Head:
-    """The head of a model, or ValueError where its loss is not known."""
+    """Return the head of a model; raise ValueError if its loss is unknown."""
     base = unwrapped(model)
     kind = kind_of(base)
     calls = [call for call, _ in loss_calls(type(base))]
@@ -67,14 +69,14 @@ def head_of(model: nn.Module) -> Head:
         known = False
     elif calls:
         known = base.loss_function in LOSS_FUNCTIONS[kind]
-    elif kind in ("causal LM", "seq2seq"):  # a loss of its own is known where it takes the labels as they are
+    elif kind in ("causal LM", "seq2seq"):  # a custom loss is known if it takes the labels unchanged
         source = "".join(map(_source, _forwards(type(base))))
         known = "CrossEntropyLoss(" in source and "shift_labels" not in source
     else:
         known = True
     if kind is None or not known:
         raise ValueError(
-            f"{type(base).__name__}: its loss is not known; known are those of {', '.join(MAPPINGS)}. "
+            f"{type(base).__name__}: its loss is unknown; known are those of {', '.join(MAPPINGS)}. "
             "Give the loss of each example as example_loss_func=."
         )
     if kind == "classification" or (kind == "one of several" and calls):
@@ -88,12 +90,14 @@ def head_of(model: nn.Module) -> Head:
 
 
 def honors_num_items(model: nn.Module) -> bool:
-    """Whether the model's own loss is sum / ``num_items_in_batch`` where that is given.
+    """Return whether the model's own loss is sum / ``num_items_in_batch`` if that is given.
 
-    ``Trainer`` believes so of every ``forward`` with ``**kwargs``; hundreds of these ignore it.  False also where it
-    would not be right: for question answering, whose two terms have a count each; for classes that say so
-    (``accepts_loss_kwargs``); and while ``config.problem_type`` is open, since the losses of numbers and of several
-    labels ignore it.
+    ``Trainer`` assumes so for every ``forward`` with ``**kwargs``, but hundreds of these ignore it.  Return False also
+    in three cases in which it would be wrong.
+
+    - Question answering has a count for each of its two terms.
+    - Some classes decline it (``accepts_loss_kwargs``).
+    - While ``config.problem_type`` is open, the labels may be numbers or several per example, whose losses ignore it.
     """
     base = unwrapped(model)
     if not isinstance(base, PreTrainedModel) or not getattr(base, "accepts_loss_kwargs", True):
@@ -107,7 +111,7 @@ def honors_num_items(model: nn.Module) -> bool:
 
 
 def kind_of(model: nn.Module) -> str | None:
-    """The kind of loss that the nearest class known to ``transformers`` has; None where there is none."""
+    """Return the kind of loss of the nearest class that ``transformers`` knows, or None."""
     for cls in type(model).__mro__:
         for kind, mappings in MAPPINGS.items():
             for mapping in mappings:
@@ -118,8 +122,7 @@ def kind_of(model: nn.Module) -> str | None:
 
 
 def loss_calls(cls: type) -> list[tuple[ast.Call, bool]]:
-    """The calls of ``self.loss_function`` in a class's ``forward``, and whether each is given what ``forward`` is
-    given as ``num_items_in_batch``."""
+    """Return the calls of ``self.loss_function`` in ``forward``, and whether each gets ``num_items_in_batch``."""
     given = True
     for forward in _forwards(cls):
         tree = ast.parse(_source(forward))
@@ -134,7 +137,7 @@ def loss_calls(cls: type) -> list[tuple[ast.Call, bool]]:
 
 
 def _passes_on(call: ast.Call, function: Any) -> bool:
-    """Whether a call inside a function is given the function's own ``num_items_in_batch`` or ``**kwargs``."""
+    """Return whether a call inside a function gets the function's own ``num_items_in_batch`` or ``**kwargs``."""
     rest = function.args.kwarg and function.args.kwarg.arg
     for word in call.keywords:
         if word.arg == "num_items_in_batch" or (rest and word.arg is None and ast.unparse(word.value) == rest):
@@ -143,7 +146,7 @@ def _passes_on(call: ast.Call, function: Any) -> bool:
 
 
 def _forwards(cls: type) -> Iterator[Callable]:
-    """A class's ``forward`` and, as long as each calls ``super().forward``, those that it calls."""
+    """Yield a class's ``forward`` and, as long as each calls ``super().forward``, the called ones."""
     for owner in cls.__mro__:
         if "forward" in vars(owner):
             forward = inspect.unwrap(vars(owner)["forward"])
@@ -153,7 +156,7 @@ def _forwards(cls: type) -> Iterator[Callable]:
 
 
 def _source(function: Callable) -> str:
-    """The source of a function, empty where it has none: then nothing is known of it."""
+    """Return the source of a function, or an empty string if it has none."""
     try:
         return textwrap.dedent(inspect.getsource(function))
     except (OSError, TypeError):

@@ -1,7 +1,7 @@
-"""Energy that devices count themselves: NVIDIA's cards through NVML, processors through RAPL.
+"""Read the energy counters of devices: NVIDIA's cards through NVML, processors through RAPL.
 
-Only counters are read; nothing is estimated from a load or a nominal power.  Counters of processors are of the whole
-machine, whoever uses it; they wrap around, and are to be read more often than that (every quarter of an hour or so).
+Only counters are read; nothing is estimated from a load or a nominal power.  Counters of processors cover the whole
+machine, whoever uses it.  They wrap around, so read them more often than that (every quarter of an hour or so).
 
 Reference: Linux, Documentation/power/powercap/powercap.rst, for ``energy_uj`` and ``max_energy_range_uj``; NVIDIA, NVML
 API, ``nvmlDeviceGetTotalEnergyConsumption``, in millijoules, from Volta on.
@@ -17,15 +17,15 @@ import torch
 POWERCAP = Path("/sys/class/powercap")
 
 Counter = tuple[Callable[[], int], float, int]
-"""What reads a counter, joules of one count, and the count at which it begins anew; 0: never."""
+"""Function that reads a counter, joules per count, and the count at which it restarts; 0: never."""
 
 
 class EnergyMeter:
-    """Joules since it was made, when called.
+    """Return the joules since its creation when called.
 
     Args:
-        device: Of this process; of a CUDA device, its own counter is read.
-        machine: Whether the counters of the machine's processors are read, too: by one process of each machine.
+        device: Device of this process; a CUDA device has its own counter.
+        machine: Also read the counters of the machine's processors, in one process per machine.
         powercap: Folder of the kernel's counters.
     """
 
@@ -49,7 +49,7 @@ class EnergyMeter:
 
 
 def _processors(powercap: Path) -> list[Counter]:
-    """The packages of the machine, and their memory where it is counted apart."""
+    """Return the counters of the machine's packages, and of their memory if it has separate ones."""
     counters: list[Counter] = []
     for zone in sorted(powercap.glob("intel-rapl:*")):
         name = (zone / "name").read_text().strip()
@@ -58,7 +58,7 @@ def _processors(powercap: Path) -> list[Counter]:
             try:
                 file.read_text()
             except PermissionError:
-                raise ValueError(f"joules: {file} cannot be read. Ask for leave to read it, or budget time.") from None
+                raise ValueError(f"joules: {file} cannot be read. Ask for permission, or budget time.") from None
             end = int((zone / "max_energy_range_uj").read_text())
             counters.append((lambda file=file: int(file.read_text()), 1e-6, end))
     if not counters:
@@ -74,7 +74,7 @@ def _is_readable(powercap: Path) -> bool:
 
 
 def _card(device: torch.device) -> Counter:
-    """The counter of a CUDA device."""
+    """Return the counter of a CUDA device."""
     try:
         import pynvml
     except ImportError:

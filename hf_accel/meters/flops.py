@@ -1,15 +1,16 @@
-"""Floating-point operations of training steps: counted where they run, once for each kind of step.
+"""Count the floating-point operations of training steps while they run, once for each kind of step.
 
-A step is counted while it runs, at the level of kernels, so whatever makes it cheaper or dearer shows: blocks without a
-backward pass, adapters, tokens and blocks that are left out, rows whose examples are visited one by one.  Two numbers:
+A step is counted at the level of kernels, which shows everything that changes its cost.  Examples are blocks without a
+backward pass, adapters, dropped tokens, skipped blocks, and rows with examples that attend one by one.  There are two
+numbers:
 
-    executed    every operation that ran, what activation checkpointing computes again included
-    model       without what was computed again: what the step needs, for the utilization of a device
+    executed    every operation that ran, with the recomputation of activation checkpointing
+    model       without recomputation: the operations that the step needs, for the utilization of a device
 
-Counted is what grows faster than the memory it touches: products of matrices, convolutions, attention, transforms; a
-multiplication and an addition are two operations.  All else (element by element, sums, copies, look-ups, norms,
-communication) is free.  Attention counts its whole square, causal or not, as is usual.  A kernel that computes and has
-no formula ends the count with its name, for nothing would be a wrong number.
+The count includes operations that grow faster than the memory they touch: products of matrices, convolutions,
+attention, transforms.  A multiplication and an addition are two operations.  Everything else (element by element, sums,
+copies, look-ups, norms, communication) is free.  Attention counts its whole square, causal or not, as is usual.  A
+kernel that computes and has no formula ends the count with its name, because zero would be wrong.
 
 Shape suffixes of attention: ``B`` rows, ``H`` heads, ``Q`` and ``K`` positions, ``D`` sizes of a head.
 """
@@ -41,11 +42,11 @@ class Flops(NamedTuple):
 
 
 class FlopMeter:
-    """Counts each kind of step once, and knows it from then on.
+    """Count each kind of step once, and remember its count.
 
-    Of one kind are steps whose inputs have the same shapes, with the same parameters trained, in the same mode.  Rows
-    that hold several examples differ in the sum of the squares of their lengths, of which attention is a linear
-    function: of these, two are counted.
+    Steps of one kind have the same shapes of inputs, the same trained parameters and the same mode.  Rows that hold
+    several examples differ in the sum of the squared lengths.  Attention is linear in this sum, so two of its values
+    are counted.
     """
 
     def __init__(self) -> None:
@@ -54,10 +55,10 @@ class FlopMeter:
     def measure(
         self, model: nn.Module, inputs: Any, run: Callable[[], Result], varied: Hashable = None
     ) -> tuple[Result, Flops]:
-        """What ``run``, a forward and backward pass of ``model`` over ``inputs``, returns, and what it took.
+        """Return the result of ``run``, a forward and backward pass of ``model`` over ``inputs``, and its operations.
 
         Args:
-            varied: Whatever else the cost of the step depends on, the number of tokens that are dropped for example.
+            varied: Other values that the cost of the step depends on, such as the number of dropped tokens.
         """
         kind = hashlib.sha256(repr((_kind_of(model, inputs), varied)).encode()).hexdigest()[:16]
         squares = _sum_of_squares(inputs)
@@ -68,18 +69,21 @@ class FlopMeter:
         return result, known[squares]
 
     def count(self, run: Callable[[], Result]) -> tuple[Result, Flops]:
-        """What ``run`` returns, and what it took, counted while it runs."""
+        """Return the result of ``run`` and its operations, counted while it runs."""
         with Counting() as counting:
             result = run()
         return result, counting.flops
 
     def state_dict(self) -> dict[str, list[list[float]]]:
-        """What is known.  A step that is counted has the same loss as one that is not, but the last bits of its
-        gradients differ; a run that goes on must not count again."""
+        """Return the known counts.
+
+        A counted step has the same loss as another one, but the last bits of its gradients differ.  So a resumed run
+        must not count again.
+        """
         return {kind: [[at, *flops] for at, flops in known.items()] for kind, known in self._known.items()}
 
     def load_state_dict(self, state: Mapping[str, Sequence[Sequence[float]]]) -> None:
-        """Know what `state_dict` gave."""
+        """Restore the counts that `state_dict` returned."""
         self._known = {kind: {at: Flops(*flops) for at, *flops in known} for kind, known in state.items()}
 
 
@@ -90,7 +94,10 @@ def _kind_of(model: nn.Module, inputs: Any) -> Hashable:
 
 
 def _tensors_in(inputs: Any) -> Iterator[Tensor]:
-    """All tensors of nested inputs; a tokenizer's ``BatchEncoding`` is a mapping, but to torch's pytrees a leaf."""
+    """Yield all tensors of nested inputs.
+
+    A tokenizer's ``BatchEncoding`` is a mapping, but a leaf of torch's pytrees.
+    """
     if isinstance(inputs, Tensor):
         yield inputs
     elif isinstance(inputs, Mapping | list | tuple):
@@ -99,7 +106,7 @@ def _tensors_in(inputs: Any) -> Iterator[Tensor]:
 
 
 def _sum_of_squares(inputs: Any) -> float:
-    """Of the lengths of the examples in rows that hold several, by where ``position_ids`` begin anew; else 0."""
+    """Sum the squared lengths of examples in rows that hold several, where ``position_ids`` restart; else return 0."""
     batches = inputs if isinstance(inputs, list | tuple) else [inputs]
     total = 0.0
     for batch in batches:
@@ -115,7 +122,7 @@ def _sum_of_squares(inputs: Any) -> float:
 
 
 def _read_off(known: dict[float, Flops], squares: float) -> Flops | None:
-    """The count at a sum of squares, from the line through two known ones."""
+    """Return the count at a sum of squares, from the line through two known ones."""
     if squares in known or len(known) < 2:
         return known.get(squares)
     (first, at_first), (second, at_second) = list(known.items())[:2]
@@ -124,7 +131,7 @@ def _read_off(known: dict[float, Flops], squares: float) -> Flops | None:
 
 
 class Counting(TorchDispatchMode):
-    """Counts what runs inside, in ``flops``."""
+    """Count the operations that run inside, in ``flops``."""
 
     supports_higher_order_operators = True
 
@@ -134,22 +141,22 @@ class Counting(TorchDispatchMode):
 
     @property
     def flops(self) -> Flops:
-        """What was counted until now."""
+        """Return the counts so far."""
         return Flops(self.executed, self.executed - self.recomputed)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if not all(issubclass(kind, _PLAIN) or kind is Tensor for kind in types):
-            return NotImplemented  # a subclass is made of plain tensors, which come here next
+            return NotImplemented  # a subclass consists of plain tensors, which come here next
         formula = formula_of(func)
         if formula is None:
             if isinstance(func, torch._ops.OpOverload):
-                with self:  # what is made of other operations, in inference mode
+                with self:  # composite operations, in inference mode
                     if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
                         return result
             if is_compute(func):
                 raise ValueError(
-                    f"{func}: there is no formula for its FLOPs, and it is not free. "
+                    f"{func}: there is no formula for its FLOPs. "
                     "Give one to torch.utils.flop_counter.register_flop_formula, or set another budget."
                 )
             return func(*args, **kwargs)
@@ -167,16 +174,16 @@ _PLAIN = (nn.Parameter, nn.Buffer, FakeTensor)
 
 
 def _is_recomputing() -> bool:
-    """Whether a backward pass runs what keeps a graph: it computes forward again."""
+    """Return whether a backward pass runs operations that keep a graph, which means recomputation."""
     return torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled()
 
 
 def _share_of_scores(query_BHQD: Tensor, key_BHKD: Tensor, value_BHKD: Tensor) -> float:
-    """Of the backward pass of fused attention, the part of the scores, which it computes again."""
+    """Return the share of the recomputed scores in the backward pass of fused attention."""
     return query_BHQD.shape[-1] / (3 * query_BHQD.shape[-1] + 2 * value_BHKD.shape[-1])
 
 
-# What computes -------------------------------------------------------------------------------------------------------
+# Operators -----------------------------------------------------------------------------------------------------------
 
 _ATTENTION_BACKWARD = re.compile(r"attention\w*_backward|flex_attention_backward|flash_attn\w*backward")
 
@@ -194,8 +201,10 @@ _FREE_NAMESPACES = frozenset(
 
 
 def is_compute(func: Any) -> bool:
-    """Whether an operator is one of those that count, by its name; one of a library of its own counts unless it only
-    quantizes."""
+    """Return whether an operator counts, by its name.
+
+    An operator of another library counts unless it only quantizes.
+    """
     if not isinstance(func, torch._ops.OpOverload):
         return True
     namespace, _, name = func._schema.name.partition("::")
@@ -207,7 +216,10 @@ def is_compute(func: Any) -> bool:
 
 
 def formula_of(func: Any) -> Callable[..., float] | None:
-    """The FLOPs of an operator by its arguments and, as ``out_val``, its result: ours, else torch's."""
+    """Return the formula of an operator's FLOPs, ours or else torch's.
+
+    It takes the operator's arguments and, as ``out_val``, the result.
+    """
     packet = getattr(func, "overloadpacket", func)
     if packet in flop_registry:
         return flop_registry[packet]
@@ -232,7 +244,7 @@ def _attention_backward(grad: Tensor, query: Tensor, key: Tensor, value: Tensor,
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, *args: Any, **kwargs: Any) -> float:
-    """Of (B, Q, H, D)."""
+    """Return the FLOPs for the layout (B, Q, H, D)."""
     return sdpa_flop_count(*(tensor.transpose(1, 2).shape for tensor in (q, k, v)))
 
 
@@ -241,7 +253,7 @@ def _flash_attn_backward(dout: Tensor, q: Tensor, k: Tensor, v: Tensor, *args: A
 
 
 def _pairs(borders_of_queries: Tensor, borders_of_keys: Tensor) -> float:
-    """Of positions that may see each other, over examples end to end."""
+    """Count the pairs of positions that may see each other, over concatenated examples."""
     return (borders_of_queries.diff().double() * borders_of_keys.diff()).sum().item()
 
 
@@ -284,7 +296,7 @@ def _linear(inputs: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> float:
 
 
 def _fourier(inputs: Tensor, dims: list[int], *args: Any, out_val: Tensor, **kwargs: Any) -> float:
-    """5 n log2(n) for n complex numbers, half of it for real ones."""
+    """Return 5 n log2(n) for n complex numbers, half of it for real ones."""
     size = prod(max(inputs.shape[dim], out_val.shape[dim]) for dim in dims)
     whole = max(inputs.numel(), out_val.numel())
     both_complex = inputs.is_complex() and out_val.is_complex()
@@ -315,23 +327,23 @@ FORMULAS: dict[str, Callable[..., float]] = {
     "aten::_fft_r2c": _fourier,
     "aten::_fft_c2r": _fourier,
 }
-"""Of kernels that torch has no formula for."""
+"""Formulas of kernels for which torch has none."""
 
 
-# What a device can do ------------------------------------------------------------------------------------------------
+# Peak of a device ----------------------------------------------------------------------------------------------------
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype, *, size: int | None = None, seconds: float = 0.3) -> float:
-    """Operations a second of square products of matrices: what a device really gives at best.
+    """Measure the operations per second of products of square matrices, the best that a device really reaches.
 
     Args:
-        size: Of the matrices; None: 8192 on an accelerator, 1024 on a CPU.
-        seconds: How long to try; the fastest product counts.
+        size: Rows of the matrices; None: 8192 on an accelerator, 1024 on a CPU.
+        seconds: Duration of the trial; the fastest product counts.
     """
     size = size or (1024 if device.type == "cpu" else 8192)
     a, b = (torch.ones(size, size, device=device, dtype=dtype) for _ in range(2))
     best, began = math.inf, time.perf_counter()
-    torch.mm(a, b)  # what the first call alone takes is not of the product
+    torch.mm(a, b)  # the first call has other costs, too
     while time.perf_counter() - began < seconds or best is math.inf:
         _finish(device)
         at = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Finds techniques by name and builds them from plain data."""
+"""Find techniques by name, and build them from plain data."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from hf_accel.technique import Technique
 
 
 class RecipeError(ValueError):
-    """A recipe, or an option that takes the place of one, that cannot be followed."""
+    """An invalid recipe, or an invalid option that replaces a part of it."""
 
 
 def known_techniques() -> dict[str, type[Technique]]:
-    """The techniques that `hf_accel` exports, by name."""
+    """Return the techniques that `hf_accel` exports, by name."""
     package = importlib.import_module("hf_accel")
     exported = {name: getattr(package, name) for name in package.__all__}
     return {
@@ -27,13 +27,13 @@ def known_techniques() -> dict[str, type[Technique]]:
 
 
 def find_technique(name: str) -> type[Technique]:
-    """The technique with a name of `hf_accel`, or of ``package.module:Class``."""
+    """Return the technique with a name in `hf_accel`, or with the name ``package.module:Class``."""
     known = known_techniques()
     if name in known:
         return known[name]
     module, colon, member = name.partition(":")
     if not colon:
-        raise RecipeError(f"technique({name!r}): there is none of this name. {nearest(name, known)}")
+        raise RecipeError(f"technique({name!r}): there is no such technique. {nearest(name, known)}")
     try:
         found = getattr(importlib.import_module(module), member)
     except (ImportError, AttributeError, ValueError) as error:
@@ -44,7 +44,7 @@ def find_technique(name: str) -> type[Technique]:
 
 
 def build_technique(name: str, fields: Mapping[str, Any], positional: Sequence[Any] = ()) -> Technique:
-    """The technique with a name and the values of its fields."""
+    """Build the technique with a name and the values of its fields."""
     kind = find_technique(name)
     known = [f.name for f in dataclasses.fields(kind) if f.init]  # type: ignore[arg-type]
     for key in fields:
@@ -59,7 +59,7 @@ def build_technique(name: str, fields: Mapping[str, Any], positional: Sequence[A
 
 
 def read_technique(text: str) -> Technique:
-    """The technique that is written as Python writes it: ``InfoBatch(keep=0.5)``."""
+    """Build a technique from Python syntax: ``InfoBatch(keep=0.5)``."""
     try:
         name, positional, fields = read_call(text)
     except ValueError as error:

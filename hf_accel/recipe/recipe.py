@@ -1,6 +1,6 @@
-"""A recipe: a whole run as one YAML file, which says what one would have written in Python.
+"""Describe a whole run in one YAML file, with the same values as in Python.
 
-    task: causal-lm                    # what `hf-accel train` builds; a script of your own needs only the rest
+    task: causal-lm                    # for `hf-accel train`; your own script needs only args, budget and techniques
     model: {config: {model_type: llama, hidden_size: 128}}
     data: {source: stdlib}
     args: {learning_rate: 1e-3}        # TrainingArguments, verbatim
@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar, get_type_hints
+from typing import Any, TypeVar
 
 from accelerate.utils import is_deepspeed_available
 from transformers import TrainingArguments
@@ -28,7 +28,7 @@ from hf_accel.host.arguments import non_default_arguments
 from hf_accel.recipe.lookup import RecipeError, build_technique, known_techniques
 from hf_accel.recipe.technique_syntax import nearest
 from hf_accel.recipe.yaml_io import dump_yaml, load_yaml
-from hf_accel.technique import Technique, broken_rule
+from hf_accel.technique import Technique, broken_rule, field_hints
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 
@@ -38,12 +38,12 @@ class Recipe:
     """A run: data, model, arguments, budget and techniques.
 
     Args:
-        task: What `hf_accel.tasks` builds.
+        task: Name of a task of `hf_accel.tasks`.
         model: A path or name, or options of the task.
         data: Options of the task.
         args: Fields of ``TrainingArguments``, or of the trainer's own subclass of it.
         budget: Limits as `Budget` takes them.
-        techniques: Names, one-key mappings of a name to its fields, or `Technique` objects; kept as such mappings.
+        techniques: Names, one-key mappings of a name to its fields, or `Technique` objects; stored as mappings.
             A name is one of `hf_accel`, or ``package.module:Class`` for others.
     """
 
@@ -88,7 +88,7 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Recipe:
-        """A recipe from plain data."""
+        """Build a recipe from plain data."""
         known = [f.name for f in dataclasses.fields(cls)]
         if not isinstance(document, Mapping):
             raise RecipeError(f"recipe: must be a mapping, not a {type(document).__name__}. Known: {', '.join(known)}.")
@@ -98,7 +98,7 @@ class Recipe:
         return cls(**copy.deepcopy(dict(document)))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, without the keys that are not set."""
+        """Return plain data, without unset keys."""
         return {key: value for key, value in dataclasses.asdict(self).items() if value not in (None, {}, [])}
 
     def save(self, path: str | Path) -> None:
@@ -106,8 +106,10 @@ class Recipe:
         Path(path).write_text(dump_yaml(self.to_dict()), encoding="utf-8")
 
     def with_changes(self, *assignments: str) -> Recipe:
-        """The recipe with values replaced, each as ``key=value`` with dots in the key and YAML in the value:
-        ``args.learning_rate=1e-3``, ``techniques.InfoBatch.keep=0.7``, ``budget=2min``."""
+        """Return the recipe with values replaced, each as ``key=value`` with dots in the key and YAML in the value.
+
+        Examples are ``args.learning_rate=1e-3``, ``techniques.InfoBatch.keep=0.7`` and ``budget=2min``.
+        """
         document = copy.deepcopy({f.name: getattr(self, f.name) for f in dataclasses.fields(self)})
         for assignment in assignments:
             key, sign, text = assignment.partition("=")
@@ -121,7 +123,7 @@ class Recipe:
         return Recipe.from_dict(document)
 
     def build_techniques(self) -> list[Technique]:
-        """Fresh techniques, the budget first."""
+        """Build fresh techniques, the budget first."""
         techniques = [build_technique(name, fields) for entry in self.techniques for name, fields in entry.items()]
         if self.budget is None:
             return techniques
@@ -130,7 +132,7 @@ class Recipe:
         return [build_technique("Budget", {"limit": self.budget}), *techniques]
 
     def training_arguments(self, kind: type[Arguments] = TrainingArguments) -> Arguments:
-        """The arguments of the run."""
+        """Build the arguments of the run."""
         check_fields("args", self.args, kind)
         if self.args.get("deepspeed") and not is_deepspeed_available():
             raise RecipeError("args.deepspeed: needs deepspeed. Install it with: pip install 'hf-accel[deepspeed]'.")
@@ -140,8 +142,10 @@ class Recipe:
             raise RecipeError(f"args: {' '.join(str(error).split())}") from error
 
     def of_run(self, args: dict[str, Any], techniques: Sequence[Any]) -> Recipe:
-        """The recipe of a run with such arguments and techniques; a budget that is the first of them can be changed by
-        options as that of any recipe."""
+        """Return the recipe of a run with these arguments and techniques.
+
+        Store a leading `Budget` under ``budget:``, so that ``--budget`` can override it.
+        """
         first, kind = next(iter(techniques), None), known_techniques()["Budget"]
         budget: Any = vars(first)["limit"] if type(first) is kind else None
         return dataclasses.replace(self, args=args, techniques=list(techniques)[budget is not None :], budget=budget)
@@ -149,10 +153,9 @@ class Recipe:
     def merge_args(
         self, args: TrainingArguments | None, kind: type[TrainingArguments] = TrainingArguments
     ) -> TrainingArguments:
-        """The given arguments, or without any those of a kind, together with the recipe's; what both say must be the
-        same.
+        """Merge the given arguments with the recipe's, or build them; values in both must be the same.
 
-        A given argument counts as said where it differs from its default.
+        A given argument counts only if it differs from its default.
         """
         if args is None:
             return self.training_arguments(kind)
@@ -160,19 +163,17 @@ class Recipe:
             return args
         kind = type(args)
         check_fields("args", self.args, kind)
-        said = non_default_arguments(args)
-        merged = dataclasses.replace(self, args=said | self.args).training_arguments(kind)
+        given = non_default_arguments(args)
+        merged = dataclasses.replace(self, args=given | self.args).training_arguments(kind)
         for name, value in self.args.items():
-            if name in said and said[name] != getattr(merged, name):
-                raise RecipeError(
-                    f"{name}: args say {said[name]!r} and the recipe says {value!r}. Say it in one of the two."
-                )
+            if name in given and given[name] != getattr(merged, name):
+                raise RecipeError(f"{name}: args say {given[name]!r} and the recipe says {value!r}. Remove one.")
         return merged
 
 
 def check_fields(where: str, values: Mapping[str, Any], kind: type) -> None:
-    """Raise RecipeError where a name is none of a dataclass's fields or a value breaks the field's annotation."""
-    hints = get_type_hints(kind, include_extras=True)
+    """Raise RecipeError if a name is not a field of a dataclass, or a value breaks the field's annotation."""
+    hints = field_hints(kind)
     known = [f.name for f in dataclasses.fields(kind) if f.init]
     for name, value in values.items():
         if name not in known:
@@ -182,7 +183,7 @@ def check_fields(where: str, values: Mapping[str, Any], kind: type) -> None:
 
 
 def _entry(technique: Any) -> dict[str, dict[str, Any]]:
-    """The one-key mapping that stands for a technique."""
+    """Return the one-key mapping that stands for a technique."""
     if isinstance(technique, Technique):
         kind = type(technique)
         name = kind.__name__ if known_techniques().get(kind.__name__) is kind else f"{kind.__module__}:{kind.__name__}"
@@ -197,7 +198,7 @@ def _entry(technique: Any) -> dict[str, dict[str, Any]]:
 
 
 def _assign(document: dict[str, Any], key: str, value: Any) -> None:
-    """Set what a dotted key names in a recipe's plain data."""
+    """Set the value of a dotted key in a recipe's plain data."""
     head, *path = key.split(".")
     if head not in document:
         raise RecipeError(f"set({key!r}): there is no key {head!r}. {nearest(head, document)}")

@@ -1,4 +1,4 @@
-"""Techniques as Python writes them, and what to suggest for a name that is unknown."""
+"""Read techniques in Python syntax, and suggest a known name for an unknown one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def read_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
-    """Name, positional and named arguments of a technique as Python writes it: ``InfoBatch(keep=0.5)``.
+    """Return the name, positional and named arguments of a technique in Python syntax: ``InfoBatch(keep=0.5)``.
 
     Values are literals; nothing is evaluated.  The name may be ``package.module:Class``.
     """
@@ -35,11 +35,11 @@ def read_call(text: str) -> tuple[str, list[Any], dict[str, Any]]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The remedy for an unknown name: ``Did you mean 'x'? Known: ...``, without the list where it is long."""
+    """Return the advice for an unknown name, ``Did you mean 'x'? Known: ...``, without a long list."""
     known = sorted(known)
     lower = {choice.lower(): choice for choice in known}
     close = difflib.get_close_matches(name.lower(), lower, n=1)
     if len(known) > 40:
-        return f"Did you mean {lower[close[0]]!r}?" if close else f"None of the {len(known)} there is like it."
+        return f"Did you mean {lower[close[0]]!r}?" if close else f"None of the {len(known)} known names is similar."
     question = f"Did you mean {lower[close[0]]!r}? " if close else ""
     return f"{question}Known: {', '.join(known) or 'none'}."

@@ -1,4 +1,4 @@
-"""How recipes and options are written: YAML with the values of version 1.2, and techniques as Python writes them.
+"""Read and write recipes and options as YAML with the values of version 1.2.
 
 PyYAML reads version 1.1, where ``1e-3`` is a string, ``no`` is false, ``1:30`` is 90 and the second of two equal keys
 wins.  None of this may happen to a learning rate, an ``eval_strategy`` or a duration.
@@ -28,12 +28,12 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]  # type: ignore[no-untyped-call]
         if twice := [key for position, key in enumerate(keys) if key in keys[:position]]:
-            raise ValueError(f"line {node.start_mark.line + 1}: {twice[0]!r} is there twice. Keep one.")
+            raise ValueError(f"line {node.start_mark.line + 1}: {twice[0]!r} appears twice. Keep one.")
         return super().construct_mapping(node, deep=deep)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what either version would read as something else than text; writes what YAML cannot say as its repr."""
+    """Quote texts that either version would read as something else, and write unknown objects as their repr."""
 
 
 _Dumper.add_multi_representer(object, lambda dumper, value: dumper.represent_str(repr(value)))
@@ -52,7 +52,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _read_int)
 
 
 def load_yaml(text: str) -> Any:
-    """The value that a YAML text means; ValueError, in one sentence, where it is none."""
+    """Return the value of a YAML text; raise ValueError, in one sentence, if it is invalid."""
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
@@ -63,5 +63,5 @@ def load_yaml(text: str) -> Any:
 
 
 def dump_yaml(value: Any) -> str:
-    """A YAML text that `load_yaml` reads as the same value."""
+    """Return a YAML text that `load_yaml` reads as the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)

@@ -1,1 +1,1 @@
-"""One stream of step batches: what the model trains on next."""
+"""Stream the step batches that the model trains on."""

@@ -1,11 +1,11 @@
-"""One stream of step batches: what the model trains on next, decided in independent places.
+"""Stream step batches from an indexed data set; independent slots decide which examples come next.
 
     select (which examples) -> order -> batch (how many) -> read and collate (in loader workers) -> StepBatch
 
-One step of the trainer is one `StepBatch`: micro-batches whose examples are those of one optimizer update.  The plan of
-a step names its examples over all ranks, so every rank knows it without communication, and the examples of a step do
-not depend on the number of ranks or on the size of a micro-batch.  The stream's state is what was consumed, never what
-workers prefetched, so a resumed run goes on in O(1) with the same batches.
+One step of the trainer is one `StepBatch`: micro-batches with the examples of one optimizer update.  The plan of a step
+names its examples over all ranks, so every rank knows it without communication.  The examples of a step depend neither
+on the number of ranks nor on the size of a micro-batch.  The stream's state holds consumed examples, never those that
+workers prefetched, so a resumed run continues in O(1) with the same batches.
 
 Shape suffixes: ``N`` examples of a step or an epoch, ``B`` examples of a micro-batch.
 """
@@ -31,7 +31,7 @@ from hf_accel.technique import Technique
 
 @dataclass
 class Slots:
-    """The owners of the stream's slots; None where nobody owns one."""
+    """The owners of the stream's slots, or None for slots without an owner."""
 
     select: Technique | None = None
     order: Technique | None = None
@@ -40,7 +40,7 @@ class Slots:
 
 
 class _Plans:
-    """The sampler that a loader asks: it draws the steps of the epoch that the stream stands in."""
+    """Draw the steps of the stream's current epoch, as the sampler of a loader."""
 
     def __init__(self, stream: StepStream):
         self.stream = stream
@@ -58,13 +58,13 @@ class StepStream:
     Args:
         dataset: A map-style training set.
         collate: Makes one micro-batch's inputs from a list of examples.
-        batch_size: Examples of a step over all ranks, where no technique says otherwise.
+        batch_size: Examples of a step over all ranks, unless a technique decides.
         micro_batch_size: Examples of one forward pass on one rank.
-        seed: With the epoch, the key of every order and choice.
+        seed: Key of every order and choice, together with the epoch.
         sequential: Keep the order of the data set.
-        drop_last: Leave out what does not fill a batch of ``loader_batch_size`` at the end of an epoch.
+        drop_last: Drop what does not fill a batch of ``loader_batch_size`` at the end of an epoch.
         loader_batch_size: Examples of a batch of Trainer's own loader over all ranks; None: ``batch_size``.
-        slots: Who selects, orders, batches and collates.
+        slots: Techniques that select, order, batch and collate.
         loader: Keyword arguments of ``torch.utils.data.DataLoader``: workers, pinning, prefetching.
     """
 
@@ -100,9 +100,9 @@ class StepStream:
         self._replay: deque[int] = deque()
 
     def _reading(self, collate: Callable, loader: dict[str, Any]) -> tuple[StepReader, DataLoader]:
-        """What reads a step, and what runs ahead with reading."""
+        """Return the reader of steps, and the loader that reads ahead."""
         if len(self.dataset) == 0:
-            raise ValueError("train_dataset: it has no examples. Give at least one.")
+            raise ValueError("train_dataset has no examples. Give at least one.")
         reader = StepReader(self.dataset, collate)
         several = self.batch_size > self.micro_batch_size * self.world
         if several and loader.get("num_workers") and loader.get("prefetch_factor") is None:
@@ -114,7 +114,7 @@ class StepStream:
     # The plan of an epoch -------------------------------------------------------------------------------------------
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose and order the examples of an epoch, unless the stream already stands inside it."""
+        """Choose and order the examples of an epoch, unless the stream is already inside it."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
         if self.ids_N is not None and epoch == self.epoch and 0 < self.consumed < len(self.ids_N):
@@ -132,13 +132,13 @@ class StepStream:
             chooser = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 2 + 1)
             ids_N, weights_N = self.slots.select.select(epoch, num_examples, chooser)
             if len(ids_N) == 0:
-                raise ValueError(f"{self.slots.select!r}: it chose no example of epoch {epoch}. Keep more.")
+                raise ValueError(f"{self.slots.select!r} chose no example of epoch {epoch}. Keep more examples.")
         if self.slots.order is not None:
             ordered_N = self.slots.order.order(ids_N, self.batch_size, generator)
         elif self.sequential:
             ordered_N = ids_N
         else:
-            # The permutation of the whole set, as Trainer draws it, without what was not chosen.
+            # Trainer's permutation of the whole set, without the examples that were not chosen.
             permutation_N = torch.randperm(num_examples, generator=generator)
             repeats_N = torch.bincount(ids_N, minlength=num_examples)
             ordered_N = permutation_N.repeat_interleave(repeats_N[permutation_N])
@@ -154,9 +154,10 @@ class StepStream:
         return ordered_N, weights_N
 
     def draw(self) -> Iterator[StepPlan]:
-        """The plans of the steps that are still to come in this epoch."""
+        """Yield the plans of the remaining steps of this epoch."""
         assert self.ids_N is not None
-        position, repeats_N = self.consumed, earlier_occurrences(self.ids_N)
+        position = self.consumed
+        repeats_N = earlier_occurrences(self.ids_N)
         while position < len(self.ids_N):
             upcoming_N = self.ids_N[position:]
             if self._replay:
@@ -168,7 +169,7 @@ class StepStream:
             size = min(max(int(size), 1), len(upcoming_N))
             end = position + size
             self._drawn.append(size)
-            yield StepPlan(  # copies: workers are sent all that a view is of
+            yield StepPlan(  # copies, because a view sends its whole base to workers
                 self.epoch,
                 self.ids_N[position:end].clone(),
                 None if self.weights_N is None else self.weights_N[position:end].clone(),
@@ -183,21 +184,21 @@ class StepStream:
     # The batches ----------------------------------------------------------------------------------------------------
 
     def __len__(self) -> int:
-        """Nominal number of steps of an epoch: of all examples at the nominal batch size."""
+        """Return the nominal number of steps of an epoch: all examples at the nominal batch size."""
         num_examples = len(self.dataset)
         if self.drop_last:
             num_examples -= num_examples % self.loader_batch_size
         return max(math.ceil(num_examples / self.batch_size), 1)
 
     def __iter__(self) -> Iterator[Any]:
-        """The steps that are still to come in this epoch; for who only looks, the inputs of micro-batches."""
+        """Return the remaining steps of this epoch, or the inputs of micro-batches outside of training."""
         if self.serves_looks and not self.epoch_begins:
             return self._looks()
         self.epoch_begins = False
         return self._steps()
 
     def _looks(self) -> Iterator[Any]:
-        """What a model is given in an epoch from its beginning, without a trace in the stream."""
+        """Yield the inputs of an epoch from its beginning, without changing the stream."""
         twin = copy.copy(self)
         twin._drawn, twin._replay, twin.ids_N = deque(), deque(), None
         twin.set_epoch(self.epoch)
@@ -206,7 +207,7 @@ class StepStream:
 
     def _steps(self) -> Iterator[StepBatch]:
         if self.consumed:
-            # In mid-epoch the loader's own seed was drawn before the checkpoint: draw it without a trace.
+            # In mid-epoch the loader drew its seed before the checkpoint: draw it without changing the generators.
             with keyed_random():
                 batches = iter(self.loader)
         else:
@@ -216,17 +217,17 @@ class StepStream:
             yield batch
 
     def read(self, plan: StepPlan) -> StepBatch:
-        """Read a step once more, for example in smaller micro-batches."""
+        """Read a step again, for example in smaller micro-batches."""
         return self.reader[plan]
 
     @property
     def epoch_is_over(self) -> bool:
-        """Whether every example of this epoch's plan was consumed."""
+        """Return whether every example of this epoch's plan was consumed."""
         return self.ids_N is not None and self.consumed >= len(self.ids_N)
 
     @property
     def epochs(self) -> float:
-        """Position in the data, in epochs; inside an epoch, in nominal steps, as Trainer counts."""
+        """Return the position in the data, in epochs; inside an epoch, count nominal steps, as Trainer does."""
         if self.ids_N is None:
             return 0.0
         if self.epoch_is_over:
@@ -234,8 +235,10 @@ class StepStream:
         return self.epoch + self.consumed / (math.ceil(len(self.ids_N) / self.batch_size) * self.batch_size)
 
     def pass_over(self, epoch: int, steps: int) -> None:
-        """Stand where a plain Trainer does after so many steps of an epoch; at its beginning, where it is chosen of
-        which examples the epoch is."""
+        """Move to the position of a plain Trainer after this number of steps of an epoch.
+
+        With an owner of `select`, start at the beginning of the epoch, because it has its own examples.
+        """
         if steps and self.slots.select is None:
             self.set_epoch(epoch)
             self.consumed = steps * self.batch_size
@@ -243,7 +246,7 @@ class StepStream:
     # State ----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands: enough to go on with the next step, bit for bit."""
+        """Return the position of the stream: enough to continue with the next step, bit for bit."""
         state: dict[str, Any] = {
             "epoch": self.epoch,
             "consumed": self.consumed,
@@ -252,14 +255,14 @@ class StepStream:
             "num_examples": len(self.dataset),
         }
         if self.slots.select is not None and self.ids_N is not None and not self.epoch_is_over:
-            # What an epoch was chosen from (losses, say) has changed since: keep the choice itself.
+            # The values behind the choice (losses, say) have changed since, so keep the choice itself.
             state["ids_N"] = self.ids_N
             if self.weights_N is not None:
                 state["weights_N"] = self.weights_N
         return state
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand where `state_dict` was taken."""
+        """Restore the position that `state_dict` returned."""
         if state["num_examples"] != len(self.dataset):
             raise ValueError(
                 f"train_dataset has {len(self.dataset)} examples, the checkpoint's had {state['num_examples']}. "
@@ -277,7 +280,7 @@ class StepStream:
 
 
 class _Collate:
-    """The collate slot with the user's collator bound; picklable, for spawned workers."""
+    """Bind the collate slot to the user's collator; picklable, for spawned workers."""
 
     def __init__(self, owner: Technique, collator: Callable):
         self.owner, self.collator = owner, collator

@@ -1,13 +1,13 @@
-"""Step batches of data that has no index: a stream of examples, such as ``datasets.IterableDataset``.
+"""Stream step batches from data without an index, such as ``datasets.IterableDataset``.
 
-An example's id is its position in the epoch, and a step takes the next ones, read ahead far enough that the owner of
-``batch`` sees what is upcoming.  Every rank reads the whole stream and keeps its share, so the examples of a step do
-not depend on the number of ranks.  One order has one reader: the main process or, with ``dataloader_num_workers``, one
-worker (in which ``datasets`` itself draws a shuffle buffer otherwise than in the main process).
+An example's id is its position in the epoch, and a step takes the next ones.  They are read ahead far enough that the
+owner of ``batch`` sees upcoming ones.  Every rank reads the whole stream and keeps its share, so the examples of a step
+do not depend on the number of ranks.  One order has one reader: the main process or, with ``dataloader_num_workers``,
+one worker.  (There, ``datasets`` itself draws a shuffle buffer in another way than in the main process.)
 
-A run goes on where it stopped.  A ``datasets`` stream without a shuffle buffer goes there at once, from the state that
-it had at most one window before; any other one is read anew up to the position, for a shuffle buffer is not in its
-state, and other streams have none.  That the last example before the checkpoint is the same again is checked.
+A run continues where it stopped.  A ``datasets`` stream without a shuffle buffer goes there at once, from a state at
+most one window before.  Any other stream is read again up to the position: a shuffle buffer is not in its state, and
+other streams have no state.  On resume, compare the last consumed example by hash.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ class Window(NamedTuple):
     position: int
     examples: list[Any]
     state: dict[str, Any] | None
-    """The data set's own, before the first of them; None where it has none, or drops a part of it."""
+    """State of the data set before the first example; None if it has no exact state."""
 
 
 class Windows(IterableDataset):
-    """A stream of examples in windows of ``size``, each example under its own random key.
+    """Read a stream of examples in windows of ``size``, each example under its own random key.
 
-    ``start``, the position and the state of a window, says where an iteration begins.
+    An iteration begins at ``start``, the position and the state of a window.
     """
 
     def __init__(self, dataset: Any, size: int, seed: int, whole: bool):
@@ -60,7 +60,7 @@ class Windows(IterableDataset):
         elif not hasattr(self.dataset, "set_epoch") and isinstance(
             getattr(self.dataset, "generator", None), torch.Generator
         ):
-            self.dataset.generator.manual_seed(self.seed + self.epoch)  # as Trainer has it for such data
+            self.dataset.generator.manual_seed(self.seed + self.epoch)  # as Trainer does for such data
         stateful, examples, size = has_exact_state(self.dataset), iter(self.dataset), self.size
         while size == self.size:
             state = self.dataset.state_dict() if stateful and position else None
@@ -73,7 +73,7 @@ class Windows(IterableDataset):
                     except StopIteration:
                         break
             if self.start[1] is not None:
-                self.dataset.load_state_dict(None)  # the next iteration begins at the beginning
+                self.dataset.load_state_dict(None)  # the next iteration starts from the beginning
             size = len(window)
             if size == self.size or (size and not self.whole):
                 yield Window(position, window, state)
@@ -81,7 +81,7 @@ class Windows(IterableDataset):
 
 
 def has_exact_state(dataset: Any) -> bool:
-    """Whether a data set's own state leads back to where it was taken."""
+    """Return whether a data set's own state restores its exact position."""
     if not isinstance(dataset, datasets.IterableDataset):
         return False
     chain = [dataset._ex_iterable]
@@ -94,7 +94,7 @@ def has_exact_state(dataset: Any) -> bool:
 
 
 def digest(example: Any) -> str:
-    """What tells an example from another one; of objects that are no plain data, only the type."""
+    """Hash an example; objects that are not plain data count only by their type."""
     found = hashlib.sha256()
 
     def add(value: Any) -> None:
@@ -120,17 +120,17 @@ def digest(example: Any) -> str:
 
 
 class ReadAhead(dict):
-    """Examples by their position.  Collators may change what they get: it is a copy."""
+    """Examples by their position.  Access returns a copy, because collators may change examples."""
 
     def __getitem__(self, position: int) -> Any:
         return copy.copy(super().__getitem__(position))
 
 
 class IterableStepStream(StepStream):
-    """A `StepStream` of a data set that is only iterated over.
+    """A `StepStream` of a data set that supports iteration only.
 
-    ``dataset`` may have a ``set_epoch``; it must give the same examples on every rank.  Where it has no length, an
-    epoch counts as ``nominal_examples``, the examples of the whole run, until it ends; as Trainer has it.
+    ``dataset`` may have a ``set_epoch``; it must give the same examples on every rank.  Without a length, an epoch
+    counts as ``nominal_examples``, the examples of the whole run, until it ends, as in Trainer.
     """
 
     def __init__(self, dataset: Any, collate: Callable, *, nominal_examples: float = float("inf"), **kwargs: Any):
@@ -153,7 +153,7 @@ class IterableStepStream(StepStream):
         )
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin an epoch, unless the stream already stands inside it."""
+        """Begin an epoch, unless the stream is already inside it."""
         if hasattr(self.dataset, "set_epoch"):
             self.dataset.set_epoch(epoch)
         if epoch == self.epoch and self.consumed and not self.epoch_is_over:
@@ -165,7 +165,7 @@ class IterableStepStream(StepStream):
         if self.consumed == 0:
             windows = self._windows_from(0, None)
         else:
-            with keyed_random():  # in mid-epoch the loader's own seed was drawn before the checkpoint
+            with keyed_random():  # in mid-epoch the loader drew its seed before the checkpoint
                 windows = self._windows_where_it_stopped()
         while self._read_ahead(windows, self.batch_size + 1):
             end = self.consumed + self._size(windows)
@@ -187,22 +187,22 @@ class IterableStepStream(StepStream):
             for position in plan.ids_N.tolist():  # the step may have been read again until here
                 del self.examples[position]
         if self.epoch == 0 and self.consumed == 0:
-            raise ValueError("train_dataset: it has no examples. Give at least one.")
+            raise ValueError("train_dataset has no examples. Give at least one.")
 
     def _size(self, windows: Iterator[Window]) -> int:
-        """How many examples the next step takes.  One more is read ahead, which tells whether the epoch goes on."""
+        """Return the number of examples of the next step.  Read one more, to see whether the epoch continues."""
         if self.slots.batch is None:
             return min(self.batch_size, self.num_read - self.consumed)
         while True:
             ahead = self.num_read - self.consumed
             upcoming_N = torch.arange(self.consumed, self.num_read)
             size = max(int(self.slots.batch.batch(upcoming_N, self.batch_size)), 1)
-            # Asked again where it would take all that it has seen: it may want more.
+            # Ask again if the owner would take all that it has seen: it may want more.
             if size < ahead or self._read_ahead(windows, 2 * ahead) == ahead:
                 return min(size, ahead)
 
     def _read_ahead(self, windows: Iterator[Window], number: int) -> int:
-        """Read until so many examples are ahead, or the stream ends; how many they are."""
+        """Read until this number of examples is ahead, or the stream ends; return how many are ahead."""
         while self.num_read - self.consumed < number and not self.ended:
             if (window := next(windows, None)) is None:
                 self.ended = True
@@ -210,7 +210,7 @@ class IterableStepStream(StepStream):
             if window.state is not None:
                 self._starts.append((window.position, window.state))
             for position, example in enumerate(window.examples, window.position):
-                if position >= self.consumed - 1:  # what lies before is only passed over
+                if position >= self.consumed - 1:  # earlier examples are only skipped
                     self.examples[position] = example
             self.num_read = window.position + len(window.examples)
         return max(self.num_read - self.consumed, 0)
@@ -223,28 +223,28 @@ class IterableStepStream(StepStream):
         return iter(self.loader)
 
     def _windows_where_it_stopped(self) -> Iterator[Window]:
-        """The windows from the one on in which the stream stopped."""
+        """Return the windows from the one in which the stream stopped."""
         for start in (self._starts[0], (0, None)):
             windows = self._windows_from(*start)
             self._read_ahead(windows, 1)
             before = self.examples.pop(self.consumed - 1, None)
-            if before is not None and self._last in (digest(before), ""):  # a plain Trainer does not say which it was
+            if before is not None and self._last in (digest(before), ""):  # a plain Trainer saves no hash
                 return windows
             if start[0]:
                 logger.warning(f"train_dataset: its state is not exact. Reading its first {self.consumed} examples.")
         raise ValueError(
-            f"train_dataset: example {self.consumed - 1} of epoch {self.epoch} is another one than before the "
+            f"train_dataset: example {self.consumed - 1} of epoch {self.epoch} differs from the one before the "
             "checkpoint. Resume with the same data, in the same order."
         )
 
     @property
     def epoch_is_over(self) -> bool:
-        """Whether every example of this epoch was consumed."""
+        """Return whether every example of this epoch was consumed."""
         return self.ended and self.consumed >= self.num_read
 
     @property
     def epochs(self) -> float:
-        """Position in the data, in epochs."""
+        """Return the position in the data, in epochs."""
         if self.epoch_is_over:
             return self.epoch + 1.0
         try:
@@ -254,7 +254,7 @@ class IterableStepStream(StepStream):
         return self.epoch + min(self.consumed / num_examples, 1.0)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream stands, and where to begin reading to go on from there."""
+        """Return the position of the stream, and where to start reading to continue from there."""
         position, state = self._starts[0]
         return {
             "epoch": self.epoch,
@@ -267,10 +267,11 @@ class IterableStepStream(StepStream):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Stand where `state_dict` was taken."""
+        """Restore the position that `state_dict` returned."""
         if "start" not in state:
             raise ValueError(
-                f"train_dataset ({type(self.dataset).__name__}): the checkpoint's had an index. Resume with the same."
+                f"train_dataset ({type(self.dataset).__name__}) has no index, but the checkpoint's had one. "
+                "Resume with the same data."
             )
         self.epoch, self.consumed, self.seed = state["epoch"], state["consumed"], state["seed"]
         self.windows.seed = self.seed

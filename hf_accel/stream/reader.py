@@ -1,4 +1,4 @@
-"""Reads and collates the examples of a step.
+"""Read and collate the examples of a step.
 
 Shape suffix: ``B`` examples of a micro-batch.
 """
@@ -17,15 +17,15 @@ from hf_accel.preserve import keyed_random, seed_all
 
 
 class StepReader(Dataset):
-    """Reads and collates the examples of a plan; runs in loader workers.
+    """Read and collate the examples of a plan; runs in loader workers.
 
-    Random transforms and collators draw from generators keyed by (seed, epoch, first example, its repeats), and leave
-    the global ones as they were: what is read does not depend on workers, prefetching or what the model drew.
+    Random transforms and collators draw from generators keyed by (seed, epoch, first example, its repeats), and the
+    global ones keep their state.  So the result does not depend on workers, prefetching or draws of the model.
     """
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]]):
         self.dataset, self.collate = dataset, collate
-        # Datasets that read rows at once do so, unless a transform may draw, for each example by its own key.
+        # Read rows at once if the data set can, unless a transform may draw: each example then needs its own key.
         self.reads_rows = hasattr(dataset, "__getitems__") and not _has_transform(dataset)
 
     def __getitem__(self, plan: StepPlan) -> StepBatch:
@@ -47,10 +47,9 @@ class StepReader(Dataset):
         if not isinstance(inputs, Mapping):
             return MicroBatch(inputs, ids_B, weights_B, repeats_B)
         inputs = dict(inputs)
-        if (order_B := inputs.pop(ORDER, None)) is not None:
-            columns = (ids_B, weights_B, repeats_B)
-            return MicroBatch(inputs, *(None if column is None else column[order_B] for column in columns))
-        return MicroBatch(inputs, ids_B, weights_B, repeats_B)
+        order_B = inputs.pop(ORDER, None)
+        micro = MicroBatch(inputs, ids_B, weights_B, repeats_B)
+        return micro if order_B is None else micro.of(inputs, order_B)
 
 
 def _has_transform(dataset: Any) -> bool:

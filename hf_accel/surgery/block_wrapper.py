@@ -1,11 +1,11 @@
-"""What runs around the calls of a model's blocks, and may leave a call out.
+"""Run functions around the calls of a model's blocks, which may skip a call.
 
-A block's class is replaced by a subclass, in whose ``__call__`` the given functions run: outside of hooks, of
-activation checkpointing and of what FSDP2 gathers, so that a block that is not called costs nothing.  Copies of the
-model, by ``copy.deepcopy`` or pickle, are of the class as it was.
+A subclass replaces a block's class, and its ``__call__`` runs the given functions.  They run outside of hooks, of
+activation checkpointing and of FSDP2's gathering, so a skipped block costs nothing.  Copies of the model, by
+``copy.deepcopy`` or pickle, have the original class.
 
-Techniques that draw for each example draw by `ExampleSeeds`.  Where a part of the blocks gets no gradient,
-`refuse_waiting_ddp` says when that would hang.
+Techniques that draw for each example use `ExampleSeeds`.  If some blocks get no gradient, `refuse_waiting_ddp` raises
+where that would hang.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from transformers import TrainingArguments
 from hf_accel.technique import Technique
 
 Around = Callable[[Callable[..., Any], tuple, dict[str, Any]], Any]
-"""Given a call and its arguments, gives its result."""
+"""Function of a call and its arguments that returns the result."""
 
 
 def wrap_block(block: nn.Module, around: Around, *, innermost: bool = False) -> Callable[[], None]:
-    """Have ``around`` run in the place of every call of a block; gives what ends it.
+    """Run ``around`` instead of every call of a block, and return a function that ends this.
 
     Args:
-        innermost: Whether it runs inside of those that run already, and not around them.
+        innermost: Whether it runs inside the earlier wrappers instead of around them.
     """
     kind: Any = type(block)
     if "_arounds" not in vars(kind):
@@ -48,7 +48,7 @@ def wrap_block(block: nn.Module, around: Around, *, innermost: bool = False) -> 
 
 class _WrappedForward:
     _arounds: list[Around]
-    """From the innermost to the outermost."""
+    """Wrappers from the innermost to the outermost."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         call = super().__call__  # type: ignore[misc]
@@ -66,16 +66,16 @@ def _call_around(around: Around, call: Callable[..., Any], *args: Any, **kwargs:
 
 
 def hidden_states(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """What a block is called on: its first argument."""
+    """Return the first argument of a block."""
     return args[0] if args else kwargs[next(iter(inspect.signature(block.forward).parameters))]
 
 
 class ExampleSeeds:
-    """What the rows of a batch draw by: the ids of their examples where these are known, else places in the step.
+    """Keys of random draws for the rows of a batch: the ids of their examples if known, or else places in the step.
 
     Args:
-        technique: That draws.
-        args: Of the trainer.
+        technique: Technique that draws.
+        args: Arguments of the trainer.
         step: Number of the step.
     """
 
@@ -88,11 +88,11 @@ class ExampleSeeds:
 
     @property
     def streamed(self) -> bool:
-        """Whether the ids of examples are known."""
+        """Return whether the ids of examples are known."""
         return self.run is not None and self.run.stream is not None
 
     def of_examples(self, model: Any, inputs: Mapping[str, Any]) -> list[int] | None:
-        """A key for each example of the pass that begins; None in evaluation, and where a step is only scored."""
+        """Return a key for each example of the next pass; None in evaluation and in scoring passes."""
         if not model.training or (self.streamed and self.run.micro_batch is None):
             return None
         if self.streamed:
@@ -103,27 +103,29 @@ class ExampleSeeds:
         return list(range(start, start + rows))
 
     def of_micro_batch(self) -> list[int]:
-        """A key for each example of the micro-batch that the stream has given."""
+        """Return a key for each example of the stream's current micro-batch."""
         return [i % 2**32 for i in self.run.micro_batch.ids_B.tolist()]
 
 
 def refuse_other_shape(technique: Technique, before: Tensor, after: Tensor) -> None:
-    """Raise ValueError where a block is more than what it adds to its hidden states, and cannot be left out."""
+    """Raise ValueError if a block changes the shape of its hidden states, so that it cannot be skipped."""
     if before.shape[1:] != after.shape[1:]:
         raise ValueError(
-            f"{technique!r}: a block makes hidden states {tuple(after.shape)} of {tuple(before.shape)}, and cannot be "
-            "left out. Leave the technique out for this model."
+            f"{technique!r} does not support this model because a block changes hidden states from "
+            f"{tuple(before.shape)} to {tuple(after.shape)} and cannot be skipped. Remove {type(technique).__name__}."
         )
 
 
 def refuse_zero(technique: Technique, args: Any) -> None:
-    """Raise ValueError under DeepSpeed ZeRO, with the reason that the technique's class gives."""
+    """Raise ValueError under DeepSpeed ZeRO, with the technique's reason."""
     if args.deepspeed_plugin is not None:
-        raise ValueError(f"{technique!r}: under ZeRO, {technique.refused_backends['zero']}. Use DDP or FSDP2.")
+        raise ValueError(
+            f"{technique!r} does not support ZeRO because {technique.refused_backends['zero']}. Use DDP or FSDP2."
+        )
 
 
 def refuse_waiting_ddp(technique: Technique, args: Any, model: nn.Module) -> None:
-    """Raise ValueError where DDP would wait for gradients that do not come."""
+    """Raise ValueError if DDP would wait for gradients that do not come."""
     if args.world_size == 1 or any(isinstance(module, FSDPModule) for module in model.modules()):
         return
     finds = args.ddp_find_unused_parameters
@@ -131,5 +133,5 @@ def refuse_waiting_ddp(technique: Technique, args: Any, model: nn.Module) -> Non
         why = "False" if finds is False else "None and checkpointing"
         raise ValueError(
             f"{technique!r}: with ddp_find_unused_parameters={why}, DDP waits for the gradients of blocks that have "
-            "none. Set it to True."
+            "none. Set ddp_find_unused_parameters=True."
         )

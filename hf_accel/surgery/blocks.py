@@ -1,5 +1,4 @@
-"""The repeated blocks of a model: the lists of modules that it declares, in ``_no_split_modules``, not to be split; and
-the linear layers in them."""
+"""Find the repeated blocks of a model, by its ``_no_split_modules``, and the layers in them."""
 
 from __future__ import annotations
 
@@ -11,14 +10,14 @@ from transformers.pytorch_utils import Conv1D
 
 
 def block_lists(model: Any) -> dict[str, nn.ModuleList]:
-    """Its lists of blocks by their paths, as the model registers them; ValueError where there is none.
+    """Return the lists of blocks by path, in order, or raise ValueError if there are none.
 
-    Lists of stages, which consist of blocks themselves, are none.
+    Lists of stages, which consist of blocks themselves, do not count.
     """
     names = set(getattr(model, "_no_split_modules", None) or ())
 
     def is_block(module: nn.Module) -> bool:
-        # FSDP puts a subclass with another name in the place of a block's class.
+        # FSDP replaces a block's class by a subclass with another name.
         return any(cls.__name__ in names for cls in type(module).__mro__)
 
     lists = {
@@ -29,21 +28,21 @@ def block_lists(model: Any) -> dict[str, nn.ModuleList]:
     if not lists:
         raise ValueError(
             f"{type(model).__name__} has no list of the blocks that it declares in _no_split_modules "
-            f"({', '.join(sorted(names)) or 'none'}). Leave it out for this model."
+            f"({', '.join(sorted(names)) or 'none'}). Remove the technique for this model."
         )
     return {path: blocks for path, blocks in lists.items() if not any(inner.startswith(f"{path}.") for inner in lists)}
 
 
 def block_stacks(model: Any) -> list[list[nn.Module]]:
-    """The blocks that follow each other, stack by stack: those of an encoder and of a decoder are two stacks.
+    """Return the blocks of each stack, in order; an encoder and a decoder are two stacks.
 
-    ValueError where there are none, or several towers, as of a model of text and images: these see other rows than the
-    batch has, and what the one hands to the other is chosen by the number of its blocks.
+    ValueError if there are none, or several towers, for example of text and images.  Towers see other rows than the
+    batch, and read each other's outputs by the number of blocks.
     """
     stacks = stacks_of(model)
     if len(stacks) > 1 and not model.config.is_encoder_decoder:
         raise ValueError(
-            f"{type(model).__name__} has several towers ({', '.join(stacks)}). Leave it out for this model."
+            f"{type(model).__name__} has several towers ({', '.join(stacks)}). Remove the technique for this model."
         )
     return [[model.get_submodule(path) for path in paths] for paths in stacks.values()]
 
@@ -62,7 +61,7 @@ def stacks_of(model: Any) -> dict[str, list[str]]:
 
 
 def embedding_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers between tokens and hidden states: input embeddings and output head, as far as there are any."""
+    """Return the input embeddings and the output head of a model, if it has them."""
     base: Any = next((module for module in model.modules() if isinstance(module, PreTrainedModel)), None)
     if base is None:
         return []
@@ -74,7 +73,7 @@ def embedding_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def linear_layers(model: Any) -> dict[str, Any]:
-    """The linear layers in its blocks by path, as far as their parameters are a weight and a bias."""
+    """Return the linear layers in blocks by path, with no parameters beside a weight and a bias."""
     paths = block_lists(model)
     return {
         path: module
@@ -86,10 +85,10 @@ def linear_layers(model: Any) -> dict[str, Any]:
 
 
 def residual_projections(model: Any) -> dict[str, Any]:
-    """By path, the layers whose outputs are added to the residual stream: the last linear layer of each attention of a
-    block and of what is beside its attentions, or in networks with batch norm the last norm beside each shortcut.
+    """Return the layers that add to the residual stream, by path, or raise ValueError if some block has no such layer.
 
-    ValueError where a block has something else in their place.
+    These are the last linear layers of each attention of a block, and of the rest of the block.  In networks with batch
+    norm, they are the last norms beside each shortcut.
     """
     if norms := _last_batch_norms(model):
         return norms
@@ -97,7 +96,7 @@ def residual_projections(model: Any) -> dict[str, Any]:
     width = getattr(getattr(model, "config", None), "hidden_size", None)
     if has_experts(model):
         raise ValueError(
-            f"{type(model).__name__} has experts, which are no linear layers. Leave it out for this model."
+            f"{type(model).__name__} has experts, which are not linear layers. Remove the technique for this model."
         )
     for path, blocks in block_lists(model).items():
         for index, block in enumerate(blocks):
@@ -107,16 +106,18 @@ def residual_projections(model: Any) -> dict[str, Any]:
                 if width is not None and outputs != width:
                     raise ValueError(
                         f"{type(model).__name__}: {whole} ends a branch of its block with {outputs} outputs, and the "
-                        f"residual stream has {width}. Leave it out for this model."
+                        f"residual stream has {width}. Remove the technique for this model."
                     )
                 found[whole] = layer
     if not found:
-        raise ValueError(f"{type(model).__name__} has no linear layer in its blocks. Leave it out for this model.")
+        raise ValueError(
+            f"{type(model).__name__} has no linear layer in its blocks. Remove the technique for this model."
+        )
     return found
 
 
 def has_experts(model: nn.Module) -> bool:
-    """Whether a model holds the matrices of several experts in one parameter, and so in no linear layers."""
+    """Return whether a model holds the matrices of several experts in one parameter, outside linear layers."""
     return any(
         "experts" in type(module).__name__.lower() and any(p.dim() == 3 for p in module.parameters(recurse=False))
         for module in model.modules()
@@ -124,7 +125,7 @@ def has_experts(model: nn.Module) -> bool:
 
 
 def _last_layers(block: nn.Module) -> dict[str, Any]:
-    """The last linear layer of each branch of a block, by its path in the block."""
+    """Return the last linear layer of each branch of a block, by its path in the block."""
     attentions: list[str] = []
     last: dict[str, tuple[str, Any]] = {}
     adapted = [name for name, module in block.named_modules() if hasattr(module, "base_layer")]  # by peft
@@ -138,14 +139,15 @@ def _last_layers(block: nn.Module) -> dict[str, Any]:
             before = last[branch][0] if branch in last else ""
             if before.endswith(".out_proj") and before.partition(".")[0] != name.partition(".")[0] and not branch:
                 raise ValueError(
-                    f"{type(block).__name__}: {before} ends a branch that is no attention. Leave it out for this model."
+                    f"{type(block).__name__}: {before} ends a branch that is not attention. Remove the technique for "
+                    "this model."
                 )
             last[branch] = name, module
     return dict(last.values())
 
 
 def _last_batch_norms(model: nn.Module) -> dict[str, Any]:
-    """The last batch norm beside each shortcut, by path."""
+    """Return the last batch norm beside each shortcut, by path."""
     found: dict[str, Any] = {}
     for path, block in model.named_modules():
         shortcuts = [name for name, _ in block.named_children() if name in ("shortcut", "downsample")]

@@ -1,15 +1,15 @@
-"""Deeper models from shallower ones: which block each block of the new stack is a copy of, and the copying.
+"""Make deeper models from shallower ones by copies of their blocks.
 
-An operator gives, for each new block, the index of the block that it copies:
+An operator returns the index of the block that each new block copies:
 
-    stacked(2, 6)      0 1 0 1 0 1       the whole stack again and again (G_stack)
-    interleaved(2, 6)  0 0 0 1 1 1       each block again and again
-    on_top(2, 6)       0 1 1 1 1 1       the last block again and again
+    stacked(2, 6)      0 1 0 1 0 1       the whole stack repeated (G_stack)
+    interleaved(2, 6)  0 0 0 1 1 1       each block repeated
+    on_top(2, 6)       0 1 1 1 1 1       the last block repeated
     middle(4, 6)       0 1 2 1 2 3       the middle of the stack twice (MIDAS)
 
-A name in the new model, mapped by `origin`, says whose values it starts from: weights, gradients, and moments of an
-optimizer alike.  Where blocks add to a residual stream and norms come before them, a copy whose last projections are
-zero (`zero_residual_branches`) leaves the function as it was.
+`origin` maps a name in the new model to the one with its first values: for weights, gradients, and moments of an
+optimizer.  In pre-norm models, a copy with zeros in its last projections (`zero_residual_branches`) leaves the function
+unchanged.
 
     sources = stacked(depth, 3 * depth)
     model = deepened(model, sources)
@@ -31,36 +31,38 @@ from hf_accel.surgery.blocks import block_lists, residual_projections
 
 
 def stacked(depth: int, new_depth: int) -> list[int]:
-    """The whole stack on top of itself."""
+    """Repeat the whole stack."""
     return [i % depth for i in range(new_depth)]
 
 
 def interleaved(depth: int, new_depth: int) -> list[int]:
-    """Each block followed by its copies; with fewer blocks than there were, some of them at equal distances."""
+    """Follow each block by its copies; for fewer blocks, choose some at equal distances."""
     return [i * depth // new_depth for i in range(new_depth)]
 
 
 def on_top(depth: int, new_depth: int) -> list[int]:
-    """Copies of the last block after it."""
+    """Append copies of the last block."""
     return [min(i, depth - 1) for i in range(new_depth)]
 
 
 def middle(depth: int, new_depth: int) -> list[int]:
-    """The middle ``new_depth - depth`` blocks twice, one copy after the other; at most twice the depth."""
+    """Repeat the middle ``new_depth - depth`` blocks once; the result has at most twice the depth."""
     size = new_depth - depth
     if not 0 <= size <= depth:
-        raise ValueError(f"new_depth={new_depth}: the middle of {depth} blocks is at most all of them, twice.")
+        raise ValueError(
+            f"new_depth={new_depth}: {depth} blocks repeat at most once. Choose a depth from {depth} to {2 * depth}."
+        )
     end = depth - (depth - size) // 2
     return [*range(end), *range(end - size, depth)]
 
 
 def repeats(sources: Sequence[int]) -> list[int]:
-    """The new blocks that copy a block which one before them copies already."""
+    """Return the new blocks with a source that an earlier block copies already."""
     return [i for i, source in enumerate(sources) if source in sources[:i]]
 
 
 def block_path(model: Any) -> str:
-    """The path of the model's one stack of blocks; ValueError where it has several."""
+    """Return the path of the model's stack of blocks, or raise ValueError if it has several."""
     lists = block_lists(model)
     if len(lists) > 1:
         raise ValueError(
@@ -70,7 +72,7 @@ def block_path(model: Any) -> str:
 
 
 def origin(name: str, path: str, sources: Sequence[int]) -> str:
-    """The name, in the model whose blocks lie at ``path``, of what a name in the new one is a copy of."""
+    """Return the name of a new parameter's source, for blocks at ``path``."""
     if not name.startswith(f"{path}."):
         return name
     index, dot, rest = name[len(path) + 1 :].partition(".")
@@ -78,12 +80,14 @@ def origin(name: str, path: str, sources: Sequence[int]) -> str:
 
 
 def deepened_config(model: Any, sources: Sequence[int]) -> Any:
-    """A copy of the model's configuration with as many blocks, whose kinds (as of attention) are those of the sources;
-    ValueError where the architecture gives a new block another kind or other parameters."""
+    """Return the model's configuration for as many blocks, with the layer types of the sources.
+
+    ValueError if the architecture gives a new block another kind or other parameters than its source.
+    """
     path, config = block_path(model), copy.deepcopy(model.config)
     blocks: Any = model.get_submodule(path)
     if getattr(config, "num_hidden_layers", None) != len(blocks):
-        raise ValueError(f"{type(model).__name__}: its configuration has no number of blocks, num_hidden_layers.")
+        raise ValueError(f"{type(model).__name__} has no num_hidden_layers in its configuration.")
     kinds = getattr(config, "layer_types", None)
     config.num_hidden_layers = len(sources)
     if kinds is not None:
@@ -93,14 +97,15 @@ def deepened_config(model: Any, sources: Sequence[int]) -> Any:
     for i, source in enumerate(sources):
         if makeup(grown[i]) != makeup(blocks[source]):
             raise ValueError(
-                f"{type(model).__name__}: block {i} of {len(sources)} is of another kind than block {source}, which it "
-                "would copy. Choose a depth that is a multiple of the pattern of its blocks."
+                f"{type(model).__name__}: block {i} of {len(sources)} would copy block {source}, which differs in "
+                "kind. "
+                "Choose a depth that is a multiple of the pattern of its blocks."
             )
     return config
 
 
 def makeup(block: nn.Module) -> Any:
-    """What a copy must have in common with a block."""
+    """Return everything that a copy must share with a block."""
     kind = {name: value for name, value in vars(block).items() if name.endswith("_type") or "sliding" in name}
     shapes = [(name, tuple(tensor.shape)) for name, tensor in block.state_dict().items()]
     return type(block).__name__, kind, shapes
@@ -108,9 +113,9 @@ def makeup(block: nn.Module) -> Any:
 
 @torch.no_grad()
 def deepened(model: Any, sources: Sequence[int]) -> Any:
-    """A new model with the blocks of ``sources``, in the dtype and on the device of the given one.
+    """Return a new model with the blocks of ``sources``, with the dtype and device of the given one.
 
-    Global generators are left alone.
+    Global generators stay unchanged.
     """
     path, config = block_path(model), deepened_config(model, sources)
     with torch.random.fork_rng(devices=[]):
@@ -125,7 +130,7 @@ def deepened(model: Any, sources: Sequence[int]) -> Any:
 
 @torch.no_grad()
 def zero_residual_branches(model: Any, blocks: Iterable[int]) -> int:
-    """Make the last projection of each residual branch in these blocks zero, and say how many there are.
+    """Make the last projection of each residual branch in these blocks zero, and return their number.
 
     The blocks then compute the identity, unless norms follow the addition (BERT).
     """

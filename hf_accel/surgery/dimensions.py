@@ -1,9 +1,8 @@
-"""What the axes of a transformer's parameters are: width of the residual stream, heads, key-value heads, MLP.
+"""Name the axes of a transformer's parameters: width of the residual stream, heads, key-value heads, MLP.
 
-Models of one family and of different widths differ in the lengths of these axes and in nothing else, so that values can
-be carried from one to the other axis by axis.  An axis *reads* where a parameter sums over it, as a linear layer sums
-over its inputs.  A head that shares its weights with the embeddings reads through the norm before it, whose scale (and
-shift) stands for it.
+Models of one family and of different widths differ only in the lengths of these axes, so values carry over axis by
+axis.  An axis *reads* if a parameter sums over it, as a linear layer sums over its inputs.  A head that shares its
+weights with the embeddings reads through the norm before it, represented by the norm's scale (and shift).
 
     axes_of(model)["model.layers.0.self_attn.o_proj.weight"]
     (Axis("width"), Axis("heads", reads=True))
@@ -23,10 +22,10 @@ class Axis(NamedTuple):
     """One axis of a parameter."""
 
     dimension: str | None
-    """``width``, ``heads``, ``kv_heads`` or ``mlp``; None where it is the same at any width (vocabulary, positions)."""
+    """``width``, ``heads``, ``kv_heads`` or ``mlp``; None if it is the same at any width (vocabulary, positions)."""
     reads: bool = False
     parts: int = 1
-    """How often the dimension comes, one after the other: 3 for queries, keys and values in one matrix."""
+    """Number of repeats of the dimension: 3 for queries, keys and values in one matrix."""
 
 
 LLAMA = {
@@ -113,24 +112,24 @@ BERT = {
     "qa_outputs.weight": "- <width",
     "qa_outputs.bias": "-",
 }
-"""The axes of each parameter, by the end of its name, of which the first that fits decides; ``<`` reads."""
+"""Axes of each parameter by the end of its name; the first match decides; ``<`` marks an axis that reads."""
 
 FAMILIES = {
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), LLAMA),
     "gpt2": GPT2,
     **dict.fromkeys(("bert", "roberta"), BERT),
 }
-"""By the ``model_type`` of a configuration."""
+"""Axes by the ``model_type`` of a configuration."""
 
 NORMS_FIRST = ("llama", "mistral", "qwen2", "qwen3", "gpt2")
-"""Families in which a block whose branches add nothing is the identity."""
+"""Families in which a block with branches of zero is the identity."""
 
 BEFORE_THE_HEAD = ("model.norm.", "ln_f.", "transform.LayerNorm.", "lm_head.layer_norm.")
-"""Norms whose outputs nothing reads but the head of a language model."""
+"""Norms with outputs that only the head of a language model reads."""
 
 
 class Sizes(NamedTuple):
-    """How many units each dimension has, and how many elements a unit of ``heads`` and ``kv_heads`` has."""
+    """Number of units of each dimension, and of elements of a unit of ``heads`` and ``kv_heads``."""
 
     width: int
     heads: int
@@ -140,7 +139,7 @@ class Sizes(NamedTuple):
 
 
 def sizes_of(config: Any) -> Sizes:
-    """The sizes of a model, from its configuration."""
+    """Return the sizes of a model, from its configuration."""
     width, heads = config.hidden_size, config.num_attention_heads
     inner = config.n_inner or 4 * width if config.model_type == "gpt2" else config.intermediate_size
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
@@ -148,12 +147,11 @@ def sizes_of(config: Any) -> Sizes:
 
 
 def axes_of(model: nn.Module) -> dict[str, tuple[Axis, ...]]:
-    """The axes of each parameter that is saved, by name; ValueError where the architecture, or one of them, is
-    not known."""
+    """Return the axes of each saved parameter by name, or raise ValueError if some are unknown."""
     if not isinstance(model, PreTrainedModel) or (known := FAMILIES.get(model.config.model_type)) is None:
         raise ValueError(
-            f"{type(model).__name__}: the axes of its parameters are known for {', '.join(FAMILIES)} only. Leave it "
-            "out for this model."
+            f"{type(model).__name__}: the axes of its parameters are known for {', '.join(FAMILIES)} only. Remove the "
+            "technique for this model."
         )
     inputs: Any = model.get_input_embeddings()
     outputs: Any = model.get_output_embeddings()
@@ -165,8 +163,9 @@ def axes_of(model: nn.Module) -> dict[str, tuple[Axis, ...]]:
         words = next((words for end, words in known.items() if f".{name}".endswith(f".{end}")), None)
         if words is None or len(words.split()) != parameter.dim():
             raise ValueError(
-                f"{type(model).__name__}: the axes of {name} {tuple(parameter.shape)} are not known. Leave it out for "
-                "this model."
+                f"{type(model).__name__}: the axes of {name} {tuple(parameter.shape)} are unknown. Remove the "
+                "technique "
+                "for this model."
             )
         through_norm = tied and any(norm in name for norm in BEFORE_THE_HEAD)
         axes[name] = (Axis("width", reads=True),) if through_norm else tuple(map(_axis, words.split()))
@@ -180,7 +179,7 @@ def _axis(word: str) -> Axis:
 
 
 def elements(units: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
-    """Indices of elements from indices of units: each head is all of its elements."""
+    """Turn indices of units into indices of elements: a head stands for all of its elements."""
     within = torch.arange(sizes.head_size)
     return {
         dimension: (index[:, None] * sizes.head_size + within).flatten() if "heads" in dimension else index
@@ -189,7 +188,7 @@ def elements(units: Mapping[str, Tensor], sizes: Sizes) -> dict[str, Tensor]:
 
 
 def gathered(values: Tensor, axes: tuple[Axis, ...], sources: Mapping[str, Tensor]) -> Tensor:
-    """Values of other lengths: along each axis, those of the elements that ``sources`` names for its dimension."""
+    """Select, along each axis, the elements that ``sources`` holds for its dimension."""
     for dim, axis in enumerate(axes):
         if axis.dimension is not None:
             length, index = values.shape[dim] // axis.parts, sources[axis.dimension]

@@ -44,6 +44,9 @@ class BlockFreezing(Technique):
     start: Annotated[float, at.Interval(ge=0, lt=1)] = 0.5
     max_fraction: Fraction = 0.5
     neutral: ClassVar = {"max_fraction": 0.0}
+    expected_failed_checks: ClassVar = {
+        "check_reentrant_checkpointing": "refused: blocks above frozen ones would get no gradient"
+    }
     variations: ClassVar = {"start": 0.75}
     refused_backends: ClassVar = {"zero": "frozen weights keep moving in its flat partitions"}
     claims: ClassVar = frozenset({"frozen_blocks"})
@@ -89,7 +92,7 @@ class BlockFreezing(Technique):
         frozen = {id(p) for block in self.blocks_[: self.most_] for p in block.parameters()}
         return self.tied_ or any(p.requires_grad and id(p) not in below | frozen for _, p in named)
 
-    def on_step_begin(self, args, state, control, model=None, **kwargs):
+    def on_step_begin(self, args, state, control, model: Any = None, **kwargs):
         self._freeze(self.depth(state, model))
         self.steps_ += 1
         self.frozen_steps_ += self.depth_

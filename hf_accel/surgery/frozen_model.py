@@ -1,4 +1,4 @@
-"""Models that judge and are not trained: teachers and references."""
+"""Load frozen models that judge the trained one: teachers and references."""
 
 from __future__ import annotations
 
@@ -17,18 +17,20 @@ from hf_accel.losses import kind_of
 from hf_accel.technique import Technique
 
 LANGUAGE = ("causal LM", "masked LM", "seq2seq")
-"""Kinds of loss whose classes are tokens."""
+"""Kinds of loss with tokens as classes."""
 
 
 def load_frozen(technique: Technique, source: str) -> PreTrainedModel:
-    """A model in evaluation mode, on the device, that knows the same classes as the one that is trained.
+    """Return a model in evaluation mode, on the device, with the classes of the trained model.
 
-    ``source`` is a folder, a model id or ``package.module:function``, a function that gives a model.
+    ``source`` is a folder, a model id or ``package.module:function``, a function that returns a model.
     """
     run: Any = technique.run_
     student = unwrapped(run.model)
     if is_deepspeed_zero3_enabled():
-        raise ValueError(f"{technique!r}: under ZeRO-3 {source!r} would be sharded and never gathered. Use ZeRO-2.")
+        raise ValueError(
+            f"{technique!r} does not support ZeRO-3 because {source!r} would be sharded and never gathered. Use ZeRO-2."
+        )
     by_function = ":" in source and not Path(source).exists()
     try:
         model = called(source) if by_function else _load(source, student.dtype)
@@ -40,7 +42,7 @@ def load_frozen(technique: Technique, source: str) -> PreTrainedModel:
 
 
 def freeze(model: Any) -> Any:
-    """The model in evaluation mode, with parameters that need no gradient."""
+    """Put a model in evaluation mode, with parameters that need no gradient."""
     return model.eval().requires_grad_(False)
 
 
@@ -53,19 +55,15 @@ def check_same_classes(technique: Technique, source: str, model: Any, student: A
     kind, ours = kind_of(model), kind_of(student)
     if kind != ours:
         raise ValueError(
-            f"{technique!r}: {source!r} ({type(model).__name__}) is no model for {ours}, which {type(student).__name__}"
-            " is. Give one of the same kind."
+            f"{technique!r}: {source!r} ({type(model).__name__}) is not a model for {ours}, but "
+            f"{type(student).__name__} is. Give one of the same kind."
         )
     tokens = kind in LANGUAGE
     theirs, ours = (num_classes(m) for m in (model, student))
     if theirs != ours and not (tokens and _has_tokenizer(source, tokenizer) and len(tokenizer) <= min(theirs, ours)):
         raise ValueError(
-            f"{technique!r}: {source!r} knows {theirs} {'tokens' if tokens else 'labels'}, and the model {ours}. "
-            + (
-                "Give one of the same vocabulary, or both with the same tokenizer."
-                if tokens
-                else "Give one of the same."
-            )
+            f"{technique!r}: {source!r} has {theirs} {'tokens' if tokens else 'labels'}, and the model has {ours}. "
+            f"Give one with the same {'vocabulary, or the same tokenizer' if tokens else 'labels'}."
         )
     names, own = model.config.id2label, student.config.id2label
     if not tokens and names != own and set(names.values()) == set(own.values()):
@@ -74,21 +72,21 @@ def check_same_classes(technique: Technique, source: str, model: Any, student: A
 
 @torch.no_grad()
 def judge(technique: Technique, model: PreTrainedModel, inputs: Mapping[str, Any]) -> Any:
-    """The outputs of a frozen model.  Its operations are added to the trainer's, 2 for a parameter and position."""
+    """Return the outputs of a frozen model, and count its operations, 2 per parameter and position."""
     run: Any = technique.run_
     run.add_flops(2 * inputs[model.main_input_name].numel() * model.num_parameters(exclude_embeddings=True))
-    with run.accelerator.autocast():  # as around the forward pass of the model that is trained
+    with run.accelerator.autocast():  # as in the forward pass of the trained model
         return model(**run.head.without_labels(model, inputs))
 
 
 def num_classes(model: Any) -> int:
-    """How many classes a model chooses from: tokens or labels."""
+    """Return the number of classes of a model: tokens or labels."""
     tokens = kind_of(model) in LANGUAGE
     return model.config.get_text_config().vocab_size if tokens else model.config.num_labels
 
 
 def _has_tokenizer(source: str, tokenizer: Any) -> bool:
-    """Whether the tokenizer of a source is this one."""
+    """Return whether the source has this tokenizer."""
     if not isinstance(tokenizer, PreTrainedTokenizerBase) or ":" in source:
         return False
     try:
@@ -110,19 +108,19 @@ def _load(source: str, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def called(source: str) -> PreTrainedModel:
-    """The model that a function gives, named by ``package.module:function``."""
+    """Return the model of a function, named by ``package.module:function``."""
     module, _, name = source.partition(":")
     try:
         model = getattr(importlib.import_module(module), name)()
     except (ImportError, AttributeError, TypeError) as error:
-        raise ValueError(f"{source!r} gives no model ({error}). Name a function.") from None
+        raise ValueError(f"{source!r} returns no model ({error}). Name a function that returns one.") from None
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{source!r} gives a {type(model).__name__}. It must give a PreTrainedModel.")
+        raise ValueError(f"{source!r} returns a {type(model).__name__}. It must return a PreTrainedModel.")
     return model
 
 
 def _check_same_tokens(technique: Technique, source: str, tokenizer: Any) -> None:
-    """Raise ValueError where a folder's tokenizer is another one than the trainer's."""
+    """Raise ValueError if a folder's tokenizer differs from the trainer's."""
     if not Path(source, "tokenizer_config.json").is_file() or not isinstance(tokenizer, PreTrainedTokenizerBase):
         return
     if AutoTokenizer.from_pretrained(source).get_vocab() != tokenizer.get_vocab():

@@ -1,4 +1,4 @@
-"""A trained model that another one of the same family, with other sizes, takes its first values from."""
+"""Give a model its first values from a trained one of the same family with other sizes."""
 
 from __future__ import annotations
 
@@ -36,18 +36,20 @@ ALIKE = (
     "scale_attn_by_inverse_layer_idx",
     "tie_word_embeddings",
 )
-"""What of a configuration must be the same, beside the size of heads and the queries of a key-value head."""
+"""Settings that must be equal, beside the size of heads and the queries per key-value head."""
 
 
 def load_donor(technique: Technique, source: str | None, model: Any) -> tuple[Any, Collection[str]]:
-    """The model of ``source`` (a folder, an id or ``package.module:function``), in the class and dtype of ``model``,
-    and the names of parameters that it lacks, as that of a new head."""
+    """Return the model of ``source``, and the names of parameters that it lacks, for example those of a new head.
+
+    ``source`` is a folder, an id or ``package.module:function``.  Class and dtype are those of ``model``.
+    """
     if source is None:
         raise ValueError("checkpoint is None. Name the folder or the id of a trained model.")
     if ":" in source and not Path(source).exists():
         donor: Any = called(source)
         if type(donor) is not type(model):
-            raise ValueError(f"{source!r} gives a {type(donor).__name__}. It must give a {type(model).__name__}.")
+            raise ValueError(f"{source!r} returns a {type(donor).__name__}. It must return a {type(model).__name__}.")
         return donor.to("cpu", model.dtype), ()
     run: Any = technique.run_
     try:
@@ -67,7 +69,7 @@ def load_donor(technique: Technique, source: str | None, model: Any) -> tuple[An
 
 @contextlib.contextmanager
 def _not_sharded(args: Any) -> Iterator[None]:
-    """Models that are loaded inside are whole under ZeRO-3, too."""
+    """Load whole models inside, also under ZeRO-3."""
     if not is_deepspeed_zero3_enabled():
         yield
         return
@@ -79,17 +81,17 @@ def _not_sharded(args: Any) -> Iterator[None]:
 
 
 def check_alike(model: Any, donor: PreTrainedModel) -> None:
-    """Raise ValueError unless two models differ in sizes only, and these are whole heads."""
+    """Raise ValueError unless two models differ in sizes only, by whole heads."""
     ours, theirs = model.config, donor.config
     for key in ALIKE:
         pair = getattr(ours, key, None), getattr(theirs, key, None)
         if pair[0] != pair[1]:
-            raise ValueError(f"{key} is {pair[0]!r}, and the checkpoint's {pair[1]!r}. They must be the same.")
+            raise ValueError(f"{key} is {pair[0]!r}, and the checkpoint has {pair[1]!r}. Set {key}={pair[1]!r}.")
     new, old = sizes_of(ours), sizes_of(theirs)
     if new.head_size != old.head_size:
         raise ValueError(
-            f"heads have {new.head_size} elements, and the checkpoint's {old.head_size}. Keep the size of heads and "
-            "change their number."
+            f"heads have {new.head_size} elements, and the checkpoint's have {old.head_size}. Keep the size of heads "
+            "and change their number."
         )
     if new.heads * old.kv_heads != old.heads * new.kv_heads:
         raise ValueError(
@@ -99,7 +101,7 @@ def check_alike(model: Any, donor: PreTrainedModel) -> None:
 
 
 def head_sources(kv_heads: Tensor, heads: int) -> Tensor:
-    """For each new head the old one, from those of the new key-value heads, which ``heads`` queries each share."""
+    """Return the old head of each new one, given those of key-value heads that ``heads`` queries share."""
     return (kv_heads[:, None] * heads + torch.arange(heads)).flatten()
 
 
@@ -112,10 +114,10 @@ def write_from(
     blocks: Sequence[int],
     read: Callable[[Tensor, int, Tensor], Tensor] | None = None,
 ) -> int:
-    """Give each parameter that the donor has the donor's values, and say how many these are.
+    """Give each parameter that the donor has the donor's values, and return their number.
 
-    ``sources`` names the old element for each new one of a dimension, and ``blocks`` the old block for each new one.
-    What ``read`` makes of values, given an axis that reads and the sources along it, takes their place.
+    ``sources`` holds the old element of each new one by dimension, and ``blocks`` the old block of each new one.
+    ``read`` changes the values along each axis that reads, given the axis and its sources.
     """
     path, state, written = block_path(model), donor.state_dict(), 0
     kinds, old_kinds = (getattr(m.config, "layer_types", None) for m in (model, donor))

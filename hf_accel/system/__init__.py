@@ -5,4 +5,3 @@ from hf_accel.system.synchronize import *
 
 __all__ = []
 __all__ += synchronize.__all__
-"""System-centric: what runs where, and what it takes."""

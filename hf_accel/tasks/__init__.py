@@ -1,4 +1,4 @@
-"""Tasks: from the model and the data of a recipe to what a Trainer needs."""
+"""Build the model and the data of a recipe for a Trainer."""
 
 from hf_accel.tasks.task import TASKS, Task, build_task
 

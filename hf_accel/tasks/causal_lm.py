@@ -1,4 +1,4 @@
-"""Language modeling: the next token of texts, in blocks of equal length or one text an example."""
+"""Language modeling: predict the next token of texts, in blocks of equal length or one text per example."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from hf_accel.tasks.models import load_model, load_tokenizer
 
 @dataclass
 class TextData:
-    """Where the texts are and how they are cut.
+    """Describe the texts, and how to cut them.
 
     Args:
         source: ``stdlib`` (the source of Python's standard library), a text file, a table or a folder of text files.
-        validation: The same for validation; None: documents of the source, or the end of its only one.
-        validation_share: Share of the documents that are for validation where ``validation`` is None.
-        validation_limit: Most examples that an evaluation reads, evenly spaced; None: all.
+        validation: Source for validation; None: documents of ``source``, or the end of its only document.
+        validation_share: Share of the documents for validation if ``validation`` is None.
+        validation_limit: Most examples of an evaluation, evenly spaced; None: all.
         text_column: Column of a table.
         tokenizer: ``bytes``, a path or a name; None: the tokenizer of the model's folder, or ``bytes``.
-        context: Tokens of an example.
-        blocks: Whether texts are joined and cut into blocks; otherwise a text is an example, cut at ``context``.
+        context: Tokens per example.
+        blocks: Join texts and cut them into blocks; otherwise each text is an example, cut at ``context``.
     """
 
     source: str = "stdlib"
@@ -43,7 +43,7 @@ class TextData:
 
 
 def causal_lm(model: str | dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """Model, data and collator for language modeling."""
+    """Build the model, data and collator for language modeling."""
     check_fields("data", data, TextData)
     options = TextData(**data)
     tokenizer = load_tokenizer(options.tokenizer, model)
@@ -58,7 +58,7 @@ def causal_lm(model: str | dict[str, Any], data: dict[str, Any]) -> dict[str, An
 
 
 def read_examples(options: TextData, tokenizer: Any) -> tuple[Dataset, Dataset]:
-    """Training and validation examples, whose labels are their tokens."""
+    """Read training and validation examples, with their tokens as labels."""
     train = read_documents(options.source, options.text_column)
     if options.validation is None:
         train, validation = split(train, options.validation_share)
@@ -80,7 +80,7 @@ def read_examples(options: TextData, tokenizer: Any) -> tuple[Dataset, Dataset]:
 
 
 def split(documents: list[str], share: float) -> tuple[list[str], list[str]]:
-    """Training and validation documents, by a checksum of the text; a single document is cut near its end."""
+    """Split documents into training and validation by a checksum of the text; cut a single document near its end."""
     if len(documents) == 1:
         cut = int(len(documents[0]) * (1 - share))
         return [documents[0][:cut]], [documents[0][cut:]]
@@ -93,7 +93,7 @@ def split(documents: list[str], share: float) -> tuple[list[str], list[str]]:
 
 
 def tokenize(documents: list[str], tokenizer: Any) -> list[np.ndarray]:
-    """Token ids of each document, with the token that ends a text after them."""
+    """Return the token ids of each document, followed by the end-of-text token."""
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     if type(tokenizer).__name__ == "ByT5Tokenizer":
         first = tokenizer.offset  # the ids of bytes follow those of special tokens; this is a thousand times faster
@@ -104,7 +104,7 @@ def tokenize(documents: list[str], tokenizer: Any) -> list[np.ndarray]:
 
 
 def cut_blocks(rows: list[np.ndarray], context: int) -> Dataset:
-    """All rows after each other, cut into blocks of equal length; what is left at the end is dropped."""
+    """Concatenate all rows and cut them into blocks of equal length; drop the rest at the end."""
     tokens = np.concatenate(rows)
     tokens = tokens[: len(tokens) // context * context]
     blocks = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(tokens), context)
@@ -112,6 +112,6 @@ def cut_blocks(rows: list[np.ndarray], context: int) -> Dataset:
 
 
 def cut_texts(rows: list[np.ndarray], context: int) -> Dataset:
-    """One example a row, of at most ``context`` tokens."""
+    """Make one example per row, of at most ``context`` tokens."""
     texts = pyarrow.array([row[:context] for row in rows if len(row) > 1], pyarrow.list_(pyarrow.int32()))
     return Dataset(pyarrow.table({"input_ids": texts, "labels": texts}))

@@ -1,4 +1,4 @@
-"""Reading data files; what is wrong with one is said in one sentence."""
+"""Read data files, and describe a faulty one in one sentence."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ TABLES = (".parquet", ".csv", ".csv.gz", ".jsonl", ".jsonl.gz", ".json", ".json.
 
 
 def read_documents(source: str, text_column: str) -> list[str]:
-    """The documents of ``stdlib``, a text file, a table with a column of texts, or a folder of text files."""
+    """Read the documents of ``stdlib``, a text file, a table with a column of texts, or a folder of text files."""
     if source == "stdlib":
         return standard_library()
     path = existing(source)
@@ -37,7 +37,7 @@ def read_documents(source: str, text_column: str) -> list[str]:
 
 
 def standard_library() -> list[str]:
-    """The source files of this Python's standard library, without its tests, in the order of their paths."""
+    """Read the source files of this Python's standard library, without its tests, in the order of their paths."""
     root = Path(sysconfig.get_paths()["stdlib"])
     others = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
     files = [file for file in root.rglob("*.py") if not others & set(file.relative_to(root).parts)]
@@ -47,7 +47,7 @@ def standard_library() -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """The text of a file, unpacked where its name ends with .gz."""
+    """Read the text of a file, and unpack it if its name ends with .gz."""
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
@@ -58,7 +58,7 @@ def read_text(path: Path) -> str:
 
 
 def read_table(source: str, columns: list[str]) -> pyarrow.Table:
-    """The named columns of a table, of which all must be there."""
+    """Read the named columns of a table; all of them must exist."""
     path = existing(source)
     stem = path.name.removesuffix(".gz")
     if path.is_dir() or not path.name.endswith(TABLES):
@@ -87,7 +87,7 @@ def read_table(source: str, columns: list[str]) -> pyarrow.Table:
 
 
 def texts(table: pyarrow.Table, source: str, column: str) -> list[str]:
-    """A column that must hold texts."""
+    """Return a column that must hold texts."""
     kind = table[column].type
     if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
         raise RecipeError(f"data({source!r}): column {column!r} holds {kind}, not text. Name a column with text.")
@@ -95,7 +95,7 @@ def texts(table: pyarrow.Table, source: str, column: str) -> list[str]:
 
 
 def existing(source: str) -> Path:
-    """The path of a file or folder that must be there."""
+    """Return the path of a file or folder that must exist."""
     path = Path(source).expanduser()
     if not path.exists():
         raise RecipeError(f"data({source!r}): there is no such file. Check the path.")

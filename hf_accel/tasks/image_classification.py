@@ -1,4 +1,4 @@
-"""Classification of images: a table with columns of image files and of labels, or a folder with one for each class."""
+"""Classification of images: a table with image files and labels, or a folder with a folder of images per class."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from hf_accel.tasks.sequence_classification import accuracy, numbered
 
 @dataclass
 class ImageData:
-    """Where the images and labels are.
+    """Describe the images and their labels.
 
     Args:
         train: Table of the training examples, or a folder with a folder of images for each class.
         validation: The same for validation.
         image_column: Column of the image files, as bytes.
         label_column: Column of the labels, numbers or names.
-        size: Rows and columns of an image as the model sees it.
+        size: Height and width of the model's input, in pixels.
     """
 
     train: str
@@ -42,9 +42,9 @@ class ImageData:
 
 
 class Images(Dataset):
-    """Pairs of an image, (C, H, W), and the number of its class; files are read when they are asked for.
+    """Pairs of an image, (C, H, W), and the number of its class; files are read on access.
 
-    ``mean`` and ``std``, one for each channel, are those of values in [0, 1].
+    ``mean`` and ``std`` have one entry per channel, for values in [0, 1].
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Images(Dataset):
 
 
 def image_classification(model: str | dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """Model, data, collator and accuracy for the classification of images."""
+    """Build the model, data, collator and accuracy for the classification of images."""
     try:
         from PIL import Image
     except ImportError:
@@ -87,14 +87,14 @@ def image_classification(model: str | dict[str, Any], data: dict[str, Any]) -> d
     if path is None:
         names["image_size"] = options.size
     loaded = load_model(AutoModelForImageClassification, model, None, ignore_mismatched_sizes=True, **names)
-    said = {} if path is None else get_image_processor_config(path)
-    mean, std = (np.broadcast_to(said.get(f"image_{name}", 0.5), 3).tolist() for name in ("mean", "std"))
+    saved = {} if path is None else get_image_processor_config(path)
+    mean, std = (np.broadcast_to(saved.get(f"image_{name}", 0.5), 3).tolist() for name in ("mean", "std"))
     return {
-        "model": loaded,  # its head made anew, where it was for other classes
+        "model": loaded,  # a head for other classes is replaced by a new one
         "processing_class": ViTImageProcessor(
             size={"height": options.size, "width": options.size},
             resample=Image.Resampling.BICUBIC,
-            image_mean=mean,  # as it was trained
+            image_mean=mean,  # as in pretraining
             image_std=std,
         ),
         "train_dataset": Images(files[0], classes[options.train], options.size, mean, std),
@@ -105,7 +105,7 @@ def image_classification(model: str | dict[str, Any], data: dict[str, Any]) -> d
 
 
 def read_images(source: str, options: ImageData) -> tuple[list[bytes | Path], list[Any]]:
-    """Files of images, and their labels."""
+    """Read the image files and their labels."""
     if existing(source).is_dir():
         paths = sorted(path for path in existing(source).glob("*/*") if path.is_file())
         if not paths:
@@ -119,6 +119,6 @@ def read_images(source: str, options: ImageData) -> tuple[list[bytes | Path], li
 
 
 def collate(examples: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
-    """A batch of images and classes."""
+    """Stack images and classes into a batch."""
     images, classes = zip(*examples, strict=True)
     return {"pixel_values": torch.stack(images), "labels": torch.tensor(classes)}

@@ -1,4 +1,4 @@
-"""Models and tokenizers of a recipe: saved ones by path or name, new ones by their configuration."""
+"""Build models and tokenizers of a recipe: saved ones by path or name, new ones by their configuration."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ from hf_accel.recipe import RecipeError
 from hf_accel.recipe.technique_syntax import nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-"""Of weights, by their names in a recipe."""
+"""Dtypes of weights by their names in a recipe."""
 
 
 def load_tokenizer(name: str | None, model: str | dict[str, Any]) -> Any:
-    """A tokenizer by path or name; ``bytes``: one token for each byte of UTF-8; None: that of the model's folder."""
+    """Load a tokenizer by path or name.
+
+    ``bytes`` gives one token for each byte of UTF-8, and None gives the tokenizer of the model's folder.
+    """
     subject = "tokenizer" if name is not None else "model"
     if name is None:
         name = model if isinstance(model, str) else str(model.get("path", "bytes"))
@@ -29,17 +32,20 @@ def load_tokenizer(name: str | None, model: str | dict[str, Any]) -> Any:
     except (OSError, ValueError) as error:
         raise RecipeError(_not_loaded(subject, name, error)) from None
     if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # labels are padded apart, so the end of a text is still learned
+        tokenizer.pad_token = tokenizer.eos_token  # labels are padded separately, so the end is learned
     return tokenizer
 
 
 def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options: Any) -> PreTrainedModel:
-    """A model of an auto class: the weights of a path or name, quantized where it is ``{path: ..., quantization_config:
-    {...}}`` as transformers reads it, or new ones of ``{config: {model_type: ...}}``; ``options`` are what the data say
-    of its configuration.
+    """Load a model of an auto class, or build a new one.
 
-    Saved weights that are not quantized are trained in float32, whatever they were saved in, for small updates vanish
-    in half precision; ``{path: ..., dtype: bfloat16}`` keeps them so, as for `LoRA`, which does not train them.
+    A path or a name gives saved weights, and ``{config: {model_type: ...}}`` gives new ones.  With
+    ``{path: ..., quantization_config: {...}}``, transformers quantizes saved weights.  ``options`` are entries of the
+    configuration that depend on the data.
+
+    Saved weights that are not quantized train in float32, whatever their saved dtype, because small updates vanish in
+    half precision.  ``{path: ..., dtype: bfloat16}`` loads them in half precision, for example for `LoRA`, which does
+    not train them.
     """
     if isinstance(model, str):
         return _load_saved(kind, model, **options)
@@ -73,9 +79,9 @@ def load_model(kind: Any, model: str | dict[str, Any], tokenizer: Any, **options
 
 
 def dtype_of(name: str) -> torch.dtype:
-    """A type of weights; RecipeError where a name is of none."""
+    """Return a dtype of weights; raise RecipeError for an unknown name."""
     if name not in DTYPES:
-        raise RecipeError(f"model.dtype({name!r}): is no type of weights. {nearest(str(name), DTYPES)}")
+        raise RecipeError(f"model.dtype({name!r}): is not a dtype of weights. {nearest(str(name), DTYPES)}")
     return DTYPES[name]
 
 
@@ -87,7 +93,7 @@ def _load_saved(kind: Any, path: str, dtype: Any = None, **options: Any) -> PreT
         return kind.from_pretrained(path, dtype=wanted or ("auto" if quantized else torch.float32), **options)
     except (OSError, ValueError) as error:
         raise RecipeError(_not_loaded("model", path, error)) from None
-    except ImportError as error:  # what reads its quantized weights
+    except ImportError as error:  # no package for its quantized weights
         raise RecipeError(f"model({path!r}): {_on_a_line(error)}") from None
 
 

@@ -17,7 +17,7 @@ from hf_accel.tasks.models import load_model, load_tokenizer
 
 @dataclass
 class LabeledData:
-    """Where the texts and labels are.
+    """Describe the texts and their labels.
 
     Args:
         train: Table of the training examples.
@@ -25,7 +25,7 @@ class LabeledData:
         text_column: Column of the texts.
         label_column: Column of the labels, numbers or names.
         tokenizer: ``bytes``, a path or a name; None: the tokenizer of the model's folder, or ``bytes``.
-        context: Most tokens of an example; what is longer is cut.
+        context: Most tokens of an example; longer ones are cut.
     """
 
     train: str
@@ -37,7 +37,7 @@ class LabeledData:
 
 
 def sequence_classification(model: str | dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
-    """Model, data, collator and accuracy for the classification of texts."""
+    """Build the model, data, collator and accuracy for the classification of texts."""
     check_fields("data", data, LabeledData)
     for key in ("train", "validation"):
         if key not in data:
@@ -55,7 +55,7 @@ def sequence_classification(model: str | dict[str, Any], data: dict[str, Any]) -
     return {
         "model": load_model(
             AutoModelForSequenceClassification, model, tokenizer, ignore_mismatched_sizes=True, **names
-        ),  # a head for other classes is made anew
+        ),  # a head for other classes is replaced by a new one
         "train_dataset": sets[options.train],
         "eval_dataset": sets[options.validation],
         "processing_class": tokenizer,
@@ -65,21 +65,21 @@ def sequence_classification(model: str | dict[str, Any], data: dict[str, Any]) -
 
 
 def numbered(labels: dict[str, list[Any]], train: str) -> tuple[dict[str, list[int]], dict[str, Any]]:
-    """The numbers of the classes by source, and what a model's configuration says of them."""
+    """Return the numbers of the classes by source, and the entries of a model's configuration for them."""
     classes = sorted_classes(labels[train], train)
     numbers = {label: number for number, label in enumerate(classes)}
     for source, own in labels.items():
         if unknown := set(own) - numbers.keys():
             raise RecipeError(
-                f"data({source!r}): label {sorted(map(repr, unknown))[0]} is in no training example. Drop it."
+                f"data({source!r}): label {sorted(map(repr, unknown))[0]} is in no training example. Remove it."
             )
     names = {number: str(label) for number, label in enumerate(classes)}
-    said = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
-    return {source: [numbers[label] for label in own] for source, own in labels.items()}, said
+    entries = {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+    return {source: [numbers[label] for label in own] for source, own in labels.items()}, entries
 
 
 def sorted_classes(labels: list[Any], source: str) -> list[Any]:
-    """The classes of a training set, in order; at least two, all numbers or all names."""
+    """Return the classes of a training set in order: at least two, all numbers or all names."""
     classes, kinds = set(labels), {type(label).__name__ for label in labels}
     if kinds not in ({"int"}, {"str"}, {"bool"}):
         raise RecipeError(f"data({source!r}): labels are {' and '.join(sorted(kinds))}. Use whole numbers or names.")
@@ -89,6 +89,6 @@ def sorted_classes(labels: list[Any], source: str) -> list[Any]:
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of examples whose largest logit is at the label."""
+    """Return the share of examples with the largest logit at the label."""
     logits = prediction.predictions[0] if isinstance(prediction.predictions, tuple) else prediction.predictions
     return {"accuracy": float(np.mean(np.argmax(logits, axis=-1) == prediction.label_ids))}

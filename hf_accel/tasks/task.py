@@ -1,4 +1,4 @@
-"""What a task gives to a Trainer, and the tasks by name."""
+"""Build the arguments of a Trainer from a recipe, by the name of its task."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ TASKS = {
     "sequence-classification": sequence_classification,
     "image-classification": image_classification,
 }
-"""``(model, data) -> Task`` by the name that a recipe gives."""
+"""Functions ``(model, data) -> Task`` by the task's name in a recipe."""
 
 
 def build_task(recipe: Recipe) -> Task:
-    """Model and data of a recipe.  The model is initialized from torch's global generator: seed it before."""
+    """Build the model and the data of a recipe.  Seed torch's global generator before, for the first weights."""
     if recipe.task is None:
         raise RecipeError(f"recipe: it names no task. Write 'task:' with one of {', '.join(TASKS)}.")
     if recipe.task not in TASKS:
-        raise RecipeError(f"task({recipe.task!r}): there is none of this name. {nearest(str(recipe.task), TASKS)}")
+        raise RecipeError(f"task({recipe.task!r}): there is no such task. {nearest(str(recipe.task), TASKS)}")
     if recipe.model is None:
         raise RecipeError("recipe: it names no model. Write 'model: path' or 'model: {config: {model_type: ...}}'.")
     return TASKS[recipe.task](recipe.model, recipe.data)

@@ -1,8 +1,8 @@
-"""What a run will take, and what a budget will buy, from a run of seconds.
+"""Predict the duration of a run, or the steps within a budget, from a run of seconds.
 
-A short run of a copy of the model, with the user's data, techniques and loop, gives the mean duration of a step; it
-goes through all of its progress, as the whole run will.  Evaluations of two sizes give the cost of an example and that
-of an evaluation as such; the model is saved once.  Then, with S steps,
+A short run of a copy of the model, with the user's data, techniques and loop, gives the mean duration of a step.  It
+goes through all of its progress, like the whole run.  Evaluations of two sizes give the cost per example and the fixed
+cost of an evaluation.  The model is saved once.  Then, with S steps,
 
     seconds = start + S * step + evaluations(S) * evaluation + checkpoints(S) * checkpoint
 """
@@ -21,18 +21,18 @@ from hf_accel.engine.short_run import many_runs, probe_of, short_run
 from hf_accel.technique import Technique
 
 WARM = 2
-"""Steps at the beginning that are not timed."""
+"""Steps at the start that are not timed."""
 
 PROBED_BATCHES = 5
-"""Batches of the larger evaluation that is timed."""
+"""Batches of the larger timed evaluation."""
 
 CHECKPOINT = 3.0
-"""What a checkpoint takes, in times of saving the model: the optimizer has two more of everything."""
+"""Duration of a checkpoint, relative to saving the model: the optimizer holds two more values per weight."""
 
 
 @dataclass(eq=False)
 class Timing(Technique):
-    """When training began its first step, and when each one ended."""
+    """Record when the first step begins and when each step ends."""
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.moments_ = []
@@ -45,7 +45,7 @@ class Timing(Technique):
         self.moments_.append(self.run_.clock.seconds)
 
     def step_seconds(self) -> float:
-        """The mean, without the first steps where there are enough."""
+        """Return the mean duration of a step, without the first steps if there are enough."""
         moments = self.moments_[WARM if len(self.moments_) > 2 * WARM else 0 :]
         return (moments[-1] - moments[0]) / (len(moments) - 1)
 
@@ -55,8 +55,8 @@ class Rhythm:
     """How often a run evaluates, or saves.
 
     Args:
-        each_step: Times in a step, as a mean.
-        once: Times in a run, whatever its length.
+        each_step: Mean number per step.
+        once: Number per run, whatever its length.
     """
 
     each_step: float = 0.0
@@ -65,17 +65,17 @@ class Rhythm:
 
 @dataclass
 class Forecast:
-    """What was measured, in seconds.
+    """Predict durations and steps from measurements.
 
     Args:
-        start: Before the first step.
-        step: Of a step.
-        evaluation: Of a whole evaluation.
-        checkpoint: Of a checkpoint.
-        batch: Examples of an update.
-        spent: Of each unit but seconds, by a step.
-        measured_steps: Steps that were timed.
-        cost: What the measurement took.
+        start: Seconds before the first step.
+        step: Seconds of a step.
+        evaluation: Seconds of a whole evaluation.
+        checkpoint: Seconds of a checkpoint.
+        batch: Examples per update.
+        spent: Amount of each unit except seconds that a step spends.
+        measured_steps: Number of timed steps.
+        cost: Seconds of the measurement.
     """
 
     start: float
@@ -91,21 +91,21 @@ class Forecast:
 
     @property
     def each_step(self) -> float:
-        """Seconds of a step with its part of evaluations and checkpoints."""
+        """Return the seconds of a step with its share of evaluations and checkpoints."""
         regular = self.evaluations.each_step * self.evaluation + self.checkpoints.each_step * self.checkpoint
         return self.step + regular
 
     @property
     def once(self) -> float:
-        """Seconds of what happens however long the run is."""
+        """Return the seconds that do not depend on the number of steps."""
         return self.start + self.evaluations.once * self.evaluation + self.checkpoints.once * self.checkpoint
 
     def seconds(self, steps: float) -> float:
-        """How long a run of so many steps takes."""
+        """Return the duration of a run with this number of steps."""
         return self.once + steps * self.each_step
 
     def steps(self, limits: Mapping[str, float]) -> int:
-        """Steps within limits; ValueError where not one is."""
+        """Return the number of steps within limits; raise ValueError if not one fits."""
         bought = []
         for unit, limit in limits.items():
             available = limit - self.once if unit == "seconds" else limit
@@ -116,18 +116,18 @@ class Forecast:
         steps = math.floor(min(bought) + 1e-6)
         if steps < 1:
             raise ValueError(
-                f"budget: a run takes {self.seconds(1):.3g} s with a single step, its start and its evaluations, and "
-                "the budget is less. Give more."
+                f"budget: the start, one step and the evaluations take {self.seconds(1):.3g} s, and the budget is "
+                "less. Give more."
             )
         return steps
 
 
 def calibrate(trainer: Any, *, seconds: float = 30.0, without: Sequence[Technique] = ()) -> Forecast:
-    """Measure the steps of a trainer that hosts techniques and has not begun; it stays as it is.
+    """Measure the steps of a trainer that hosts techniques and has not started, and leave it unchanged.
 
     Args:
-        seconds: Of the short run; evaluations of some batches come on top.
-        without: Techniques that are left out.
+        seconds: Seconds of the short run; evaluations of some batches are extra.
+        without: Techniques that the short run omits.
     """
     engine, clock = trainer.accel, trainer.clock
     began = clock.now()
@@ -157,7 +157,7 @@ def calibrate(trainer: Any, *, seconds: float = 30.0, without: Sequence[Techniqu
 
 
 def _of_all(trainer: Any, few: Any, more: Any) -> float:
-    """Seconds of the whole evaluation, from those of two parts."""
+    """Estimate the seconds of the whole evaluation from those of two parts."""
     data = trainer.train_dataset if trainer.eval_dataset is None else trainer.eval_dataset
     parts = list(data.values()) if isinstance(data, dict) else [data]
     examples = sum(map(len, parts))

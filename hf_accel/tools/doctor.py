@@ -1,33 +1,28 @@
-"""Where the time of a training goes, and what would mend it: a short run of somebody's trainer, profiled.
+"""Find lost time of a training run and ways to save it, by profiling a short run of any trainer.
 
-    findings = examine(trainer)        # before its train(), which it does not survive
+    findings = examine(trainer).findings    # before trainer.train(), which is impossible afterwards
     findings[0].what, findings[0].remedy, findings[0].saving
 
-A finding names one thing that takes time for nothing, with the share of the whole run's time that a mend would save,
-estimated from what was measured on this machine.  What costs nothing here, but on an accelerator, such as waiting for
-a number in every step, has no share and comes after what has one.  Traps cost no time but correctness.
+A finding names one cause of lost time, with the share of the whole run's time that a fix would save.  The share is
+estimated from measurements on this machine.  Some causes cost time only on an accelerator, such as waiting for a number
+in every step.  They have no share and come last.  Traps cost correctness instead of time.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
 import math
 import statistics
 import tempfile
 import time
-import traceback
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
@@ -37,26 +32,23 @@ from hf_accel.engine.reserve import probe_evaluation
 from hf_accel.engine.short_run import Horizon
 from hf_accel.losses import honors_num_items
 from hf_accel.technique import Technique
+from hf_accel.tools.watch import STEPS, WARM, Watch
 from hf_accel.trainer import attach
 
-WARM = 5
-"""Steps before anything is measured."""
-STEPS = 25
-"""Steps that are measured."""
 NOTABLE = 0.05
-"""The share of the run below which a finding is none."""
+"""Smallest share of the run that makes a finding."""
 ENOUGH = 10
-"""Evaluations that show how a run goes."""
+"""Number of evaluations that is enough to follow a run."""
 
 
 @dataclass
 class Finding:
-    """Something that costs time, or a trap.
+    """A cause of lost time, or a trap.
 
     Args:
-        what: What was found, with its figures.
-        remedy: What to do.
-        saving: Share of the run's time that this would save, about; None where this machine cannot tell.
+        what: Cause, with its figures.
+        remedy: Advice.
+        saving: Approximate share of the run's time that the remedy saves; None if this machine cannot tell.
     """
 
     what: str
@@ -66,13 +58,13 @@ class Finding:
 
 @dataclass
 class Examination:
-    """What a short run has shown.
+    """The results of a short run.
 
     Args:
-        seconds: Of a step, by phase.
-        run_seconds: Of the whole run that was asked for, about; None where its length is not known.
-        findings: Those that cost most come first.
-        traps: What gives another result than one thinks.
+        seconds: Seconds of a step by phase.
+        run_seconds: Approximate seconds of the whole requested run; None if its length is unknown.
+        findings: Findings, the most expensive first.
+        traps: Settings with an unexpected result.
     """
 
     seconds: dict[str, float]
@@ -81,98 +73,12 @@ class Examination:
     traps: list[Finding] = field(default_factory=list)
 
 
-@dataclass(eq=False)
-class Watch(Technique):
-    """Measures steps: their phases, the padding of their batches, and what makes them wait for a number."""
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        self.positions_, self.padding_ = 0, 0
-        self.lengths_: list[list[int]] = []
-        self.waits_: Counter[str] = Counter()
-        self.hook_ = model.register_forward_pre_hook(self._look, with_kwargs=True)
-        self.mode_ = contextlib.ExitStack()
-        self.before_: dict[str, float] = {}
-        self.steps_: list[float] = []
-        self.began_ = time.perf_counter()
-        self.run_.stopwatch.synchronizes = True  # type: ignore[union-attr]
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        run: Any = self.run_
-        self.mode_.close()
-        if state.global_step == 1:
-            self.mode_.enter_context(Waits(self.waits_))
-        now = time.perf_counter()
-        if state.global_step > WARM:
-            self.steps_.append(now - self.began_)
-        elif state.global_step == WARM:
-            self.before_ = dict(run.stopwatch.seconds)
-        self.began_ = now
-
-    def on_train_end(self, args, state, control, **kwargs):
-        run: Any = self.run_
-        self.hook_.remove()
-        self.mode_.close()
-        steps = max(state.global_step - WARM, 1)
-        run.stopwatch._settle()
-        run.stopwatch.synchronizes = False
-        self.seconds_ = {
-            name.partition(".")[2] or name: (seconds - self.before_.get(name, 0.0)) / steps
-            for name, seconds in run.stopwatch.seconds.items()
-        }
-
-    def _look(self, module: Any, args: Any, inputs: dict[str, Any]) -> None:
-        mask = inputs.get("attention_mask")
-        if module.training and mask is not None and mask.dim() == 2:
-            self.positions_ += mask.numel()
-            self.padding_ += int((mask == 0).sum())
-            self.lengths_.append(mask.sum(1).tolist())
-
-    @property
-    def padding(self) -> float:
-        """Share of the positions that are padding."""
-        return self.padding_ / self.positions_ if self.positions_ else 0.0
-
-    @property
-    def padding_when_grouped(self) -> float:
-        """The same, if examples of similar length shared a batch."""
-        lengths = sorted(itertools.chain.from_iterable(self.lengths_))
-        sizes = [len(batch) for batch in self.lengths_]
-        batches = [lengths[end - size : end] for size, end in zip(sizes, itertools.accumulate(sizes), strict=True)]
-        return 1 - sum(lengths) / max(sum(len(batch) * max(batch) for batch in batches), 1)
-
-
-class Waits(TorchDispatchMode):
-    """Counts where a program asks for the value of a tensor, by the line of the user's code that does."""
-
-    def __init__(self, found: Counter[str]):
-        super().__init__()
-        self.found = found
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func is torch.ops.aten._local_scalar_dense.default:
-            self.found[_line_of_the_user()] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def _line_of_the_user() -> str:
-    """The line that asked for a value; empty where an installed package did, Trainer for example, or `Watch`."""
-    for frame in reversed(traceback.extract_stack()):
-        path = Path(frame.filename)
-        if path == Path(__file__) and frame.name == Watch._look.__name__:
-            return ""
-        if path == Path(__file__) or path.is_relative_to(Path(torch.__file__).parent):
-            continue
-        return "" if "site-packages" in path.parts else f"{path.name}:{frame.lineno}"
-    return ""
-
-
 def examine(trainer: Trainer, techniques: list[Technique] | None = None) -> Examination:
-    """Train for a few steps, and say what costs time.
+    """Train for a few steps, and report the costs.
 
     Args:
-        trainer: Built and not yet trained; it is used up.
-        techniques: Attached, as a recipe has them.
+        trainer: Trainer before its `train()`; it cannot be used afterwards.
+        techniques: Techniques to attach, as a recipe builds them.
     """
     steps = planned_steps(trainer)
     evaluations = planned_evaluations(trainer, steps)
@@ -188,7 +94,7 @@ def examine(trainer: Trainer, techniques: list[Technique] | None = None) -> Exam
         evaluation = probe_evaluation(accel.host, accel.meter.clock.now) if has_data else 0.0  # type: ignore[arg-type]
         run_seconds = None if steps is None else steps * step + evaluations * evaluation
         waiting, seconds = communication(trainer), dict(watch.seconds_)
-        if waiting:  # DDP sends gradients while the backward pass goes on, and what is not done by then is waited for
+        if waiting:  # DDP sends gradients during the backward pass, whose end waits for the last ones
             seconds["backward"] = max(seconds.get("backward", 0.0) - waiting, 0.0)
             seconds["communication"] = waiting
         found = Examination(seconds, run_seconds, traps=traps(trainer))
@@ -205,10 +111,10 @@ def examine(trainer: Trainer, techniques: list[Technique] | None = None) -> Exam
 
 
 def communication(trainer: Any, passes: int = 5) -> float:
-    """Seconds by which the exchange of gradients makes a step of DDP longer: that of passes with and without it.
+    """Return the seconds that the exchange of gradients adds to a step of DDP, from passes with and without it.
 
-    All ranks must come here together; 0 for one process, for FSDP and DeepSpeed, which cannot leave it out, and where a
-    technique leaves it out.
+    All ranks must call it together.  Return 0 for one process, and for FSDP and DeepSpeed, which cannot skip the
+    exchange.  Return 0 also if a technique skips it.
     """
     wrapped, owner = trainer.model_wrapped, trainer.accel.roster.owner("synchronize")
     if not isinstance(wrapped, DistributedDataParallel) or (owner is not None and not owner.synchronize()):
@@ -228,18 +134,19 @@ def communication(trainer: Any, passes: int = 5) -> float:
 
 
 def quiet(trainer: Trainer, folder: str) -> None:
-    """Leave out of a trainer what a short run is not to do."""
+    """Turn off everything that a short run does not need."""
     args: Any = trainer.args
     changes = {"output_dir": folder, "max_steps": -1, "eval_strategy": IntervalStrategy.NO, "push_to_hub": False}
     changes |= {"save_strategy": SaveStrategy.NO, "load_best_model_at_end": False, "eval_on_start": False}
     for name, value in changes.items():
         setattr(args, name, value)
-    for callback in (EarlyStoppingCallback, *INTEGRATION_TO_CALLBACK.values()):  # it wants evaluations; they report
+    # EarlyStoppingCallback needs evaluations, and the others report.
+    for callback in (EarlyStoppingCallback, *INTEGRATION_TO_CALLBACK.values()):
         trainer.remove_callback(callback)
 
 
 def planned_steps(trainer: Trainer) -> int | None:
-    """Updates of the run that was asked for; None where the data has no length."""
+    """Return the number of updates of the requested run; None if the data has no length."""
     args = trainer.args
     if args.max_steps > 0:
         return args.max_steps
@@ -250,7 +157,7 @@ def planned_steps(trainer: Trainer) -> int | None:
 
 
 def planned_evaluations(trainer: Trainer, steps: int | None) -> int:
-    """How often that run evaluates; 0 where this is not known."""
+    """Return the number of evaluations of that run; 0 if it is unknown."""
     args = trainer.args
     if args.eval_strategy == IntervalStrategy.EPOCH:
         return math.ceil(args.num_train_epochs)
@@ -268,13 +175,13 @@ def _of_data(trainer: Trainer, watch: Watch, step: float) -> list[Finding]:
     if waiting / step < NOTABLE:
         return []
     workers = trainer.args.dataloader_num_workers
-    remedy = "Set dataloader_num_workers to 2 or more, so that batches are made beside the steps"
+    remedy = "Set dataloader_num_workers to 2 or more, so that workers make batches during the steps"
     if workers:
-        remedy = f"Its {workers} workers are too slow: set more of them"
+        remedy = f"Raise dataloader_num_workers, because {workers} workers are too slow"
     return [
         Finding(
             f"Data loading: a step waits {_ms(waiting)} of {_ms(step)} for its batch ({waiting / step:.0%}).",
-            f"{remedy}, or do in advance (dataset.map) what the data set and the collator do for each batch.",
+            f"{remedy}, or move work of the data set and the collator to dataset.map.",
             waiting / step,
         )
     ]
@@ -290,7 +197,7 @@ def _of_padding(watch: Watch, step: float) -> list[Finding]:
         Finding(
             f"Padding: {watch.padding:.0%} of the positions that the model computes are padding.",
             f"LengthGrouped() would leave about {grouped:.0%}, Packing() or PaddingFree() none. "
-            "Is the tokenizer told to pad to a fixed length? Let the collator pad.",
+            "If the tokenizer pads to a fixed length, let the collator pad instead.",
             saving,
         )
     ]
@@ -303,8 +210,8 @@ def _of_communication(waiting: float, step: float) -> list[Finding]:
         Finding(
             f"Communication: a step waits {_ms(waiting)} of {_ms(step)} for the other ranks' gradients "
             f"({waiting / step:.0%}).",
-            "A larger gradient_accumulation_steps exchanges once for more examples; GradientCompression() sends half, "
-            "LocalSGD() or DiLoCo() weights every few steps.",
+            "Raise gradient_accumulation_steps to exchange less often. GradientCompression() sends half as much; "
+            "LocalSGD() or DiLoCo() send weights every few steps.",
             waiting / step,
         )
     ]
@@ -341,14 +248,14 @@ def _of_checkpointing(trainer: Any, step: float) -> list[Finding]:
         Finding(
             f"Activation checkpointing: it recomputes every forward pass to save {(more - needed) / 2**20:,.0f} MiB, "
             f"and {free / 2**30:,.1f} GiB are free.",
-            "Leave activation_checkpointing out.",
+            "Turn off activation checkpointing.",
             (with_it - without) / max(step, with_it),
         )
     ]
 
 
 def _memory_and_seconds(trainer: Any, batch: Any, passes: int = 3) -> tuple[int, float]:
-    """Bytes that a forward pass keeps for its backward beside the weights, and seconds of both, the least."""
+    """Return the bytes that a forward pass keeps for its backward beside the weights, and the least seconds of both."""
     model, kept, seconds = trainer.model, 0, []
     known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     model.train()
@@ -376,14 +283,14 @@ def _memory_and_seconds(trainer: Any, batch: Any, passes: int = 3) -> tuple[int,
 
 
 def _now() -> float:
-    """Seconds, when all that was asked of an accelerator is done."""
+    """Return the time in seconds, after all work of the accelerator is done."""
     if torch.accelerator.is_available():
         torch.accelerator.synchronize()
     return time.perf_counter()
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on a device, those that its allocator holds for later included, or on the machine."""
+    """Return the free bytes of a device, with those that its allocator caches, or of the machine."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -394,53 +301,53 @@ def _of_waiting(watch: Watch, logs_each_step: bool) -> list[Finding]:
     found = []
     lines = {line: count for line, count in watch.waits_.items() if line}
     if lines:
-        said = ", ".join(f"{line} ({count}x)" for line, count in sorted(lines.items(), key=lambda item: -item[1])[:3])
+        worst = ", ".join(f"{line} ({count}x)" for line, count in sorted(lines.items(), key=lambda item: -item[1])[:3])
         found.append(
             Finding(
-                f"Waiting for numbers: every step asks for values of tensors (.item(), float(), print) in {said}.",
-                "Keep tensors, and read them when something is logged: an accelerator stands still meanwhile.",
+                f"Waiting for numbers: every step reads values of tensors (.item(), float(), print) in {worst}.",
+                "Keep tensors and read them only for logging, because an accelerator idles meanwhile.",
             )
         )
     if logs_each_step:
         found.append(
             Finding(
                 "Logging: logging_steps=1 reads the loss and reports it at every step.",
-                "Set logging_steps to 10 or more: an accelerator stands still meanwhile.",
+                "Set logging_steps to 10 or more, because an accelerator idles meanwhile.",
             )
         )
     return found
 
 
 def traps(trainer: Any) -> list[Finding]:
-    """What in a trainer's settings gives another result than one thinks."""
+    """Find settings of a trainer with an unexpected result."""
     args, model, found = trainer.args, trainer.model, []
     divided = args.gradient_accumulation_steps * args.world_size
     if divided > 1 and trainer.model_accepts_loss_kwargs and not honors_num_items(model):
         found.append(
             Finding(
-                f"Loss: {type(model).__name__} does not divide by num_items_in_batch, and Trainer believes that it "
-                f"does: loss and gradient are {divided} times too large (gradient accumulation x processes).",
-                "Use AccelTrainer(micro_batch_size=...), whose loss is right, or gradient_accumulation_steps=1.",
+                f"Loss: {type(model).__name__} does not divide by num_items_in_batch, although Trainer assumes that it "
+                f"does. Loss and gradient are {divided} times too large (gradient accumulation x processes).",
+                "Use AccelTrainer(micro_batch_size=...), which corrects the loss, or gradient_accumulation_steps=1.",
             )
         )
     if args.train_sampling_strategy == "group_by_length":
         found.append(
             Finding(
-                "Resume: train_sampling_strategy='group_by_length' draws its order from the global generator, whose "
-                "state at the start of an epoch is not saved.",
+                "Resume: train_sampling_strategy='group_by_length' draws its order from the global generator. "
+                "Checkpoints do not save its state at the start of an epoch.",
                 "A run that is resumed after its first epoch sees other batches. Use LengthGrouped().",
             )
         )
     if args.ignore_data_skip:
         found.append(
             Finding(
-                "Resume: ignore_data_skip=True starts the epoch anew: examples come twice and others not at all.",
-                "Leave it out.",
+                "Resume: ignore_data_skip=True restarts the epoch. Some examples come twice and others not at all.",
+                "Set ignore_data_skip=False.",
             )
         )
     if args.save_only_model and args.save_strategy != SaveStrategy.NO:
         found.append(
-            Finding("Resume: save_only_model=True keeps no optimizer and no position.", "Leave it out to resume.")
+            Finding("Resume: save_only_model=True saves no optimizer and no position.", "Set save_only_model=False.")
         )
     return found
 
@@ -455,7 +362,7 @@ def _s(seconds: float) -> str:
 
 @contextlib.contextmanager
 def instead_of_training(do: Callable[[Trainer], None]) -> Iterator[None]:
-    """While inside, a trainer that begins to train is given to a function, and the script ends there."""
+    """Give a trainer that starts to train inside to a function, and end the script there."""
     plain = Trainer.train
 
     def train(self: Trainer, *args: Any, **kwargs: Any) -> None:

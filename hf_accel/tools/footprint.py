@@ -1,9 +1,9 @@
-"""The memory of a training step, tensor by tensor, without a weight in memory.
+"""Trace the memory of a training step, tensor by tensor, without a weight in memory.
 
-The model is built of fake tensors, which have a shape and a type and no data, and a forward and backward pass is made
-over them.  Every storage is noted when it comes and when it goes, so that what is alive at once is exact: what autograd
-keeps, gradients while they are made, logits in several copies.  A mask that hides padding, and what kernels need within
-themselves, are not seen.
+The model consists of fake tensors, which have a shape and a dtype but no data.  A forward and backward pass runs over
+them.  Every storage is recorded when it appears and when it disappears, so the memory alive at once is exact.  It
+includes the tensors that autograd keeps, gradients in progress, and logits in several copies.  Masks that hide padding
+and memory inside kernels are not visible.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Peak(NamedTuple):
 
     @property
     def total(self) -> float:
-        """All of it."""
+        """Return the sum of all parts."""
         return sum(self)
 
 
 class Ledger(TorchDispatchMode):
-    """Notes the storages that come and go inside; those of ``held`` are there before and after."""
+    """Record the storages that appear and disappear inside; those of ``held`` exist before and after."""
 
     def __init__(self, held: Any = ()) -> None:
         super().__init__()
@@ -72,7 +72,7 @@ class Ledger(TorchDispatchMode):
         weakref.finalize(storage, self.changes.append, (number, -size)).atexit = False
 
     def number_of(self, tensor: Tensor) -> int | None:
-        """The number in ``changes`` of a tensor's storage."""
+        """Return the number of a tensor's storage in ``changes``."""
         return self._known.get(tensor.untyped_storage())
 
 
@@ -82,11 +82,11 @@ class Trace:
 
     Args:
         weights: Bytes of parameters and buffers.
-        parameters: Their number.
-        trained: Number of those that are trained.
+        parameters: Number of parameters.
+        trained: Number of trained parameters.
         gradients: Bytes of all gradients.
         block: Parameters of the largest block.
-        outside: Parameters in no block.
+        outside: Parameters outside blocks.
         alive_TC: At each time T, bytes of the three categories C of `Peak`.
     """
 
@@ -99,7 +99,7 @@ class Trace:
     alive_TC: np.ndarray
 
     def peak(self, gradient_share: float = 1.0, *, past: float = 0.0) -> Peak:
-        """The worst moment, if of each gradient only a share is kept, of those with so many bytes of gradients."""
+        """Return the worst moment with at least ``past`` bytes of gradients, if a share of each gradient is kept."""
         scaled_TC = self.alive_TC[self.alive_TC[:, 2] >= past] * np.array([1.0, 1.0, gradient_share])
         return Peak(*scaled_TC[scaled_TC.sum(1).argmax()].tolist())
 
@@ -113,20 +113,20 @@ def trace(
     lora_rank: int | None = None,
     single_adapters: bool = True,
 ) -> Trace:
-    """A forward and backward pass, on fake tensors, of the model that ``build`` makes.
+    """Trace a forward and backward pass of the model that ``build`` makes, on fake tensors.
 
     Args:
-        autocast: Whether the pass is computed in bfloat16, whatever the weights are in.
-        checkpointing: Whether the activations of blocks are computed again in the backward pass.
-        lora_rank: Of adapters on all linear layers, which are then all that is trained; None: no adapters.
-        single_adapters: Whether adapters are in single precision, as peft makes them, whatever the weights are in.
+        autocast: Compute the pass in bfloat16, whatever the dtype of the weights.
+        checkpointing: Recompute the activations of blocks in the backward pass.
+        lora_rank: Rank of adapters on all linear layers, which alone are trained; None: no adapters.
+        single_adapters: Keep adapters in single precision, as peft makes them, whatever the dtype of the weights.
     """
-    with _told_nothing(), torch.device("meta"):
+    with _silenced(), torch.device("meta"):
         model: Any = build().train()
         if checkpointing:
             checkpoint_blocks(model)
         adapted = model if lora_rank is None else with_adapters(model, lora_rank, single_adapters)
-    with _told_nothing(), FakeTensorMode():
+    with _silenced(), FakeTensorMode():
         _put_on_cpu(adapted)
         inputs = make_inputs()
         tensors = {*model.parameters(), *model.buffers()}
@@ -152,7 +152,7 @@ def trace(
 
 
 def _put_on_cpu(model: nn.Module) -> None:
-    """Fake tensors in the place of those without a device, whose kernels are not the ones that train."""
+    """Replace meta tensors by fake CPU tensors, because kernels of meta tensors differ from those that train."""
     moved: dict[Tensor, Tensor] = {}
 
     def move(tensor: Tensor) -> Tensor:
@@ -175,7 +175,7 @@ def _alive(changes: list[tuple[int, int]], logits: set[int], gradients: set[int 
 
 
 def with_adapters(model: Any, rank: int, single: bool) -> nn.Module:
-    """A model with LoRA adapters on all its linear layers but the head, made in single precision."""
+    """Add LoRA adapters to all linear layers except the head, in single precision or in that of the model."""
     from peft import LoraConfig, get_peft_model
 
     adapted = get_peft_model(model, LoraConfig(r=rank, target_modules="all-linear"))
@@ -183,9 +183,9 @@ def with_adapters(model: Any, rank: int, single: bool) -> nn.Module:
 
 
 def checkpoint_blocks(model: Any) -> None:
-    """Have the model compute the activations of its blocks again; ValueError where it cannot."""
+    """Make the model recompute the activations of its blocks; raise ValueError if it cannot."""
     if not model.supports_gradient_checkpointing:
-        raise ValueError(f"{type(model).__name__}: knows no activation checkpointing. Leave it out.")
+        raise ValueError(f"{type(model).__name__} does not support activation checkpointing. Turn it off.")
     model.activation_checkpointing_enable({"use_reentrant": False})
 
 
@@ -199,7 +199,7 @@ def _size(module: nn.Module) -> int:
 
 
 def _blocks(model: Any) -> list[nn.Module]:
-    """The blocks of a model, which is its only one where it names none."""
+    """Return the blocks of a model; a model that names none is one block."""
     try:
         return [block for blocks in block_lists(model).values() for block in blocks]
     except ValueError:
@@ -207,8 +207,8 @@ def _blocks(model: Any) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _told_nothing() -> Iterator[None]:
-    """Without what transformers tells of each model that it makes, and peft's use of what transformers has renamed."""
+def _silenced() -> Iterator[None]:
+    """Suppress transformers' messages about each new model, and warnings about names that peft still uses."""
     before = logging.get_verbosity()
     logging.set_verbosity_error()
     try:

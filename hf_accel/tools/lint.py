@@ -1,7 +1,7 @@
-"""Mistakes in configurations of DeepSpeed and accelerate: keys that are gone, and keys that contradict each other.
+"""Find mistakes in configurations of DeepSpeed and accelerate: removed keys, and keys that contradict each other.
 
-DeepSpeed 0.19 removed about a dozen sections and refuses configurations that have them; other mistakes are refused by
-neither, and train something else than was meant.
+DeepSpeed 0.19 removed about a dozen sections and refuses configurations with them.  Neither library refuses other
+mistakes, which silently train something else than intended.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ REMOVED = {
     "sparse_gradients": "nothing: embeddings have dense gradients",
     "graph_harvesting": "nothing: it was for CUDA graphs",
 }
-"""Sections that DeepSpeed 0.19 refuses, with what to use instead."""
+"""Sections that DeepSpeed 0.19 refuses, with their replacements."""
 
 REMOVED_OF_ZERO = {
     "mics_shard_size": "zero_hpz_partition_size",
@@ -42,46 +42,43 @@ DEPRECATED_OF_ZERO = {
     "cpu_offload_use_pin_memory": "pin_memory in offload_optimizer and offload_param",
     "stage3_gather_fp16_weights_on_model_save": "stage3_gather_16bit_weights_on_model_save",
 }
-"""Keys of ``zero_optimization`` that it still takes."""
+"""Keys of ``zero_optimization`` that DeepSpeed 0.19 still accepts."""
 
 REMOVED_OPTIMIZERS = {"OneBitAdam": "AdamW", "OneBitLamb": "LAMB", "ZeroOneAdam": "AdamW"}
 
 
 def lint(path: Path) -> list[str]:
-    """The mistakes in a file, a sentence each; ValueError where it is no configuration that is known."""
+    """List the mistakes in a file, one sentence each; raise ValueError if it is not a known configuration."""
     try:
         text = path.read_text()
         document = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"config({str(path)!r}): cannot be read ({error}). Correct it.") from None
     if not isinstance(document, dict):
-        raise ValueError(f"config({str(path)!r}): is no mapping. Give a configuration of DeepSpeed or accelerate.")
+        raise ValueError(f"config({str(path)!r}): is not a mapping. Give a configuration of DeepSpeed or accelerate.")
     return (of_accelerate if "distributed_type" in document else of_deepspeed)(document)
 
 
 def of_deepspeed(config: Mapping[str, Any]) -> list[str]:
-    """Mistakes in a configuration of DeepSpeed."""
+    """List mistakes in a configuration of DeepSpeed."""
     zero = config.get("zero_optimization", {})
-    said = [f"{key}: DeepSpeed 0.19 refuses it. Use {other}." for key, other in REMOVED.items() if key in config]
-    said += [
-        f"zero_optimization.{key}: is gone from DeepSpeed 0.19. Use {other}."
+    mistakes = [f"{key}: DeepSpeed 0.19 refuses it. Use {other}." for key, other in REMOVED.items() if key in config]
+    mistakes += [
+        f"zero_optimization.{key}: DeepSpeed 0.19 refuses it. Use {other}."
         for key, other in REMOVED_OF_ZERO.items()
         if key in zero
     ]
-    said += [
+    mistakes += [
         f"zero_optimization.{key}: is deprecated. Use {other}."
         for key, other in DEPRECATED_OF_ZERO.items()
         if key in zero
     ]
     optimizer = config.get("optimizer", {}).get("type")
     if optimizer in REMOVED_OPTIMIZERS:
-        said.append(
-            f"optimizer.type({optimizer!r}): is gone from DeepSpeed 0.19. Use {REMOVED_OPTIMIZERS[optimizer]!r}."
+        mistakes.append(
+            f"optimizer.type({optimizer!r}): DeepSpeed 0.19 removed it. Use {REMOVED_OPTIMIZERS[optimizer]!r}."
         )
-    for rule, sentence in CONTRADICTIONS:
-        if rule(config, zero):
-            said.append(sentence)
-    return said
+    return mistakes + [sentence for rule, sentence in CONTRADICTIONS if rule(config, zero)]
 
 
 def _number(value: Any) -> bool:
@@ -93,7 +90,7 @@ def _enabled(config: Mapping[str, Any], key: str) -> bool:
 
 
 def _offloads(zero: Mapping[str, Any], key: str) -> bool:
-    return (zero.get(key) or {}).get("device", "none") != "none"  # which is DeepSpeed's default
+    return (zero.get(key) or {}).get("device", "none") != "none"  # DeepSpeed's default
 
 
 CONTRADICTIONS: tuple[tuple[Callable[[Mapping[str, Any], Mapping[str, Any]], bool], str], ...] = (
@@ -103,11 +100,11 @@ CONTRADICTIONS: tuple[tuple[Callable[[Mapping[str, Any], Mapping[str, Any]], boo
     ),
     (
         lambda config, zero: _offloads(zero, "offload_param") and zero.get("stage", 0) < 3,
-        "zero_optimization.offload_param: weights are offloaded by stage 3 only. Set stage 3, or leave it out.",
+        "zero_optimization.offload_param: only stage 3 offloads weights. Set stage 3, or remove offload_param.",
     ),
     (
         lambda config, zero: _offloads(zero, "offload_optimizer") and zero.get("stage", 0) < 1,
-        "zero_optimization.offload_optimizer: needs a stage of 1 or more. Set one.",
+        "zero_optimization.offload_optimizer: needs stage 1 or higher. Set stage 1 or higher.",
     ),
     (
         lambda config, zero: zero.get("stage") == 3 and not zero.get("stage3_gather_16bit_weights_on_model_save"),
@@ -124,37 +121,35 @@ CONTRADICTIONS: tuple[tuple[Callable[[Mapping[str, Any], Mapping[str, Any]], boo
     ),
     (
         lambda config, zero: "scheduler" in config,
-        "scheduler: DeepSpeed's own schedule follows steps, not the budget. Leave it out; lr_scheduler_type and "
-        "techniques do it.",
+        "scheduler: DeepSpeed's schedule follows steps, not the budget. Remove it, and use lr_scheduler_type or a "
+        "technique.",
     ),
 )
-"""What cannot both be meant: a test of the configuration and of its ZeRO section, and what to say."""
+"""Contradictions: a test of the configuration and its ZeRO section, and the message."""
 
 
 def of_accelerate(config: Mapping[str, Any]) -> list[str]:
-    """Mistakes in a configuration of accelerate."""
-    said = []
+    """List mistakes in a configuration of accelerate."""
+    mistakes = []
     kind, fsdp, deepspeed = config["distributed_type"], config.get("fsdp_config"), config.get("deepspeed_config")
     if kind == "FSDP" and (fsdp or {}).get("fsdp_version", 1) == 1:
-        said.append(
-            "fsdp_config.fsdp_version: FSDP1 is on its way out, and techniques need FSDP2. Set fsdp_version: 2."
-        )
+        mistakes.append("fsdp_config.fsdp_version: techniques do not support FSDP1. Set fsdp_version: 2.")
     if (fsdp or {}).get("fsdp_sharding_strategy") and (fsdp or {}).get("fsdp_version") == 2:
-        said.append(
+        mistakes.append(
             "fsdp_config.fsdp_sharding_strategy: FSDP2 ignores it. Use fsdp_reshard_after_forward: true or false."
         )
     if kind != "FSDP" and fsdp:
-        said.append(f"fsdp_config: distributed_type is {kind}, which ignores it. Set distributed_type: FSDP.")
+        mistakes.append(f"fsdp_config: distributed_type {kind} ignores it. Set distributed_type: FSDP.")
     if kind != "DEEPSPEED" and deepspeed:
-        said.append(f"deepspeed_config: distributed_type is {kind}, which ignores it. Set distributed_type: DEEPSPEED.")
+        mistakes.append(f"deepspeed_config: distributed_type {kind} ignores it. Set distributed_type: DEEPSPEED.")
     if kind == "DEEPSPEED" and (deepspeed or {}).get("deepspeed_config_file"):
         for key in ("gradient_accumulation_steps", "zero_stage", "offload_optimizer_device", "offload_param_device"):
             if key in (deepspeed or {}):
-                said.append(f"deepspeed_config.{key}: deepspeed_config_file says it. Keep it in one place.")
+                mistakes.append(f"deepspeed_config.{key}: belongs to deepspeed_config_file. Keep it in one place.")
         if config.get("mixed_precision"):
-            said.append("mixed_precision: deepspeed_config_file says it. Keep it in one place.")
+            mistakes.append("mixed_precision: belongs to deepspeed_config_file. Keep it in one place.")
     if config.get("num_machines", 1) > 1 and not config.get("main_process_ip"):
-        said.append("main_process_ip: several machines need one. Give the address of the first.")
+        mistakes.append("main_process_ip: several machines need it. Give the address of the first machine.")
     if kind in ("NO", False) and config.get("num_processes", 1) > 1:
-        said.append("num_processes: distributed_type is NO, which starts one. Set distributed_type: MULTI_GPU.")
-    return said
+        mistakes.append("num_processes: distributed_type NO starts one process. Set distributed_type: MULTI_GPU.")
+    return mistakes

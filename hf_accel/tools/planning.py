@@ -1,18 +1,18 @@
-"""What a run needs of each device's memory under each engine, and which setting to take.
+"""Predict the memory of each device under each engine, and recommend a setting.
 
-With P parameters of b bytes, of which T are trained, on N devices (optimizer: AdamW, two states):
+With P parameters of b bytes, T of them trained, on N devices (optimizer: AdamW, two states):
 
     engine    weights           gradients   optimizer   buffers
-    ddp       b P               b T         2 b T       b T of gradients on their way
+    ddp       b P               b T         2 b T       b T of gradients in transit
     zero1     b P               b T         12 T / N    one bucket
     zero2     b P               b T / N     12 T / N    one bucket
-    zero3     b P / N           b T / N     12 T / N    one bucket, and the weights that are gathered
-    fsdp2     4 P / N           4 T / N     8 T / N     weights and gradients of two blocks and of what is in no block
+    zero3     b P / N           b T / N     12 T / N    one bucket, and gathered weights
+    fsdp2     4 P / N           4 T / N     8 T / N     weights and gradients of two blocks, and those outside blocks
 
-ZeRO keeps a copy of the weights in single precision among the optimizer's states, FSDP keeps no other.  An offloading
-engine keeps its shards in the memory of the host.  Activations, logits, and how much of the gradients is alive while
-they are, come from `hf_accel.tools.footprint`.  On two ranks (docs/evidence/plan-memory.json) all were within 3 % of
-what was measured but ZeRO-3, which took 17 % more for a small model that is mostly embeddings.
+ZeRO keeps a copy of the weights in single precision among the optimizer's states; FSDP keeps no copy.  An offloading
+engine keeps its shards in the memory of the host.  `hf_accel.tools.footprint` gives the activations, the logits and the
+gradients alive at the same time.  On two ranks (docs/evidence/plan-memory.json) all predictions were within 3 % of the
+measurements, except for ZeRO-3.  It took 17 % more for a small model that is mostly embeddings.
 """
 
 from __future__ import annotations
@@ -20,177 +20,36 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import transformers
-from torch import Tensor, nn
-from transformers import AutoConfig
 from transformers.utils.import_utils import is_peft_available
 
-from hf_accel.recipe import Recipe
-from hf_accel.recipe.technique_syntax import nearest
 from hf_accel.recipe.yaml_io import dump_yaml
-from hf_accel.tasks.models import dtype_of, load_model, load_tokenizer
 from hf_accel.tools.footprint import Trace, trace
+from hf_accel.tools.subjects import Subject
 
 KEPT_BACK = 0.1
-"""Share of a device's memory for what an allocator loses between tensors, and for the context of the device."""
+"""Share of a device's memory reserved for gaps of the allocator and for the context of the device."""
 
 MOST_ROWS = 2**20
-"""That are tried."""
+"""Largest number of examples that is tried."""
 
 BUCKET = 500_000_000
-"""Elements of the buffer in which DeepSpeed reduces gradients, where its configuration names no other."""
+"""Elements of the buffer in which DeepSpeed reduces gradients by default."""
 
 LIVE = 1_000_000_000
-"""Parameters that ZeRO-3 keeps gathered at most, where its configuration names no other."""
+"""Most parameters that ZeRO-3 keeps gathered by default."""
 
-USUAL_SIDE = 224
-"""Pixels along a side of images, where a configuration does not say."""
 
 ENGINES = ("single", "ddp", "zero1", "zero2", "fsdp2", "zero3", "fsdp2-offload", "zero3-offload")
-"""In the order in which they are recommended: the less is communicated the better."""
+"""Engines in the order of recommendation: the less communication, the better."""
 
 
-# What is planned for -------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A model that is not loaded, and what it is trained on.
-
-    Args:
-        name: For people.
-        build: Makes it, of the type its weights are saved in, or that a recipe trains them in.
-        rows: Examples of a forward pass on a device.
-        length: Positions of an example; None: of images, which have a size of their own.
-        labels: ``tokens`` or ``rows``: of what the labels are.
-    """
-
-    name: str
-    config: Any
-    build: Callable[[], nn.Module]
-    rows: int
-    length: int | None
-    labels: str
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the weights."""
-        return self.config.dtype or torch.float32
-
-    def model(self, dtype: torch.dtype) -> nn.Module:
-        """The model with weights of another type."""
-        return self.build().to(dtype)
-
-    def inputs(self, rows: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """A batch without padding; images of a type."""
-        if self.length is None:
-            side = getattr(self.config, "image_size", USUAL_SIDE)
-            sides = side if isinstance(side, list | tuple) else (side, side)
-            images = torch.zeros(rows, self.config.num_channels, *sides, dtype=dtype)
-            return {"pixel_values": images, "labels": self._labels(rows)}
-        ids_BL = torch.zeros(rows, self.length, dtype=torch.long)
-        labels = torch.zeros_like(ids_BL) if self.labels == "tokens" else self._labels(rows)
-        return {"input_ids": ids_BL, "labels": labels}
-
-    def _labels(self, rows: int) -> Tensor:
-        regression = self.config.num_labels == 1
-        return torch.zeros(rows, dtype=torch.float32 if regression else torch.long)
-
-
-TASKS = {
-    "causal-lm": "AutoModelForCausalLM",
-    "masked-lm": "AutoModelForMaskedLM",
-    "sequence-classification": "AutoModelForSequenceClassification",
-    "image-classification": "AutoModelForImageClassification",
-}
-_LABELS = {
-    "ForCausalLM": "tokens",
-    "LMHeadModel": "tokens",
-    "ForMaskedLM": "tokens",
-    "ForConditionalGeneration": "tokens",
-    "ForTokenClassification": "tokens",
-    "ForSequenceClassification": "rows",
-    "ForImageClassification": "rows",
-}
-
-
-def subject_of(model: str, *, rows: int | None = None, length: int | None = None) -> Subject:
-    """What a folder, a ``config.json``, a name of the Hub or a recipe says; ValueError where it says too little."""
-    path = Path(model)
-    if path.suffix in (".yaml", ".yml"):
-        return _subject_of_recipe(Recipe.load(path), path.stem, rows, length)
-    config = _read_config(model)
-    names = config.architectures or []
-    name = next((name for name in names if name.endswith(tuple(_LABELS))), None)
-    if name is None:
-        raise ValueError(
-            f"model({model!r}): its configuration names {', '.join(names) or 'no architecture'}, and plan knows "
-            "language models and classifiers. Give a recipe with a task, or write 'architectures' into config.json."
-        )
-    return _subject(path.name, config, getattr(transformers, name), name, rows or 8, length)
-
-
-def _subject(name: str, config: Any, make: Callable, kind: str, rows: int, length: int | None) -> Subject:
-    if hasattr(config, "vocab_size") and config.pad_token_id is None:
-        config.pad_token_id = 0  # classifiers of rows ask for one
-    _drop_nothing_in_attention(config)
-    labels = next(labels for ending, labels in _LABELS.items() if kind.endswith(ending))
-    if not hasattr(config, "vocab_size"):
-        if not hasattr(config, "num_channels"):
-            raise ValueError(f"model({name!r}): takes neither text alone nor images alone. Plan knows no others.")
-        if length is not None:
-            raise ValueError(f"length({length}): {name} is trained on images, which have none. Leave it out.")
-        return Subject(name, config, lambda: make(config), rows, None, labels)
-    longest = getattr(config, "max_position_embeddings", None)
-    if length is not None and longest is not None and length > longest:
-        raise ValueError(f"length({length}): {name} has {longest} positions. Give at most these.")
-    return Subject(name, config, lambda: make(config), rows, length or min(longest or 2048, 2048), labels)
-
-
-def _drop_nothing_in_attention(config: Any) -> None:
-    """Kernels of accelerators do not keep scores for dropout, as those of the CPU would, with which is traced."""
-    for key in ("attention_dropout", "attention_probs_dropout_prob", "attn_pdrop", "attention_dropout_prob"):
-        if getattr(config, key, None):
-            setattr(config, key, 0.0)
-
-
-def _read_config(model: str) -> Any:
-    try:
-        return AutoConfig.from_pretrained(model)
-    except (OSError, ValueError) as error:
-        if Path(model).exists():
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(f"model({model!r}): its configuration cannot be read ({reason}). Check it.") from None
-        raise ValueError(f"model({model!r}): neither a path nor found on the Hub. Check the path.") from None
-
-
-def _subject_of_recipe(recipe: Recipe, name: str, rows: int | None, length: int | None) -> Subject:
-    if recipe.task not in TASKS:
-        raise ValueError(f"task({recipe.task!r}): plan does not know it. {nearest(str(recipe.task), TASKS)}")
-    if recipe.model is None:
-        raise ValueError("recipe: it names no model. Write 'model: path' or 'model: {config: {model_type: ...}}'.")
-    if isinstance(recipe.model, dict) and "quantization_config" in recipe.model:
-        raise ValueError("model.quantization_config: plan does not count quantized weights. Add --set model=PATH.")
-    kind = getattr(transformers, TASKS[recipe.task])
-    if isinstance(recipe.model, str) or "path" in recipe.model:
-        saved = {"path": recipe.model} if isinstance(recipe.model, str) else recipe.model
-        config = _read_config(saved["path"])
-        config.dtype = dtype_of(saved.get("dtype", "float32"))  # as `load_model` has it
-    else:
-        with torch.device("meta"):
-            config = load_model(kind, recipe.model, load_tokenizer(recipe.data.get("tokenizer"), recipe.model)).config
-    rows = rows or int(recipe.args.get("per_device_train_batch_size", 8))
-    length = length or recipe.data.get("context") or recipe.data.get("max_length")
-    return _subject(name, config, kind.from_config, TASKS[recipe.task].removeprefix("AutoModel"), rows, length)
-
-
-# What it takes -------------------------------------------------------------------------------------------------------
+# Footprints ----------------------------------------------------------------------------------------------------------
 
 
 class Footprint(NamedTuple):
@@ -206,7 +65,7 @@ class Footprint(NamedTuple):
 
     @property
     def device(self) -> float:
-        """All that is on the device."""
+        """Return the bytes on the device."""
         return sum(self[:-1])
 
 
@@ -216,8 +75,8 @@ class Setting:
 
     Args:
         engine: One of `ENGINES`.
-        checkpointing: Whether the activations of blocks are computed again.
-        lora: Whether adapters are trained, not the model.
+        checkpointing: Recompute the activations of blocks.
+        lora: Train adapters instead of the model.
     """
 
     engine: str
@@ -231,12 +90,12 @@ class Setting:
 
 
 class Planner:
-    """Footprints of a subject; each pass that they need is traced once.
+    """Compute footprints of a subject, and trace each pass once.
 
     Args:
         devices: Number of devices.
-        bf16: Whether is computed in bfloat16, as by ``TrainingArguments(bf16=True)``.
-        lora_rank: Of adapters.
+        bf16: Compute in bfloat16, as with ``TrainingArguments(bf16=True)``.
+        lora_rank: Rank of adapters.
     """
 
     def __init__(self, subject: Subject, *, devices: int, bf16: bool = True, lora_rank: int = 16):
@@ -244,9 +103,9 @@ class Planner:
         self._traces: dict[tuple, Trace] = {}
 
     def settings(self) -> Iterator[Setting]:
-        """All that the model knows, the fastest first: whole before adapters, without recomputation before with it.
+        """Yield all settings that the model supports, the fastest first.
 
-        Adapters are left out where peft, which makes them, is not installed.
+        All weights come before adapters, and settings without recomputation before those with it.  Adapters need peft.
         """
         single = ("single", "fsdp2-offload", "zero3-offload")
         engines = single if self.devices == 1 else tuple(engine for engine in ENGINES if engine != "single")
@@ -261,7 +120,7 @@ class Planner:
                             yield Setting(engine, again, lora)
 
     def footprint(self, setting: Setting, rows: int | None = None) -> Footprint:
-        """What a setting takes."""
+        """Return the memory that a setting needs."""
         sharded = setting.engine not in ("single", "ddp")
         traced = self._traced(setting, sharded, rows or self.subject.rows)
         itemsize = self.subject.dtype.itemsize
@@ -272,9 +131,9 @@ class Planner:
         return _copies(traced, self.devices)
 
     def largest_rows(self, setting: Setting, memory: float) -> int:
-        """The most examples of a forward pass that fit; 0 where not one does, and `MOST_ROWS` where more do.
+        """Return the most examples per forward pass that fit, at most `MOST_ROWS`; 0 if not one does.
 
-        What is taken is the worst of several moments, each of which grows evenly with the examples: chords lie above.
+        The footprint is the worst of several moments.  Each grows linearly with the examples, so chords lie above.
         """
         room = memory * (1 - KEPT_BACK)
 
@@ -293,11 +152,11 @@ class Planner:
         return fits
 
     def recommend(self, memory: float, settings: Sequence[Setting]) -> Setting | None:
-        """The first of the settings that fits; None: none does."""
+        """Return the first setting that fits, or None."""
         return next((s for s in settings if self.footprint(s).device <= memory * (1 - KEPT_BACK)), None)
 
     def _traced(self, setting: Setting, sharded: bool, rows: int) -> Trace:
-        # Engines that shard cast weights themselves; copies are left as they are and computed with under autocast.
+        # Sharding engines cast weights themselves; whole copies keep their dtype and compute under autocast.
         dtype = torch.bfloat16 if sharded and self.bf16 else self.subject.dtype
         autocast = self.bf16 and not sharded
         key = (dtype, autocast, setting.checkpointing, setting.lora, rows)
@@ -314,7 +173,7 @@ class Planner:
 
 
 def _copies(traced: Trace, devices: int) -> Footprint:
-    """Each device has all; with several, gradients have a second copy on their way to the others."""
+    """Return the footprint of whole copies; on several devices, a second copy of the gradients is in transit."""
     worst = _worst(traced, 1.0, traced.gradients)
     buffers = traced.gradients if devices > 1 else 0
     return Footprint(traced.weights, worst[2], 2.0 * traced.gradients, worst[0], worst[1], buffers, 0)
@@ -336,15 +195,15 @@ def _zero(traced: Trace, engine: str, devices: int, itemsize: int) -> Footprint:
 
 
 def _fsdp2(traced: Trace, engine: str, devices: int, itemsize: int, of_trained: int) -> Footprint:
-    """With mixed precision, accelerate puts what is trained, and that alone, into single precision."""
+    """Return the footprint under FSDP2; in mixed precision, accelerate casts only trained weights to fp32."""
     offload = engine.endswith("offload")
     computed = traced.weights / traced.parameters
     trained_share = traced.trained / traced.parameters
     gradients = of_trained * traced.trained / devices
     shards, states = gradients + itemsize * (traced.parameters - traced.trained) / devices, 2 * gradients
     share = 0.0 if offload else gradients / traced.gradients
-    # Until the gradients of a block are whole, what is in no block and one block are gathered; then two, and there are
-    # their gradients and these on their way.
+    # Until the gradients of a block are complete, one block and the weights outside blocks are gathered.  Later, two
+    # blocks are, with their gradients in place and in transit.
     gathered = computed * min(traced.outside + traced.block, traced.parameters)
     two_blocks = computed * min(traced.outside + 2 * traced.block, traced.parameters) * (1 + 2 * trained_share)
     before, after = traced.peak(share), traced.peak(share, past=traced.gradients * traced.block / traced.parameters)
@@ -354,16 +213,16 @@ def _fsdp2(traced: Trace, engine: str, devices: int, itemsize: int, of_trained: 
 
 
 def _worst(traced: Trace, gradient_share: float, at_update: float) -> tuple[float, float, float]:
-    """Activations, logits and gradients in the pass or, where that takes more, at the update."""
+    """Return activations, logits and gradients in the pass, or at the update if that needs more."""
     peak = traced.peak(gradient_share)
     return (0.0, 0.0, at_update) if at_update > peak.total else (peak.activations, peak.logits, peak.gradients)
 
 
-# What is written -----------------------------------------------------------------------------------------------------
+# Configuration files -------------------------------------------------------------------------------------------------
 
 
 def accelerate_config(setting: Setting, devices: int, bf16: bool, deepspeed: Path) -> dict[str, Any]:
-    """For ``accelerate launch --config_file``."""
+    """Return the configuration for ``accelerate launch --config_file``."""
     kind = {"s": "NO", "d": "MULTI_GPU", "f": "FSDP", "z": "DEEPSPEED"}[setting.engine[0]]
     config: dict[str, Any] = {
         "compute_environment": "LOCAL_MACHINE",
@@ -390,11 +249,11 @@ def accelerate_config(setting: Setting, devices: int, bf16: bool, deepspeed: Pat
 
 
 def deepspeed_config(setting: Setting) -> dict[str, Any]:
-    """For DeepSpeed; what is ``auto`` follows ``TrainingArguments``."""
+    """Return the configuration for DeepSpeed; ``auto`` follows ``TrainingArguments``."""
     zero: dict[str, Any] = {"stage": int(setting.engine[4])}
     if setting.engine.endswith("offload"):
-        for what in ("offload_optimizer", "offload_param"):
-            zero[what] = {"device": "cpu", "pin_memory": True}
+        for key in ("offload_optimizer", "offload_param"):
+            zero[key] = {"device": "cpu", "pin_memory": True}
     if zero["stage"] == 3:
         zero["stage3_gather_16bit_weights_on_model_save"] = True
     return {
@@ -409,7 +268,7 @@ def deepspeed_config(setting: Setting) -> dict[str, Any]:
 
 
 def write_configs(folder: Path, setting: Setting, devices: int, bf16: bool) -> list[Path]:
-    """``accelerate.yaml`` and, where it is used, ``deepspeed.json``."""
+    """Write ``accelerate.yaml`` and, for ZeRO, ``deepspeed.json``; return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     deepspeed, accelerate = folder / "deepspeed.json", folder / "accelerate.yaml"
     accelerate.write_text(dump_yaml(accelerate_config(setting, devices, bf16, deepspeed)))
@@ -420,7 +279,7 @@ def write_configs(folder: Path, setting: Setting, devices: int, bf16: bool) -> l
 
 
 def parse_bytes(text: str) -> float:
-    """The bytes of ``"80GB"`` or ``"24GiB"``."""
+    """Return the bytes of ``"80GB"`` or ``"24GiB"``."""
     found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
     try:
         number = float(found.group(1)) if found else 0.0

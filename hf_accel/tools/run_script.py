@@ -1,12 +1,12 @@
-"""Run somebody's script as it is, with techniques attached to the trainers that it builds.
+"""Run an unmodified script with techniques attached to the trainers that it builds.
 
     hf-accel run --technique "InfoBatch(keep=0.5)" --budget 30min train.py --learning_rate 2e-5
     accelerate launch -m hf_accel.cli run --recipe recipe.yaml train.py --learning_rate 2e-5
     torchrun --nproc_per_node 2 -m hf_accel.cli run --recipe recipe.yaml train.py --learning_rate 2e-5
 
-The script may use any subclass of `transformers.Trainer`: of transformers, of TRL, of sentence-transformers, its own.
-When it calls ``train()``, the trainer is equipped (`hf_accel.attach`), with fresh techniques for each trainer.  With
-nothing to attach the script runs as under ``python``, and no line of ours has a part in it.
+The script may use any subclass of `transformers.Trainer`: from transformers, TRL, sentence-transformers or the script.
+When it calls ``train()``, `hf_accel.attach` gives each trainer fresh techniques.  With nothing to attach, the script
+runs as under ``python``, without any of our code.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ READ_AT_INIT = {
     "report_to",
     "use_cache",
 }
-"""Arguments that a Trainer does not read again once it is built."""
+"""Arguments that a Trainer reads only while it is built."""
 
 
 def with_options(recipe: Recipe, techniques: list[str], budget: str | None) -> Recipe:
-    """A recipe with what the command line adds to it; a mistake shows before the script starts."""
+    """Add techniques and a budget of the command line to a recipe; fail on a mistake before the script starts."""
     if budget is not None and recipe.budget is not None:
-        raise RecipeError(f"budget: the options say {budget!r} and the recipe says {recipe.budget!r}. Say it in one.")
+        raise RecipeError(f"budget: the options say {budget!r} and the recipe says {recipe.budget!r}. Remove one.")
     entries = [*recipe.techniques, *map(read_technique, techniques)]
     recipe = dataclasses.replace(recipe, techniques=entries, budget=budget or recipe.budget)
     recipe.build_techniques()
@@ -65,7 +65,7 @@ def with_options(recipe: Recipe, techniques: list[str], budget: str | None) -> R
 
 
 def run_script(script: Path, arguments: list[str]) -> None:
-    """What ``python script arguments`` does, in this process."""
+    """Run a script in this process, as ``python script arguments`` does."""
     sys.argv = [str(script), *arguments]
     sys.path[0] = str(script.resolve().parent)
     runpy.run_path(str(script), run_name="__main__")
@@ -73,10 +73,10 @@ def run_script(script: Path, arguments: list[str]) -> None:
 
 @contextmanager
 def attached(recipe: Recipe) -> Iterator[None]:
-    """While inside, trainers that begin to train are equipped with what a recipe says.
+    """Attach a recipe to trainers that start to train inside.
 
-    ``Trainer.train`` is where every subclass comes by, whatever it makes of the rest; to put another class in the
-    place of ``transformers.Trainer`` would miss those that were derived from it before.
+    Every subclass calls ``Trainer.train``, whatever else it overrides.  Replacing the class ``transformers.Trainer``
+    would miss subclasses that exist already.
     """
     if not recipe.techniques and not recipe.args and recipe.budget is None:
         yield
@@ -127,7 +127,7 @@ def equip(trainer: Trainer, recipe: Recipe) -> None:
         merged: Any = recipe.merge_args(trainer.args)
         for name in sorted(READ_AT_INIT & recipe.args.keys()):
             if getattr(merged, name) != getattr(trainer.args, name):
-                raise RecipeError(f"args.{name}: the script has built its trainer with another. Say it in the script.")
+                raise RecipeError(f"args.{name}: the script built its trainer with another value. Set it there.")
         replace_arguments(trainer, merged)
         if "seed" in recipe.args:
             set_seed(trainer.args.seed)

@@ -1,19 +1,19 @@
-"""Model soups: one model from several that were fine-tuned from the same weights, at the cost of one at inference.
+"""Average models that were fine-tuned from the same weights into a soup, with the inference cost of one model.
 
     uniform    the mean of all:  e = (w_1 + ... + w_n) / n
-    greedy     from the best model to the worst, each is added to the mean where the evaluation does not get worse
+    greedy     from the best model to the worst, each is added to the mean if the evaluation does not get worse
 
-Of LoRA adapters, what is averaged is the change of the weights that each makes, c B A with its scaling c.  The mean of
-A times the mean of B is something else; laid side by side they give the mean exactly, at the sum of their ranks:
+For LoRA adapters, the mean is over their changes of the weights, c B A with scaling c.  The mean of A times the mean of
+B differs from it.  Concatenated matrices give the exact mean, with the sum of the ranks:
 
     (c_1 B_1 A_1 + ... + c_n B_n A_n) / n  =  [c_1 B_1 / n | ... | c_n B_n / n] [A_1 ; ... ; A_n]
 
-Modules that are trained whole beside them (a classifier's head) are averaged as they are.  peft's own
-``add_weighted_adapter(combination_type="cat")`` does the same for the matrices; it refuses such modules, and needs the
-base model in memory.
+Modules that train in full beside adapters (a classifier's head) are averaged directly.  With
+``add_weighted_adapter(combination_type="cat")``, peft does the same for the matrices.  It refuses such modules and
+needs the base model in memory.
 
-Floating-point buffers, such as statistics of batch normalization, are averaged as weights are; others are those of the
-first model.
+Floating-point buffers, such as statistics of batch normalization, are averaged like weights.  Other buffers come from
+the first model.
 
 Reference: Wortsman et al. (2022), Model soups: averaging weights of multiple fine-tuned models improves accuracy
 without increasing inference time, https://arxiv.org/abs/2203.05482.
@@ -40,20 +40,20 @@ from transformers.utils.import_utils import is_peft_available
 
 ADAPTER = "adapter_model.safetensors"
 FROM_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-"""Initializations of peft that change the base model, each time that adapters are loaded."""
+"""Initializations of peft that change the base model each time adapters are loaded."""
 COMPANIONS = (".json", ".jinja", ".txt", ".model", ".yaml")
-"""Endings of the files that belong to a model beside its weights: tokenizer, processor, recipe."""
+"""Endings of a model's files beside its weights: tokenizer, processor, recipe."""
 
 
 def soup(folders: Sequence[Path], out: Path) -> None:
     """Write the mean of models, or of LoRA adapters, as a folder for ``from_pretrained``."""
     if not folders:
-        raise ValueError("soup: there is no folder. Name at least one.")
+        raise ValueError("soup needs a folder. Name at least one.")
     adapters = [is_adapter(folder) for folder in folders]
     if any(adapters) and not all(adapters):
         raise ValueError(
             f"{folders[adapters.index(not adapters[0])]}: holds {'a model' if adapters[0] else 'an adapter'}, and "
-            f"{folders[0]} {'an adapter' if adapters[0] else 'a model'}. Give one kind."
+            f"{folders[0]} {'an adapter' if adapters[0] else 'a model'}. Give only models or only adapters."
         )
     (_soup_of_adapters if all(adapters) else _soup_of_models)(folders, out)
     copy_companions(folders[0], out)
@@ -62,9 +62,9 @@ def soup(folders: Sequence[Path], out: Path) -> None:
 def greedy(
     scores: Mapping[Path, float], evaluate: Callable[[Path], float], lower_is_better: bool
 ) -> tuple[list[Path], float]:
-    """The folders whose mean evaluates best, chosen greedily, and the score of their mean.
+    """Choose greedily the folders with the best mean, and return them with its score.
 
-    ``scores`` are those of each folder alone; ``evaluate`` gives that of any folder.
+    ``scores`` holds the score of each folder alone; ``evaluate`` scores any folder.
     """
     sign = 1 if lower_is_better else -1
     first, *others = sorted(scores, key=lambda folder: sign * scores[folder])
@@ -79,7 +79,7 @@ def greedy(
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds a peft adapter; otherwise, a whole model.  ValueError for an adapter without peft."""
+    """Return whether a folder holds a peft adapter, not a whole model.  Raise ValueError if that needs peft."""
     found = (folder / "adapter_config.json").is_file()
     if found and not is_peft_available():
         raise ValueError(f"{folder}: adapters need peft. Install it with: pip install 'hf-accel[peft]'.")
@@ -87,7 +87,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def load_model(folder: Path) -> PreTrainedModel:
-    """The model of a folder, of the class that its configuration names."""
+    """Load the model of a folder with the class that its configuration names."""
     if not (folder / "config.json").is_file():
         raise ValueError(f"{folder}: holds no model (config.json). Name a folder for from_pretrained.")
     try:
@@ -101,18 +101,18 @@ def load_model(folder: Path) -> PreTrainedModel:
 
 
 def load_adapter(folder: Path) -> tuple[Any, dict[str, Tensor]]:
-    """Configuration and weights of an adapter, without its base model."""
+    """Load the configuration and the weights of an adapter, without its base model."""
     from peft import PeftConfig
 
     try:
         return PeftConfig.from_pretrained(str(folder)), load_file(folder / ADAPTER)
     except (OSError, ValueError, SafetensorError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"{folder}: the adapter cannot be loaded ({reason}). Name a whole one.") from None
+        raise ValueError(f"{folder}: the adapter cannot be loaded ({reason}). Name a complete adapter.") from None
 
 
 def copy_companions(folder: Path, out: Path) -> None:
-    """Copy what lies beside a model's weights and is not there yet; nothing that only training needs."""
+    """Copy the files beside a model's weights that ``out`` lacks, except those that only training needs."""
     of_training = ("trainer_state.json", "receipt.json", ".index.json")
     for path in folder.iterdir():
         ours = path.name.startswith("accel_") or path.name.endswith(of_training)
@@ -132,7 +132,7 @@ def _soup_of_models(folders: Sequence[Path], out: Path) -> None:
         other = load_model(folder)
         if type(other) is not type(model):
             raise ValueError(
-                f"{folder}: is a {type(other).__name__}, and {folders[0]} a {type(model).__name__}. "
+                f"{folder}: is a {type(other).__name__}, but {folders[0]} is a {type(model).__name__}. "
                 "Give models of one architecture."
             )
         added = other.state_dict()
@@ -150,7 +150,7 @@ def _soup_of_adapters(folders: Sequence[Path], out: Path) -> None:
         _refuse_other_adapters(folder, config)
         if config.base_model_name_or_path != loaded[0][0].base_model_name_or_path:
             raise ValueError(
-                f"{folder}: its base model is {config.base_model_name_or_path!r}, and that of {folders[0]} "
+                f"{folder}: its base model is {config.base_model_name_or_path!r}, but {folders[0]} has "
                 f"{loaded[0][0].base_model_name_or_path!r}. Give adapters of one base model."
             )
         _refuse_others(folders[0], _shapes_without_ranks(loaded[0][1]), folder, _shapes_without_ranks(tensors))
@@ -177,11 +177,11 @@ def _soup_of_adapters(folders: Sequence[Path], out: Path) -> None:
 
 
 def _refuse_others(first: Path, expected: Mapping[str, Any], folder: Path, found: Mapping[str, Any]) -> None:
-    """Raise ValueError where the weights of two folders differ in names or shapes."""
+    """Raise ValueError if the weights of two folders differ in names or shapes."""
     for name in [*expected, *found]:
         if expected.get(name) != found.get(name):
             raise ValueError(
-                f"{folder}: {name} is {found.get(name, 'missing')}, and in {first} {expected.get(name, 'missing')}. "
+                f"{folder}: {name} is {found.get(name, 'missing')}, but {expected.get(name, 'missing')} in {first}. "
                 "Give models of one architecture."
             )
 
@@ -190,12 +190,12 @@ def _refuse_other_adapters(folder: Path, config: Any) -> None:
     kind = getattr(config.peft_type, "value", config.peft_type)
     unlike = [option for option in ("use_dora", "lora_bias", "target_parameters") if getattr(config, option, None)]
     init = getattr(config, "init_lora_weights", True)
-    if str(init).lower().startswith(FROM_THE_BASE):  # who loads it takes matrices of its rank from the base model
+    if str(init).lower().startswith(FROM_THE_BASE):  # loading takes matrices of its rank from the base model
         unlike.append(f"init_lora_weights={init!r}")
     if kind != "LORA" or unlike:
         raise ValueError(
-            f"{folder}: the adapter is {unlike[0] if unlike else kind}, of which there is no exact mean. "
-            "Merge each into its base model, and give these."
+            f"{folder}: soup does not support {unlike[0] if unlike else kind} because it has no exact mean. "
+            "Merge each adapter into its base model, and give the merged models."
         )
 
 
@@ -204,7 +204,7 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
 
 
 def _shapes_without_ranks(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Any, ...]]:
-    """Shapes in which the rank of a pair of matrices, which may differ, is a letter."""
+    """Return shapes with a letter for the rank of a pair of matrices, which may differ."""
     shapes: dict[str, tuple[Any, ...]] = {}
     for name, shape in _shapes(tensors).items():
         rank = {"A": 0, "B": 1, None: None}[_side(name)]
@@ -213,18 +213,18 @@ def _shapes_without_ranks(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Any,
 
 
 def _side(name: str) -> str | None:
-    """``A`` or ``B`` for one of a pair of matrices; None for a module that was trained whole."""
+    """Return ``A`` or ``B`` for one of a pair of matrices, and None for a module that trains in full."""
     name = name.removesuffix(".weight")
     return next((side for side in "AB" if name.endswith((f".lora_{side}", f".lora_embedding_{side}"))), None)
 
 
 def _module(name: str) -> str:
-    """The module that a pair of matrices changes, as the base model calls it."""
+    """Return the base model's name of the module that a pair of matrices changes."""
     return name.removesuffix(".weight").rpartition(".lora_")[0].removeprefix("base_model.model.")
 
 
 def _scaling(config: Any, name: str, rank: int) -> float:
-    """What an adapter multiplies B A with."""
+    """Return the factor by which an adapter multiplies B A."""
     from peft.utils.other import get_pattern_key
 
     alpha = config.alpha_pattern.get(get_pattern_key(list(config.alpha_pattern), _module(name)), config.lora_alpha)

@@ -81,7 +81,7 @@ def test_interrupted_it_goes_on_for_what_is_left(tmp_path):
 def test_twice_it_does_not_go_on_by_itself(tmp_path):
     tiny_trainer([Budget("4steps")], tmp_path / "short", **SAVING).train()
     tiny_trainer([Budget("+4steps")], tmp_path / "more", **SAVING).train(resume_from_checkpoint=str(tmp_path / "short"))
-    with pytest.raises(ValueError, match=r"Budget\(limit='\+4steps'\): the run has spent it already"):
+    with pytest.raises(ValueError, match=r"Budget\(limit='\+4steps'\): the run has spent this budget already"):
         tiny_trainer([Budget("+4steps")], tmp_path / "more").train(resume_from_checkpoint=True)
 
 
@@ -102,5 +102,5 @@ def test_what_cannot_go_on_says_so(tmp_path):
     with pytest.raises(ValueError, match="lies in output_dir, where .* Choose another output_dir"):
         tiny_trainer([Budget("+1h")], tmp_path / "b").train(resume_from_checkpoint=str(tmp_path / "b"))
     for limit in (["+1h", "3steps"], "+job"):
-        with pytest.raises(ValueError, match="Write all with a '\\+'"):
+        with pytest.raises(ValueError, match="Put '\\+' on all limits or on none"):
             Budget(limit)

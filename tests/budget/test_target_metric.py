@@ -51,7 +51,7 @@ def test_where_there_are_no_evaluations_it_asks_for_some(tmp_path):
 
 def test_a_metric_that_is_not_there_is_named(tmp_path):
     trainer = tiny_trainer([TargetMetric("accuracy", 0.9)], tmp_path, **EVERY)
-    with pytest.raises(ValueError, match=r"TargetMetric\(metric='accuracy'.*: the evaluation gives no 'accuracy'"):
+    with pytest.raises(ValueError, match=r"TargetMetric\(metric='accuracy'.*: the evaluation returns no 'accuracy'"):
         trainer.train()
     assert trainer.state.global_step == 2
 

@@ -71,7 +71,7 @@ def test_a_changed_host_is_an_error_that_names_the_tested_versions(change, monke
     else:
         monkeypatch.setattr(Trainer, "_run_epoch", changed)
     words = (
-        rf"transformers {transformers.__version__}: Trainer._run_epoch is not as hf_accel knows it. "
+        rf"hf_accel does not support transformers {transformers.__version__} because Trainer._run_epoch has changed. "
         rf"Install a tested version \({host.TESTED[0]} to {host.TESTED[1]}\)."
     )
     with pytest.raises(ImportError, match=words):

@@ -38,10 +38,10 @@ class Held(AccelTrainer):
         super().__init__(*args, async_checkpoints=True, **kwargs)
         self.gate = threading.Event()
 
-    def _finish_in_background(self, complete):
+    def _save(self, output_dir=None, state_dict=None):
         if self.state.global_step == self.held_step:
-            self._parts.writes.insert(0, self.gate.wait)
-        return super()._finish_in_background(complete)
+            self.accel.writer.put(self.gate.wait)  # before the weights, which are written first
+        super()._save(output_dir, state_dict)
 
 
 class Asynchronous(AccelTrainer):
@@ -239,6 +239,8 @@ def _whole(trainer):
     return weights.gather(trainer.model, weights.local_parameters(trainer.model))
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
 def test_two_ranks_resume_bit_exactly(tmp_path, backend):
     (losses, weights, faults), _ = run_on_ranks(on_a_rank, tmp_path, backend, (3, 9), backend=backend, timeout=SECONDS)
@@ -255,6 +257,8 @@ def test_two_ranks_resume_bit_exactly(tmp_path, backend):
     assert largest_difference(here, there) == 0.0
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_the_best_model_of_two_ranks_under_fsdp2(tmp_path):
     args = {"eval_strategy": "steps", "eval_steps": 3, "load_best_model_at_end": True, "given": lambda: []}
     found = [
@@ -264,6 +268,8 @@ def test_the_best_model_of_two_ranks_under_fsdp2(tmp_path):
     assert largest_difference(*(weights[0] for (_, weights, _), _ in found)) == 0.0
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_ranks_with_optimizers_of_their_own(tmp_path):
     (losses, weights, _), _ = run_on_ranks(
         on_a_rank, tmp_path, "ddp", (4, 8), timeout=SECONDS, given=lambda: [DiLoCo(every=4)]
@@ -279,6 +285,8 @@ def alone(directory):
     return [dist.get_backend(group) for group in trainer.accel.writer.groups if group is not None], faults
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_one_rank_of_one_has_groups_that_need_no_accelerator(tmp_path):
     ((backends, faults),) = run_on_ranks(alone, tmp_path, world=1, timeout=SECONDS)
     assert backends == ["gloo"] * 3 and faults == [None] * 4
@@ -294,6 +302,8 @@ def one_rank_cannot_write(directory):
     return trainer.state.global_step, str(raised.value)
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_one_rank_cannot_write(tmp_path):
     for step, words in run_on_ranks(one_rank_cannot_write, tmp_path, timeout=SECONDS):
         assert step == 9 and "checkpoint-6: the checkpoint could not be written" in words
@@ -308,6 +318,8 @@ def refused(directory):
     return True
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_deepspeed_is_refused(tmp_path):
     assert run_on_ranks(refused, tmp_path, backend="zero1") == [True, True]
 

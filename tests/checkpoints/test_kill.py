@@ -64,6 +64,7 @@ def in_a_child(fn, *args, **kwargs):
     return process.exitcode
 
 
+@pytest.mark.ci
 def test_killed_at_random_steps(tmp_path):
     weights, losses, steps = train(tmp_path / "straight")
     choose = random.Random(0)
@@ -79,6 +80,8 @@ def test_killed_at_random_steps(tmp_path):
     assert largest_difference(resumed, weights) == 0.0
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_killed_at_random_steps_on_two_ranks(tmp_path):
     args = {"per_device_train_batch_size": 4}
     straight = run_on_ranks(train, tmp_path / "straight", **args)
@@ -91,6 +94,7 @@ def test_killed_at_random_steps_on_two_ranks(tmp_path):
         assert largest_difference(weights, again) == 0.0
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("asynchronous", [False, True])
 def test_killed_inside_a_save(tmp_path, asynchronous):
     """Twenty kills at writes that are spread over a save: a whole checkpoint is found every time."""

@@ -72,9 +72,9 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(tmp_path):
     (tmp_path / "full" / "notes.txt").touch()
     for line, message in (
         ([tmp_path / "none"], "there is no checkpoint. Name a checkpoint-N directory."),
-        ([plain], "holds no averages. Load it with from_pretrained as it is."),
-        ([broken], "the checkpoint is not whole, it has no accel_complete.json."),
-        ([averaged, "--out", tmp_path / "full"], "is there already. Choose another --out."),
+        ([plain], "holds no averaged weights. Load it with from_pretrained."),
+        ([broken], "the checkpoint is not complete: it has no accel_complete.json."),
+        ([averaged, "--out", tmp_path / "full"], "exists and is not an empty folder. Choose another --out."),
     ):
         result = run(*line)
         assert result.exit_code == 2, result.output

@@ -44,6 +44,7 @@ def run(*line: object):
     return CliRunner().invoke(app, [str(word) for word in line])
 
 
+@pytest.mark.ci
 def test_a_recipe_gets_a_proposal_and_a_plot(recipe, tmp_path):
     result = run("find-lr", recipe, "--out", tmp_path / "found", "--share", 1)
     assert result.exit_code == 0, result.output
@@ -62,6 +63,7 @@ def test_a_recipe_gets_a_proposal_and_a_plot(recipe, tmp_path):
     assert [path.name for path in (tmp_path / "again").iterdir()] == ["find-lr.json"]
 
 
+@pytest.mark.ci
 def test_a_workload_has_a_recipe_of_its_own(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     line = ["find-lr", "--workload", "synthetic", "--budget", "800samples", "--share", 1, "--no-plot", "--json"]
@@ -75,7 +77,7 @@ def test_a_workload_has_a_recipe_of_its_own(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
-        ([], "neither a recipe nor a workload"),
+        ([], "find-lr needs a recipe or a workload"),
         (["--workload", "sst3"], "workload('sst3'): there is none of this name"),
         (["--workload", "sst2", "--data", "nowhere"], "there is no such file"),
         (["nothing.yaml"], "recipe('nothing.yaml'): there is no such file"),

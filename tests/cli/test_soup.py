@@ -139,7 +139,7 @@ def test_a_recipe_decides_what_a_greedy_soup_keeps(tmp_path):
     assert all(torch.equal(kept[name], tensor) for name, tensor in good.state_dict().items())
 
     refused = run(*line[:3], tmp_path / "other", "--greedy", "--recipe", tmp_path / "recipe.yaml", "--metric", "bleu")
-    assert refused.exit_code == 2 and "metric('bleu'): the evaluation has none of this name." in refused.stderr
+    assert refused.exit_code == 2 and "metric('bleu'): the evaluation does not report it." in refused.stderr
 
 
 def test_a_greedy_soup_keeps_what_is_more_accurate(tmp_path):
@@ -181,14 +181,14 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(tmp_path):
     (tmp_path / "empty").mkdir()
     out = ["--out", tmp_path / "out"]
     for line, message in (
-        ([llama, tmp_path / "convnext", *out], "is a ConvNextForImageClassification, and"),
-        ([llama, tmp_path / "small", *out], "model.embed_tokens.weight is (48, 8), and in"),
-        ([llama, tmp_path / "lora", *out], "Give one kind."),
-        ([tmp_path / "lora", tmp_path / "v", *out], "q_proj.lora_A.weight is missing, and in"),
-        ([tmp_path / "lora", tmp_path / "dora", *out], "the adapter is use_dora, of which there is no exact mean."),
+        ([llama, tmp_path / "convnext", *out], "is a ConvNextForImageClassification, but"),
+        ([llama, tmp_path / "small", *out], "model.embed_tokens.weight is (48, 8), but "),
+        ([llama, tmp_path / "lora", *out], "Give only models or only adapters."),
+        ([tmp_path / "lora", tmp_path / "v", *out], "q_proj.lora_A.weight is missing, but "),
+        ([tmp_path / "lora", tmp_path / "dora", *out], "soup does not support use_dora because it has no exact mean."),
         ([llama, tmp_path / "empty", *out], "holds no model (config.json)."),
-        ([llama, other, "--greedy", *out], "--greedy and --recipe belong together. Give both, or none."),
-        ([llama, other, "--out", llama], "is there already. Choose another --out."),
+        ([llama, other, "--greedy", *out], "--greedy and --recipe need each other. Give both or neither."),
+        ([llama, other, "--out", llama], "exists and is not an empty folder. Choose another --out."),
     ):
         result = run(*line)
         assert result.exit_code == 2, (line, result.output)
@@ -201,4 +201,4 @@ def test_adapters_that_change_their_base_model_are_refused(tmp_path):
     for seed in (0, 1):
         adapter(tmp_path / str(seed), seed, config)
     result = run(tmp_path / "0", tmp_path / "1", "--out", tmp_path / "soup")
-    assert result.exit_code == 2 and "init_lora_weights='pissa', of which there is no exact mean" in result.output
+    assert result.exit_code == 2 and "init_lora_weights='pissa' because it has no exact mean" in result.output

@@ -44,7 +44,7 @@ def test_a_name_prints_its_card():
 
 
 @pytest.mark.parametrize(
-    ("name", "words"), [("InfoBtch", "Did you mean 'InfoBatch'?"), ("os:path", "none of this name")]
+    ("name", "words"), [("InfoBtch", "Did you mean 'InfoBatch'?"), ("os:path", "no such technique")]
 )
 def test_an_unknown_name_ends_in_one_sentence_and_exit_code_2(name, words):
     shown = run(name)

@@ -105,7 +105,7 @@ def test_what_was_saved_is_kept_and_resumed(recipe, tmp_path):
 
     refused = run("train", recipe)
     assert refused.exit_code == 2
-    assert "of an earlier run. Add --resume to go on, or choose another --output." in refused.stderr
+    assert "of an earlier run. Add --resume to continue, or choose another --output." in refused.stderr
     assert saved(out) == before
 
     changed = run("train", recipe, "--resume")
@@ -149,7 +149,7 @@ def test_sequence_classification(tmp_path):
         (["--set", "args.learning_rat=1"], "Did you mean 'learning_rate'?"),
         (["--set", "args.learning_rate=fast"], "args.learning_rate('fast'): must be a float"),
         (["--set", "args.max_steps=5"], "max_steps"),
-        (["--set", "techniques=[Budgte]"], "technique('Budgte'): there is none of this name. Did you mean 'Budget'?"),
+        (["--set", "techniques=[Budgte]"], "technique('Budgte'): there is no such technique. Did you mean 'Budget'?"),
         (["--set", "techniques=[Budget: {limt: 1s}]"], "Budget: there is no field 'limt'. Did you mean 'limit'?"),
         (["--set", "techniques=[Budget]"], "is a budget, too. Keep one."),
         (["--set", "budget=", "--set", "techniques=[Budget, Budget]"], "both own the slot 'budget'. Keep one."),
@@ -158,8 +158,8 @@ def test_sequence_classification(tmp_path):
         (["--set", "data.source=TABLE"], "has no column 'text'. Name one of those it has: 'sentence'."),
         (["--set", "data.sauce=x"], "data: there is no option 'sauce'. Did you mean 'source'?"),
         (["--set", "model=./none"], "model('./none'): neither a folder nor found on the Hub."),
-        (["--set", "task=chess"], "task('chess'): there is none of this name."),
-        (["--resume"], "there is no checkpoint to resume from. Leave --resume out."),
+        (["--set", "task=chess"], "task('chess'): there is no such task."),
+        (["--resume"], "there is no checkpoint to resume from. Remove --resume."),
         (["--output", "EMPTY"], "is a file. Choose another --output."),
     ],
 )
@@ -200,14 +200,14 @@ def test_a_finished_run_goes_on(recipe, tmp_path):
     ("options", "sentence"),
     [
         (("--budget", "3 parsecs"), "there is no unit 'parsecs'"),
-        (("--budget", "0.01s"), "one step, and the evaluation and the checkpoint after it, do not fit into it"),
-        (("--budget", "10tok"), "one step, and the evaluation and the checkpoint after it, do not fit into it"),
-        (("--budget", "1e4flop"), "one step, and the evaluation and the checkpoint after it, do not fit into it"),
+        (("--budget", "0.01s"), "too small for one step and the evaluation and checkpoint after it"),
+        (("--budget", "10tok"), "too small for one step and the evaluation and checkpoint after it"),
+        (("--budget", "1e4flop"), "too small for one step and the evaluation and checkpoint after it"),
         (("--budget", "1kWh"), "joules: "),
         (("--budget", "job"), "SLURM_JOB_START_TIME is not set"),
-        (("--set", "args.max_steps=5"), "max_steps=5: Budget(limit='8steps') says already when the run ends"),
-        (("--budget", "+4steps"), "there is no run to continue"),
-        (("--continue", "elsewhere"), "how much more may be spent? Say it, as --budget +30min."),
+        (("--set", "args.max_steps=5"), "max_steps=5: Budget(limit='8steps') limits the run already"),
+        (("--budget", "+4steps"), "there is no run to go on with"),
+        (("--continue", "elsewhere"), "needs a budget that extends the run. Add --budget +30min."),
         (("--continue", "elsewhere", "--budget", "+4steps"), "elsewhere: there is no whole checkpoint"),
     ],
 )
@@ -225,4 +225,6 @@ def test_a_budget_that_is_spent_is_one_sentence(recipe):
     assert run("train", recipe).exit_code == 0
     result = run("train", recipe, "--resume")
     assert result.exit_code == 2
-    assert "Budget(limit='8steps'): the run has spent it already. Give more." in " ".join(result.output.split())
+    assert "Budget(limit='8steps'): the run has spent this budget already. Set a larger one." in " ".join(
+        result.output.split()
+    )

@@ -12,8 +12,7 @@ from typer.testing import CliRunner
 
 from hf_accel import LinearToZero, Recipe
 from hf_accel.cli import app
-from hf_accel.compare import Arm, Comparison, build_workload, cache, compare
-from hf_accel.compare import comparison as comparison_module
+from hf_accel.compare import Arm, Comparison, build_workload, cache, compare, execution
 from hf_accel.compare.placebos import bigger_batch_placebo, random_subset_placebo
 from hf_accel.compare.pool import environment, run_jobs
 from hf_accel.compare.worker import measure
@@ -55,6 +54,7 @@ def test_the_known_answers_are_in_their_intervals(name, answer, finished):
     assert found.high / found.low < 1.5, "an interval that says something"
 
 
+@pytest.mark.ci
 def test_the_verdicts_are_those_of_the_task(finished):
     results, _, _ = finished
     # Half of the work is certainly worse; the rest is for more seeds to say, as there is more noise than margin.
@@ -63,6 +63,7 @@ def test_the_verdicts_are_those_of_the_task(finished):
     assert results.margin == 0.003
 
 
+@pytest.mark.ci
 def test_a_candidate_that_fails_has_infinite_time_and_says_why(finished):
     results, _, _ = finished
     row = results.row("InfoBatch(keep=0.5)")
@@ -72,6 +73,7 @@ def test_a_candidate_that_fails_has_infinite_time_and_says_why(finished):
     assert "InfoBatch" in row.errors[0] and "loss for each example" in row.errors[0]
 
 
+@pytest.mark.ci
 def test_progress_is_told_from_the_first_run(finished):
     _, _, told = finished
     assert told[0].seconds_left is None and told[0].done == 0
@@ -81,18 +83,20 @@ def test_progress_is_told_from_the_first_run(finished):
     assert (told[-1].done, told[-1].total, told[-1].seconds_left) == (46, 46, 0.0)
 
 
+@pytest.mark.ci
 def test_the_reports_are_written(finished):
     _, out, _ = finished
     plain = json.loads((out / "results.json").read_text())
     assert plain["workload"] == "synthetic" and len(plain["runs"]) == 46 and plain["complete"]
     assert plain["rows"][4]["speed_ups"]["cpu_seconds"]["kind"] == "measured"
     report = (out / "report.md").read_text()
-    for word in ("Baseline tuned", "SkipsHalf", "miss (5 of 5)", "## What went wrong", "Counted in other costs"):
+    for word in ("Baseline tuned", "SkipsHalf", "miss (5 of 5)", "## Errors", "Counted in other costs"):
         assert word in report, word
     record = plain["runs"][0]
     assert record["peak_memory_bytes"] > 0 and record["log"] and record["uncharged"]["evaluation"]["cpu_seconds"] > 0
 
 
+@pytest.mark.ci
 def test_an_interrupted_comparison_goes_on_where_it_stopped(finished, monkeypatch):
     results, out, _ = finished
     lost = sorted((out / "runs").glob("baseline-0.375-2-*.json"))
@@ -109,7 +113,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(finished, monkeypatc
             )
             done(job, 0)
 
-    monkeypatch.setattr(comparison_module, "run_jobs", counted)
+    monkeypatch.setattr(execution, "run_jobs", counted)
     again = known_answers(out).run()
     failed = [record for record in asked if "InfoBatch" in record]
     assert len(failed) == 5 and len(asked) == 6, "what is missing, and what failed"
@@ -138,10 +142,11 @@ def test_a_killed_comparison_goes_on_from_its_records(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "no run is made twice"
 
 
+@pytest.mark.ci
 def test_when_the_time_is_up_whole_seeds_are_reported(finished, monkeypatch, tmp_path):
     _, out, _ = finished
     now = [0.0]
-    monkeypatch.setattr(comparison_module.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(execution.time, "monotonic", lambda: now[0])
 
     def two_seconds_each(jobs, slots, single_threaded, done, logs):
         for job in jobs:
@@ -151,7 +156,7 @@ def test_when_the_time_is_up_whole_seeds_are_reported(finished, monkeypatch, tmp
             Path(job["record"]).write_text(json.dumps(json.loads(like.read_text()) | {"whole_seconds": 2.0}))
             done(job, 0)
 
-    monkeypatch.setattr(comparison_module, "run_jobs", two_seconds_each)
+    monkeypatch.setattr(execution, "run_jobs", two_seconds_each)
     options = {"workload": "synthetic", "horizons": (0.75, 1.5), "seeds": 5, "placebos": False}
     arm = Arm("half", Recipe(techniques=["LinearToZero"]), horizon=0.75)
     cut = Comparison([arm], **options, budget="17s", out=tmp_path / "cut").run()
@@ -193,7 +198,7 @@ def test_a_record_is_of_its_machine_and_of_what_files_hold(tmp_path, monkeypatch
         for cost in ("cpu_seconds", "wall_seconds")
     )
     assert one != other, "one of them has one thread"
-    monkeypatch.setattr(comparison_module, "machine", lambda: "another processor")
+    monkeypatch.setattr(cache, "machine", lambda: "another processor")
     moved = Comparison(["LinearToZero"], workload="code-lm", cost="cpu_seconds").plan()[0].record(tmp_path)
     assert moved != one
 
@@ -239,7 +244,7 @@ def test_candidates_may_have_a_share_of_the_budget():
     plan = Comparison(["LinearToZero"], workload="code-lm", seeds=1, horizons=(0.5, 1.0), share=0.5).plan()
     budgets = {(run.arm, run.horizon): run.configuration["budget"] for run in plan}
     assert budgets["LinearToZero", 0.5] == budgets["baseline", 0.5] == budgets["Trainer's defaults", 0.5]
-    message = "share\\(0.6\\): is none of the horizons \\(0.5, 1\\). Give one of them, or add it."
+    message = "share\\(0.6\\): is none of the horizons \\(0.5, 1\\). Use one of them, or add it."
     for candidate, share in (("LinearToZero", 0.6), (Arm("half", Recipe(), horizon=0.6), 0.5)):
         with pytest.raises(ValueError, match=message):
             Comparison([candidate], workload="code-lm", horizons=(0.5, 1.0), share=share)
@@ -296,8 +301,8 @@ def test_placebos_of_a_measured_size_are_shuffled_into_the_seeds_after_the_first
             Path(job["record"]).write_text(json.dumps({"run": job["run"], **record, **rest}))
             done(job, 0)
 
-    monkeypatch.setattr(comparison_module, "run_jobs", half_the_samples)
-    monkeypatch.setattr(comparison_module, "save", lambda results, folder: None)
+    monkeypatch.setattr(execution, "run_jobs", half_the_samples)
+    monkeypatch.setattr(Comparison, "save", lambda self, results: None)
     told = []
     results = Comparison(["InfoBatch"], workload="synthetic", horizons=(0.5, 1.0), seeds=4, out=tmp_path).run(
         told.append
@@ -373,7 +378,7 @@ def test_every_slot_has_one_gpu(monkeypatch):
         (["InfoBatch", "--workload", "digits", "--budget", "20steps"], "budget('20steps'): must be a time."),
         (["InfoBatch", "--workload", "digits", "--share", "0.6"], "share(0.6): is none of the horizons (0.25, 0.5,"),
         (["--workload", "digits"], "candidates: there are none."),
-        (["InfoBatch", "InfoBatch", "--workload", "digits"], "two are called alike"),
+        (["InfoBatch", "InfoBatch", "--workload", "digits"], "two have the same name"),
         (["InfoBatch", "--workload", "digits", "--baseline", "no.yaml"], "recipe('no.yaml'): there is no such file."),
     ],
 )
@@ -385,6 +390,7 @@ def test_bad_input_ends_in_one_sentence_and_exit_code_2(line, message, tmp_path,
     assert result.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
+@pytest.mark.ci
 def test_the_command_prints_what_python_returns(monkeypatch, finished):
     results, _, _ = finished
     monkeypatch.setattr(Comparison, "run", lambda self, progress: results)

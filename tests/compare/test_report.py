@@ -11,12 +11,12 @@ from xml.etree import ElementTree
 import pytest
 
 from hf_accel import evidence
-from hf_accel.compare import Arm, Comparison
-from hf_accel.compare.charts import Axis, Chart
-from hf_accel.compare.page import page, parts
-from hf_accel.compare.record import record, write_record
+from hf_accel.compare import Arm, Comparison, write_record
+from hf_accel.compare.figures import ARMS as ARM_COLORS
+from hf_accel.compare.figures import COLORS, PARTS, parts
+from hf_accel.compare.page import page
 from hf_accel.compare.report import markdown, sentences
-from hf_accel.compare.results import collect
+from hf_accel.compare.results import record
 from hf_accel.recipe import Recipe
 
 ARMS = {  # name: (loss at the cost of the full horizon, that cost), the baseline reaches 1.3 there at cost 10
@@ -59,7 +59,7 @@ def results():
         record["phases"] = {} if name == "baseline" else record["phases"]
     records["baseline, hosted", 1.0, 1] = {"run": {}, **made(1.3, 10.0)}
     records["bad", 1.0, 2] = {"run": {}, "status": "failed", "error": "ValueError: <no> & never"}
-    return collect(comparison, arms, records)
+    return comparison.collect(arms, records)
 
 
 def made(loss: float, cost: float) -> dict:
@@ -98,7 +98,7 @@ def test_the_markdown_begins_with_the_sentences(results):
     assert headings == [
         "## Apart from the comparison",
         "## Counted in other costs",
-        "## What went wrong",
+        "## Errors",
         "## Baseline",
     ]
 
@@ -112,7 +112,7 @@ def recollected(results, change, cost="cpu_seconds"):
     keys = ("arm", "horizon", "seed")
     records = {tuple(run[key] for key in keys): change(copy.deepcopy(run)) for run in results.runs}
     records = {key: record for key, record in records.items() if record is not None}
-    return collect(comparison, [comparison.reference, *comparison.arms, placebo], records)
+    return comparison.collect([comparison.reference, *comparison.arms, placebo], records)
 
 
 def test_a_placebo_that_the_time_did_not_allow_is_missed(results):
@@ -137,7 +137,7 @@ def test_a_cost_that_was_not_counted_is_left_out_and_no_miss(results):
     known = recollected(results, lambda run: run).row("half").speed_ups
     assert "flops" in known
     told = sentences(recollected(results, uncounted, cost="flops"))
-    assert told == ["half: nothing is known of its FLOPs."]
+    assert told == ["half: FLOPs were not measured."]
 
 
 # The page -------------------------------------------------------------------------------------------------------------
@@ -173,7 +173,9 @@ def test_the_page_needs_nothing_else_and_shows_every_arm(results):
     text = page(results)
     elements = Elements(text)
     assert not {"script", "link", "img", "iframe"} & {tag for tag, _ in elements.seen}
-    assert not [attrs for _, attrs in elements.seen if {"src", "href", "xlink:href"} & attrs.keys()]
+    ids = {f"#{attrs['id']}" for _, attrs in elements.seen if "id" in attrs}
+    assert {attrs["href"] for _, attrs in elements.seen if "href" in attrs} <= ids, "marks of the page itself"
+    assert not [attrs for _, attrs in elements.seen if {"src", "xlink:href"} & attrs.keys()]
     assert "url(" not in text and "@import" not in text and "http" not in text
     for name in ["baseline", *ARMS]:
         assert elements.text.count(name) >= 2, name
@@ -188,7 +190,7 @@ def test_the_page_needs_nothing_else_and_shows_every_arm(results):
         "Where the time went",
         "Counted in other costs",
         "Apart from the comparison",
-        "What went wrong",
+        "Errors",
         "Baseline",
         "Machine and versions",
     ]
@@ -204,9 +206,41 @@ def test_its_charts_are_well_formed_and_have_every_run(results):
     for run in finished:
         label = f"{run['arm']}, horizon {run['horizon']:g}, seed {run['seed']}: loss {run['metrics']['eval_loss']:.4f}"
         assert len([title for title in titles if title.startswith(label + " at ")]) == 1
-    box = [float(part) for part in quality.get("viewBox").split()]
-    for circle in quality.iter("circle"):
-        assert 0 <= float(circle.get("cx")) <= box[2] and 0 <= float(circle.get("cy")) <= box[3]
+    marks = [mark for group in quality.iter("g") if group.find("title") is not None for mark in group.iter("use")]
+    assert len(marks) == len(titles)
+    left, top, width, height = (float(part) for part in quality.get("viewBox").split())
+    for mark in marks:
+        assert left <= float(mark.get("x")) <= left + width and top <= float(mark.get("y")) <= top + height
+
+
+def test_costs_grow_to_the_right_and_losses_upwards(results):
+    text = page(results)
+    pictures = [ElementTree.fromstring(svg) for svg in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
+    quality = next(svg for svg in pictures if svg.get("aria-label") == "quality of every run against its cost")
+    places = {
+        group.find("title").text.partition(":")[0]: [float(group.find(".//use").get(axis)) for axis in "xy"]
+        for group in quality.iter("g")
+        if group.find("title") is not None
+    }
+    for seed in results.seeds:
+        short, long = (places[f"baseline, horizon {horizon}, seed {seed}"] for horizon in ("0.25", "1.5"))
+        half = places[f"half, horizon 1, seed {seed}"]
+        assert short[0] < half[0] < long[0], "cheaper is further left"
+        assert short[1] < half[1] < long[1], "a higher loss is higher up"
+    assert "2 runs lie outside and are drawn at the edge" in text
+    bars = next(svg for svg in pictures if svg.get("aria-label") == "wall seconds of each arm by part")
+    told = [title.text for title in bars.iter("title")]
+    assert "forward: 3.33 s, 32.9%" in told, "of the baseline through AccelTrainer"
+    assert len([title for title in told if title.startswith("techniques: 0.20 s")]) == 7
+
+
+def test_colors_follow_the_style_sheet(results):
+    text = page(results)
+    declared = set(re.findall(r"(--\w+): #", text))
+    assert {f"--{name}" for name in (COLORS | ARM_COLORS)} <= declared
+    assert {f"--{name}" for name in re.findall(r"var\(--(\w+)\)", text)} <= declared
+    pictures = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
+    assert {*re.findall("#[0-9a-f]{6}", "".join(pictures))} <= {*PARTS.values()}, "and no other color is fixed"
 
 
 def test_the_ablation_is_the_ratio_seed_by_seed(results):
@@ -231,21 +265,6 @@ def test_phases_are_joined():
     found = parts({"data": 1.0, "saving": 2.0, "other": 4.0, "0.Muon": 8.0, "1.InfoBatch": 16.0})
     nothing = {"forward": 0, "backward": 0, "optimizer": 0, "evaluation": 0}
     assert found == nothing | {"data": 1, "techniques": 24, "other": 6}
-
-
-@pytest.mark.parametrize("low, high, log", [(0.9, 2.3, True), (3, 4000, True), (0.31, 0.33, False), (-2, 7, False)])
-def test_ticks_are_round_and_inside(low, high, log):
-    ticks = Axis(low, high, log).ticks()
-    assert 3 <= len(ticks) <= 12 and all(low <= tick <= high for tick in ticks) and ticks == sorted(set(ticks))
-    assert all(len(f"{tick:g}") <= 6 for tick in ticks)
-
-
-def test_places_are_shares_of_an_axis():
-    assert Axis(1, 100, True).share(10) == pytest.approx(0.5) and Axis(2, 4).share(3.5) == pytest.approx(0.75)
-    assert Axis(1, 100, True).share(0) == 0 and Axis(2, 4).share(9) == 1
-    chart = Chart(Axis(0, 1), Axis(0, 1), "x", "y")
-    assert chart.place(0.2, 0.9)[1] < chart.place(0.2, 0.1)[1], "more is higher"
-    assert chart.point(math.nan, 0.5, "circle", "s0", "") == ""
 
 
 # Records --------------------------------------------------------------------------------------------------------------

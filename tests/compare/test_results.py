@@ -2,8 +2,9 @@
 
 import pytest
 
-from hf_accel.compare.arm import Arm
-from hf_accel.compare.results import Design, collect, lower_is_better
+from hf_accel.compare.arms import Arm
+from hf_accel.compare.collect import Design, collect
+from hf_accel.compare.results import lower_is_better
 from hf_accel.compare.workloads import build_workload
 from hf_accel.recipe import Recipe
 

@@ -9,10 +9,10 @@ from hf_accel.compare.statistics import (
     fit_curve,
     mean_interval,
     non_inferiority,
-    non_inferiority_margin,
     speed_up,
     useful_horizons,
 )
+from hf_accel.compare.workloads.synthetic import Synthetic
 
 HORIZONS = np.array([0.25, 0.5, 0.75, 1.0, 1.5])
 
@@ -156,8 +156,11 @@ def test_non_inferiority(differences, verdict):
 def test_a_failed_run_is_inferior_and_margins_have_a_floor():
     assert non_inferiority([1.0, math.nan], [2.0, 2.0], 0.01).verdict == "inferior"
     assert non_inferiority([1.0, 1.0], [2.0, math.nan], 0.01).verdict == "undecided", "the baseline has no loss"
-    assert non_inferiority_margin(0.02, 0.003) == 0.01
-    assert non_inferiority_margin(0.001, 0.003) == 0.003
+    assert Synthetic.margin_floor == 0.003
+    for sigma, margin in ((0.02, 0.01), (0.001, 0.003)):
+        workload = Synthetic()
+        workload.seed_sigma = sigma
+        assert workload.margin == margin
     assert mean_interval([1.0]) == (1.0, -math.inf, math.inf)
 
 
@@ -186,6 +189,7 @@ def simulated(generator: np.random.Generator) -> bool:
     return result.low <= truth <= result.high
 
 
+@pytest.mark.ci
 def test_intervals_of_95_percent_cover_at_least_93():
     generator = np.random.default_rng(0)
     covered = np.mean([simulated(generator) for _ in range(1000)])

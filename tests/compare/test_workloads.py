@@ -182,7 +182,7 @@ def test_the_larger_scale(name):
 
 @pytest.mark.parametrize("name", ["digits", "synthetic", "recipe"])
 def test_a_scale_that_a_workload_has_not_is_refused(name):
-    sentence = f"scale('gpu'): the workload '{name}' has none of this name. Give 'cpu'."
+    sentence = f"scale('gpu'): the workload '{name}' does not support it. Set scale='cpu'."
     with pytest.raises(ValueError) as error:
         build_workload(name, {"scale": "gpu"})
     assert str(error.value) == sentence
@@ -231,7 +231,7 @@ def test_sst2_is_evaluated_on_all_sentences_by_length():
     assert len(lengths) == 60 and lengths == sorted(lengths)
 
 
-def test_only_completions_are_learned(made):
+def test_only_completions_are_learnt(made):
     task = build("gsm8k-sft")
     table = pyarrow.parquet.read_table(made / "sft" / "gsm8k" / "train.parquet").to_pylist()
     assert len(task["train_dataset"]) == len(table) - 1, "what does not fit is left out"
@@ -323,6 +323,7 @@ def test_a_metric_that_cannot_be_loaded_is_one_sentence(tmp_path):
 # Real data ------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.ci
 @FROM_FILES
 def test_real_data(name, monkeypatch):
     if REAL_DATA is None:

@@ -49,5 +49,5 @@ def test_time_is_that_of_the_first_rank(slow, tmp_path):
 
 
 def test_too_little_on_every_rank(tmp_path):
-    with pytest.raises(pytest.fail.Exception, match="do not fit into it"):
+    with pytest.raises(pytest.fail.Exception, match="is too small for one step"):
         run_on_ranks(train, tmp_path, "1e5flop", 4)

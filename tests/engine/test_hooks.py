@@ -207,6 +207,8 @@ class OnlyNow(Quiet):
         return False
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_gradients_that_are_not_synchronized_stay_with_their_rank(tmp_path):
     def gradients(techniques):
         trainer = tiny_trainer(
@@ -236,6 +238,8 @@ class Watch(Quiet):
         pass
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_nothing_is_observed_of_a_rank_without_examples(tmp_path):
     """Of 65 examples in steps of 8, the last step has one, and the other rank a filler."""
 

@@ -260,6 +260,7 @@ class Twice(Technique):
         return loss
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("counted", [True, False], ids=["Trainer counts", "Trainer counts nothing"])
 def test_objectives_that_ask_twice(counted, tmp_path):
     def model():

@@ -55,6 +55,8 @@ def launch(script, *arguments):
     return subprocess.run([*map(str, command)], env=env, capture_output=True, text=True, timeout=240)
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_one_of_two_ranks_is_killed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
@@ -79,6 +81,7 @@ class Signals(TrainerCallback):
             os.kill(os.getpid(), signal.SIGTERM)
 
 
+@pytest.mark.ci
 def test_a_polite_signal_saves_first(tmp_path):
     def make(directory, **args):
         return tiny_trainer([InfoBatch(), ExponentialMovingAverage()], directory, num_train_epochs=2, **args)
@@ -107,6 +110,7 @@ class FillsTheDisk(TrainerCallback):
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
 
 
+@pytest.mark.ci
 def test_a_full_disk_keeps_the_last_checkpoint_whole_and_says_so(tmp_path):
     trainer = tiny_trainer([InfoBatch()], tmp_path, save_strategy="steps", save_steps=3, save_total_limit=1)
     trainer.add_callback(FillsTheDisk())

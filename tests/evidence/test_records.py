@@ -125,7 +125,7 @@ def test_holms_adjustment():
             "EMA reaches the baseline's loss 1.50x [1.20, 1.8] faster, but not all of its placebos were run "
             "(not subset): no gain shown.",
         ),
-        ([arm("EMA")], "not measured", "EMA: nothing is known of its CPU seconds."),
+        ([arm("EMA")], "not measured", "EMA: CPU seconds were not measured."),
     ],
 )
 def test_words_say_what_came_out(arms, verdict, sentence):

@@ -357,6 +357,8 @@ def runs_on_ranks(kind, directory):
     return found
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 @pytest.mark.filterwarnings("ignore")
 def test_honored_on_two_ranks(shown, tmp_path):
     plain = run_on_ranks(runs_on_ranks, Trainer, tmp_path, timeout=150)[0]

@@ -600,27 +600,27 @@ def test_rows_with_several_examples_each():
 def test_packed_rows_that_cannot_be_told_apart():
     head = head_of(shared("LlamaForCausalLM"))
     outputs, labels = SimpleNamespace(logits=torch.randn(1, 6, V)), torch.ones(1, 6, dtype=torch.long)
-    with pytest.raises(ValueError, match=r"labels\(1, 6\): without position_ids"):
+    with pytest.raises(ValueError, match=r"labels\(1, 6\) need position_ids"):
         head.losses(outputs, {"labels": labels}, 2)
-    with pytest.raises(ValueError, match=r"they start 1 examples, and the batch has 2"):
+    with pytest.raises(ValueError, match=r"position_ids\(1, 6\) start 1 examples, and the batch has 2"):
         head.losses(outputs, {"labels": labels, "position_ids": torch.arange(6)[None]}, 2)
     for name in ("BertForSequenceClassification", "BertForQuestionAnswering"):
         inputs = batch_for(name)
-        with pytest.raises(ValueError, match=r"there must be a row for each of 9 examples"):
+        with pytest.raises(ValueError, match=r"must have a row for each of 9 examples"):
             head_of(shared(name)).losses(shared(name)(**inputs), inputs, 9)
 
 
 def test_outputs_that_do_not_fit_the_labels():
     head = head_of(shared("LlamaForCausalLM"))
     inputs = batch_for("LlamaForCausalLM")
-    with pytest.raises(ValueError, match=rf"logits\(4, {L + 2}, 33\): each of the labels\(4, {L}\)"):
+    with pytest.raises(ValueError, match=rf"logits\(4, {L + 2}, 33\) and labels\(4, {L}\) differ in positions"):
         head.losses(SimpleNamespace(logits=torch.randn(B, L + 2, V)), inputs, B)
     with pytest.raises(ValueError, match=r"logits=None"):
         head.losses(SimpleNamespace(logits=None), inputs, B)
     with pytest.raises(ValueError, match=r"inputs\(input_ids\): there are no labels"):
         head.count({"input_ids": inputs["input_ids"]})
     model = build("BertForSequenceClassification", num_labels=C)
-    with pytest.raises(ValueError, match=r"labels\(4,\): a multi_label_classification needs one for each"):
+    with pytest.raises(ValueError, match=r"labels\(4,\): multi_label_classification needs one label per logit"):
         recomposed(model, {**text(), "labels": torch.rand(B)})
 
 
@@ -640,7 +640,7 @@ def test_unknown_losses_are_refused():
         hf.BertModel(hf.BertConfig(**TEXT)),
         type("MyViT", (hf.ViTForImageClassification,), {})(hf.ViTConfig(**VIT)),  # transformers calls a causal LM's
     ):
-        with pytest.raises(ValueError, match=rf"^{type(model).__name__}: its loss is not known.*example_loss_func="):
+        with pytest.raises(ValueError, match=rf"^{type(model).__name__}: its loss is unknown.*example_loss_func="):
             head_of(model)
 
 
@@ -667,7 +667,7 @@ def test_head_from_a_function():
         weighted_mean(example, head.count(inputs, B)), F.mse_loss(model(inputs["x"])[:, 0], inputs["labels"])
     )
     assert torch.allclose(example.per_example(B), squared(model(inputs["x"]), inputs))
-    with pytest.raises(ValueError, match=r"example_loss_func\(\.\.\.\) of shape \(\): it must give one loss"):
+    with pytest.raises(ValueError, match=r"example_loss_func\(\.\.\.\) returned the shape \(\), not one loss"):
         head_from(lambda outputs, inputs: outputs.mean()).losses(model(inputs["x"]), inputs, B)
 
 

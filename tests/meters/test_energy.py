@@ -92,6 +92,7 @@ def test_a_budget_in_joules_is_kept(powercap, tmp_path, monkeypatch):
     assert trainer.receipt.to_dict()["joules"] == trainer.state.global_step * 50
 
 
+@pytest.mark.ci
 def test_a_search_of_the_rate_takes_its_share_of_energy(powercap, tmp_path, monkeypatch):
     monkeypatch.setattr(Metered, "folder", powercap)
     trainer = tiny_trainer([Draws(powercap), Metered("30kJ"), LearningRateSearch(share=0.6)], tmp_path)

@@ -39,7 +39,7 @@ def test_a_job_that_is_nearly_over(job, tmp_path):
 
 def test_outside_of_a_job(monkeypatch):
     monkeypatch.delenv("SLURM_JOB_START_TIME", raising=False)
-    with pytest.raises(ValueError, match="SLURM_JOB_START_TIME is not set. Say the time"):
+    with pytest.raises(ValueError, match="SLURM_JOB_START_TIME is not set. Give a time"):
         Budget("job")
 
 

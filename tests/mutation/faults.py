@@ -348,8 +348,8 @@ FAULTS = (
     Fault(
         "average-decay-inverted",
         "optim/averaging/ema.py",
-        "ema_update(self.averages_, self.weights(), 2 ** (-1 / self.half_life))",
-        "ema_update(self.averages_, self.weights(), 1 - 2 ** (-1 / self.half_life))",
+        "return 2 ** (-1 / self.half_life)",
+        "return 1 - 2 ** (-1 / self.half_life)",
         "The average is of the last step alone.",
         "tests/optim/averaging/test_ema.py",
     ),
@@ -446,8 +446,8 @@ FAULTS = (
     Fault(
         "augmentation-without-epoch",
         "features/augmentation.py",
-        "np.random.default_rng((plan.seed, plan.epoch, i % 2**32, purpose))",
-        "np.random.default_rng((plan.seed, i % 2**32, purpose))",
+        "(plan.seed, plan.epoch, i % 2**32, purpose)",
+        "(plan.seed, i % 2**32, purpose)",
         "Every epoch sees the same augmented images.",
         "tests/data/regularization/test_mixup.py tests/data/regularization/test_random_erasing.py",
     ),
@@ -549,7 +549,7 @@ FAULTS = (
     Fault(
         "more-is-never-better",
         "compare/results.py",
-        "sign = 1 if lower else -1",
+        "sign = 1 if self.design.lower_is_better else -1",
         "sign = 1",
         "Of two accuracies the lower one wins.",
         "tests/compare/test_results.py::test_of_accuracies_the_higher_is_better",
@@ -574,8 +574,8 @@ FAULTS = (
     Fault(
         "resume-flag-ignored",
         "cli/train.py",
-        "resume_from_checkpoint=resume or (going_on and str(going_on))",
-        "resume_from_checkpoint=going_on and str(going_on)",
+        "resume_from_checkpoint=resume or (previous and str(previous))",
+        "resume_from_checkpoint=previous and str(previous)",
         "hf-accel train --resume trains from the beginning.",
         "tests/cli/test_train.py::test_what_was_saved_is_kept_and_resumed",
     ),

@@ -114,7 +114,7 @@ def test_set(write, change, expected):
         ("techniques: [3]", "techniques(3): not a name with its fields. Write '- Name: {field: value}'."),
         ("techniques: [{Budget: {}, Other: {}}]", "not a name with its fields."),
         ("techniques: [{Budget: 30min}]", "not a name with its fields."),
-        ("techniques: [budgte]", "technique('budgte'): there is none of this name. Did you mean 'Budget'?"),
+        ("techniques: [budgte]", "technique('budgte'): there is no such technique. Did you mean 'Budget'?"),
         ("techniques: [{Budget: {limits: 1s}}]", "Budget: there is no field 'limits'. Did you mean 'limit'?"),
         (f"techniques: [{{'{THIRD}': {{share: 2}}}}]", "Third(share=2): share must be >= 0 and <= 1."),
         ("techniques: ['no_such_package:X']", "technique('no_such_package:X'): cannot be imported"),
@@ -136,7 +136,7 @@ def test_mistakes_are_named_with_their_remedy(write, document, message):
     [
         ("", "the file is empty"),
         ("a: [", "Correct the YAML there."),
-        ("budget: 1s\nbudget: 2s", "'budget' is there twice"),
+        ("budget: 1s\nbudget: 2s", "'budget' appears twice"),
     ],
 )
 def test_bad_files_are_named(write, text, message):

@@ -47,7 +47,7 @@ def test_what_yaml_cannot_say_is_written_as_text():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\na: 2", "line 1: 'a' is there twice. Keep one."),
+        ("a: 1\na: 2", "line 1: 'a' appears twice. Keep one."),
         ("a: [1, 2\nb: 3", "line 2: expected ',' or ']', but got ':'. Correct the YAML there."),
         ("a: !!python/name:os.system x", "could not determine a constructor"),
     ],
@@ -86,4 +86,4 @@ def test_nearest():
     assert nearest("x", []) == "Known: none."
     many = [f"name{i}" for i in range(50)]
     assert nearest("name7", many) == "Did you mean 'name7'?"
-    assert nearest("zzz", many) == "None of the 50 there is like it."
+    assert nearest("zzz", many) == "None of the 50 known names is similar."

@@ -304,11 +304,11 @@ def test_other_data_is_refused():
     state = stopped(Counting(100), 5)
     s = stream(Text())
     s.load_state_dict(state)
-    with pytest.raises(ValueError, match="example 29 of epoch 0 is another one than before the checkpoint"):
+    with pytest.raises(ValueError, match="example 29 of epoch 0 differs from the one before the checkpoint"):
         epoch(s, 0)
-    with pytest.raises(ValueError, match=r"train_dataset \(Counting\): the checkpoint's had an index"):
+    with pytest.raises(ValueError, match=r"train_dataset \(Counting\) has no index, but the checkpoint's had one"):
         stream(Counting(3)).load_state_dict({"epoch": 0, "consumed": 3})
-    with pytest.raises(ValueError, match="it has no examples"):
+    with pytest.raises(ValueError, match="train_dataset has no examples"):
         epoch(stream(Counting(0)), 0)
 
 
@@ -345,7 +345,7 @@ def test_a_stream_that_ends_for_good_ends_the_run(tmp_path):
 
 
 def test_a_budget_that_is_not_in_epochs(tmp_path):
-    with pytest.raises(ValueError, match=r"Budget\(limit='2epochs'\): how long an epoch of train_dataset \(Text\)"):
+    with pytest.raises(ValueError, match=r"Budget\(limit='2epochs'\): train_dataset \(Text\) has no length"):
         hosted([Budget("2epochs"), Watch()], tmp_path, Text())
     for limit, steps in (("90samples", 13), ("7steps", 7)):
         budgeted = hosted([Budget(limit), Watch()], tmp_path, Text())
@@ -366,13 +366,13 @@ def test_a_stream_with_a_length_has_epochs(tmp_path):
 
 
 REFUSALS = {
-    "InfoBatch": (InfoBatch(), r"InfoBatch\(.*\): it chooses examples by their index, which train_dataset \(Text\) l"),
-    "RandomSubset": (RandomSubset(), r"RandomSubset\(.*\): it chooses examples by their index"),
-    "LengthGrouped": (LengthGrouped(), r"LengthGrouped\(.*\): it chooses examples by their index"),
-    "ScorePruning": (ScorePruning(), r"ScorePruning\(.*\): it chooses examples by their index"),
-    "Coreset": (Coreset(), r"Coreset\(.*\): it chooses examples by their index"),
-    "Deduplicate": (Deduplicate(), r"Deduplicate\(.*\): it chooses examples by their index"),
-    "SequenceLengthWarmup": (SequenceLengthWarmup(), r"SequenceLengthWarmup\(.*\): .*\(Text\).*Give max_length"),
+    "InfoBatch": (InfoBatch(), r"InfoBatch\(.*\) chooses examples by their index, which train_dataset \(Text\) l"),
+    "RandomSubset": (RandomSubset(), r"RandomSubset\(.*\) chooses examples by their index"),
+    "LengthGrouped": (LengthGrouped(), r"LengthGrouped\(.*\) chooses examples by their index"),
+    "ScorePruning": (ScorePruning(), r"ScorePruning\(.*\) does not support Text .* chooses examples by index"),
+    "Coreset": (Coreset(), r"Coreset\(.*\) does not support Text .* chooses examples by index"),
+    "Deduplicate": (Deduplicate(), r"Deduplicate\(.*\) does not support Text .* chooses examples by index"),
+    "SequenceLengthWarmup": (SequenceLengthWarmup(), r"SequenceLengthWarmup\(.*\) does not support Text .*max_length"),
 }
 
 

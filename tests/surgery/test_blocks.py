@@ -59,11 +59,11 @@ MIXED = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num
         (MixtralConfig(**MIXED, num_key_value_heads=2, num_local_experts=2), "MixtralForCausalLM has experts"),
         (
             Lfm2Config(**MIXED, num_key_value_heads=2, full_attn_idxs=[1]),
-            r"conv\.out_proj ends a branch that is no attention",
+            r"conv\.out_proj ends a branch that is not attention",
         ),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
 def test_branches_that_end_otherwise_are_refused(config, sentence):
-    with pytest.raises(ValueError, match=f"{sentence}.*Leave it out for this model"):
+    with pytest.raises(ValueError, match=f"{sentence}.*Remove the technique for this model"):
         residual_projections(AutoModelForCausalLM.from_config(config))

@@ -120,7 +120,7 @@ def test_saved_weights_are_trained_in_single_precision(text, tmp_path):
     assert first.dtype is torch.bfloat16, "a configuration may say so"
     assert build_task(Recipe("causal-lm", path, data))["model"].dtype is torch.float32
     assert build_task(Recipe("causal-lm", {"path": path, "dtype": "bfloat16"}, data))["model"].dtype is torch.bfloat16
-    with pytest.raises(RecipeError, match=r"model.dtype\('bf16'\): is no type of weights"):
+    with pytest.raises(RecipeError, match=r"model.dtype\('bf16'\): is not a dtype of weights"):
         build_task(Recipe("causal-lm", {"path": path, "dtype": "bf16"}, data))
 
 
@@ -152,7 +152,7 @@ def quantized(path):
             bad(task=None),
             "recipe: it names no task. Write 'task:' with one of causal-lm, masked-lm, sequence-",
         ),
-        (bad(task="causal"), "task('causal'): there is none of this name. Did you mean 'causal-lm'?"),
+        (bad(task="causal"), "task('causal'): there is no such task. Did you mean 'causal-lm'?"),
         (("causal-lm", None, {}), "recipe: it names no model."),
         (bad(sauce="x"), "data: there is no option 'sauce'. Did you mean 'source'?"),
         (bad(context=1), "data.context(1): must be >= 2. Correct the value."),

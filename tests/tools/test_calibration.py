@@ -86,7 +86,7 @@ def test_other_units():
     assert forecast.steps({"epochs": 3, "seconds": 1000, "samples": 80}) == 10
     assert forecast.seconds(10) == 2 + 4 + 10 * (0.5 + 0.4)
     assert forecast.steps({"seconds": 15}) == 10
-    with pytest.raises(ValueError, match=r"budget: a run takes 6.9 s with a single step.*Give more"):
+    with pytest.raises(ValueError, match=r"budget: the start, one step and the evaluations take 6.9 s.*Give more"):
         forecast.steps({"seconds": 6})
     forecast.spent["tokens"] = 0.0
     with pytest.raises(ValueError, match=r"budget: the batches hold no tokens\. Give samples or epochs"):

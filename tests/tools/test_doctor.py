@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 from hf_accel import LengthGrouped, LocalSGD, Recipe
 from hf_accel.cli import app
 from hf_accel.testing import CountingText, collate_padded
-from hf_accel.tools.doctor import Watch, _memory_and_seconds, examine, planned_evaluations, planned_steps
+from hf_accel.tools.doctor import _memory_and_seconds, examine, planned_evaluations, planned_steps
+from hf_accel.tools.watch import Watch
 
 SETTINGS = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
 SETTINGS |= {"num_train_epochs": 40, "per_device_train_batch_size": 8, "logging_steps": 50}
@@ -105,7 +106,7 @@ def checkpointing_without_need(directory):
         (much_padding, "Padding: 71% of the positions"),
         (
             values_at_every_step,
-            "Waiting for numbers: every step asks for values of tensors (.item(), float(), print) in",
+            "Waiting for numbers: every step reads values of tensors (.item(), float(), print) in",
         ),
         (logging_at_every_step, "Logging: logging_steps=1"),
         (evaluation_too_often, "Evaluation: 160 of"),
@@ -169,7 +170,9 @@ def test_what_a_forward_pass_keeps_is_counted_once_and_without_weights():
             return SimpleNamespace(loss=(hidden * hidden).sum())
 
     inputs = {"x": torch.ones(3, 4, requires_grad=True)}
-    trainer = SimpleNamespace(model=Squared(4, 5, bias=False), _prepare_inputs=lambda batch: batch)
+    trainer = SimpleNamespace(
+        model=Squared(4, 5, bias=False), accel=SimpleNamespace(host=SimpleNamespace(prepare_inputs=dict))
+    )
     assert _memory_and_seconds(trainer, inputs)[0] == 4 * (3 * 4 + 3 * 5)
 
 
@@ -228,7 +231,7 @@ def test_a_script_is_examined_and_goes_no_further(tmp_path):
     assert "Where a step's time goes" in done.output and "forward" in done.output
     (tmp_path / "idle.py").write_text("print('nothing')\n")
     done = CliRunner().invoke(app, ["doctor", str(tmp_path / "idle.py")])
-    assert done.exit_code == 2 and "called no Trainer's train()" in " ".join(done.output.split())
+    assert done.exit_code == 2 and "never called Trainer.train()" in " ".join(done.output.split())
 
 
 def test_a_recipe_is_examined(tmp_path):
@@ -269,6 +272,8 @@ def examined_on_a_rank(directory, words, techniques=()):
     return found.seconds, [finding.what for finding in found.findings]
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_communication_of_two_ranks(tmp_path):
     for seconds, findings in run_on_ranks(examined_on_a_rank, tmp_path, 60_000):
         assert findings[0].startswith("Communication: a step waits"), (seconds, findings)

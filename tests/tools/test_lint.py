@@ -52,9 +52,9 @@ def test_nothing_is_offloaded_to_none():
     ("config", "said"),
     [
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both are enabled"),
-        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "stage 3 only"),
+        ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "only stage 3"),
         ({"zero_optimization": {"stage": 3}}, "writes no weights"),
-        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "stage of 1 or more"),
+        ({"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}}, "needs stage 1 or higher"),
         ({"train_batch_size": 32}, 'Write "auto"'),
         ({"scheduler": {"type": "WarmupLR"}}, "not the budget"),
         ({"optimizer": {"type": "OneBitAdam"}}, "Use 'AdamW'"),

@@ -19,9 +19,9 @@ from hf_accel.tools.planning import (
     accelerate_config,
     deepspeed_config,
     parse_bytes,
-    subject_of,
     write_configs,
 )
+from hf_accel.tools.subjects import subject_of
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 D, F, N, V, L, B = 64, 160, 4, 500, 32, 2
@@ -201,7 +201,7 @@ def test_too_long(llama):
 
 def test_an_unknown_kind_of_model(tmp_path):
     BertConfig(architectures=["BertForQuestionAnswering"]).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="names BertForQuestionAnswering, and plan knows language models"):
+    with pytest.raises(ValueError, match="plan does not support BertForQuestionAnswering, only language models"):
         subject_of(str(tmp_path))
 
 

@@ -69,6 +69,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.ci
 def test_nothing_attached_is_plain_python(script, tmp_path):
     subprocess.run([sys.executable, script, tmp_path / "plain"], check=True, capture_output=True)
     done = run(script, tmp_path / "run")
@@ -126,7 +127,7 @@ def test_what_a_trainer_has_settled_is_refused(name, script, tmp_path):
     value = 0.1 if name == "label_smoothing_factor" else True
     Recipe(args={name: value}, budget="5steps").save(tmp_path / "recipe.yaml")
     done = run("--recipe", tmp_path / "recipe.yaml", script, tmp_path / "out")
-    assert done.exit_code == 2 and f"args.{name}: the script has built its trainer" in done.output
+    assert done.exit_code == 2 and f"args.{name}: the script built its trainer" in done.output
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -169,6 +170,8 @@ def test_a_script_that_is_not_there(tmp_path):
     assert done.exit_code == 2 and "there is no such file" in done.output
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_two_ranks_started_by_torchrun(script, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     command = [*launcher, "-m", "hf_accel.cli", "run", "--budget", "3steps", script, tmp_path / "out"]

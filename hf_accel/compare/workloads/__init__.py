@@ -35,7 +35,7 @@ WORKLOADS: dict[str, type[Workload]] = {
 
 
 def build_workload(name: str, options: dict[str, Any] | None = None) -> Workload:
-    """A workload by name, or by ``package.module:Class`` for one of your own."""
+    """Build a workload by its name, or by ``package.module:Class`` for one of your own."""
     kind = WORKLOADS.get(name)
     if kind is None:
         module, colon, member = name.partition(":")
@@ -54,4 +54,4 @@ def build_workload(name: str, options: dict[str, Any] | None = None) -> Workload
     return kind(**(options or {}))
 
 
-__all__ = ["DATA_ROOT", "WORKLOADS", "Workload", "build_workload"]
+__all__ = ["DATA_ROOT", "WORKLOADS", "FromRecipe", "Workload", "build_workload"]

@@ -10,12 +10,12 @@ import torch
 from torch.utils.data import TensorDataset
 from transformers import EvalPrediction, ViTConfig, ViTForImageClassification
 
-from hf_accel.compare.workloads.workload import Workload
+from hf_accel.compare.workloads.workload import Workload, transformer
 
 
 @dataclass
 class Digits(Workload):
-    """1,347 training and 450 validation images, shuffled once and for all."""
+    """1,347 training and 450 validation images, in a fixed random order."""
 
     name = "digits"
     budget = "15epochs"
@@ -28,13 +28,7 @@ class Digits(Workload):
         "weight_decay": 0.05,
         "remove_unused_columns": False,
     }
-
-    def missing(self) -> str | None:
-        try:
-            import sklearn  # noqa: F401
-        except ImportError:
-            return "digits: needs scikit-learn. Install it with: pip install 'hf-accel[compare]'."
-        return None
+    packages = {"sklearn": "compare"}
 
     def build(self) -> dict[str, Any]:
         from sklearn.datasets import load_digits
@@ -44,14 +38,7 @@ class Digits(Workload):
         images = torch.tensor(pixels[order] / 8 - 1, dtype=torch.float32).view(-1, 1, 8, 8)
         targets = torch.tensor(labels[order])
         config = ViTConfig(
-            image_size=8,
-            patch_size=2,
-            num_channels=1,
-            hidden_size=64,
-            intermediate_size=128,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            hidden_dropout_prob=0.1,
+            image_size=8, patch_size=2, num_channels=1, hidden_dropout_prob=0.1, **transformer(64, 128, 4, 4)
         )
         config.num_labels = 10
         return {
@@ -64,11 +51,11 @@ class Digits(Workload):
 
 
 def collate(examples: list[tuple[torch.Tensor, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """A batch of images and labels."""
+    """Return a batch of images and labels."""
     images, labels = zip(*examples, strict=True)
     return {"pixel_values": torch.stack(images), "labels": torch.stack(labels)}
 
 
 def accuracy(prediction: EvalPrediction) -> dict[str, float]:
-    """Share of images whose digit is recognized."""
+    """Return the share of images that are classified correctly."""
     return {"accuracy": float(np.mean(np.argmax(prediction.predictions, axis=-1) == prediction.label_ids))}

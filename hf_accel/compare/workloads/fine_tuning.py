@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import numpy as np
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, PreTrainedModel
 
-from hf_accel.compare.workloads.workload import Workload, data_file, missing_file, missing_package
-from hf_accel.tasks.files import read_table
+from hf_accel.compare.workloads.workload import Workload, data_file, sample
 
-FOLDER = ("sft", "gsm8k")
-PRETRAINED = ("pretrained", "stories260K")
+TRAIN, TEST, PRETRAINED = "sft/gsm8k/train.parquet", "sft/gsm8k/test.parquet", "pretrained/stories260K"
 IGNORED = -100
 
 
 @dataclass
 class Gsm8kSft(Workload):
-    """Grade-school mathematics: a question, and the steps to its answer, which alone are learned and evaluated.
+    """Grade-school mathematics: a question, and the steps to its answer.
 
-    Examples that are longer than the context are left out.  All weights are trained.
+    Only the answers have a loss.  Examples longer than the context are left out.  All weights are trained.
     """
 
     name = "gsm8k-sft"
@@ -34,7 +32,7 @@ class Gsm8kSft(Workload):
         "lr_scheduler_type": "linear",
         "max_grad_norm": 1.0,
     }
-    scales: ClassVar[dict[str, dict[str, Any]]] = {
+    scales = {
         "cpu": {"train": 4000, "context": 256},
         "gpu": {
             "budget": "3epochs",
@@ -43,38 +41,33 @@ class Gsm8kSft(Workload):
             "context": 512,
         },
     }
-
-    def missing(self) -> str | None:
-        files = [(*FOLDER, "train.parquet"), (*FOLDER, "test.parquet"), (*PRETRAINED, "config.json")]
-        return next(filter(None, (missing_file(*file) for file in files)), None)
+    files = (TRAIN, TEST, f"{PRETRAINED}/config.json")
 
     def build(self) -> dict[str, Any]:
-        folder = data_file(*PRETRAINED)
+        folder = data_file(PRETRAINED)
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        evaluated = encode("test.parquet", None, tokenizer, self.size["context"])
+        evaluated = encode(TEST, None, tokenizer, self.size["context"])
         by_length = np.argsort([len(row) for row in evaluated["input_ids"]], kind="stable")
         return {
             "model": self.adapted(AutoModelForCausalLM.from_pretrained(folder, use_cache=False)),
-            "train_dataset": encode("train.parquet", self.size["train"], tokenizer, self.size["context"]),
+            "train_dataset": encode(TRAIN, self.size["train"], tokenizer, self.size["context"]),
             "eval_dataset": evaluated.select(by_length),
             "processing_class": tokenizer,
             "data_collator": DataCollatorForSeq2Seq(tokenizer),
         }
 
     def adapted(self, model: PreTrainedModel) -> Any:
-        """The model that is trained."""
+        """Return the model to train."""
         return model
 
 
 @dataclass
 class Gsm8kLora(Gsm8kSft):
-    """The same with frozen weights, and LoRA of rank 8 on all linear layers but the head."""
+    """The same with frozen weights, and LoRA of rank 8 on all linear layers except the head."""
 
     name = "gsm8k-lora"
     args = Gsm8kSft.args | {"learning_rate": 1e-2}
-
-    def missing(self) -> str | None:
-        return missing_package("peft", "peft") or super().missing()
+    packages = {"peft": "peft"}
 
     def adapted(self, model: PreTrainedModel) -> Any:
         from peft import LoraConfig, get_peft_model
@@ -82,10 +75,9 @@ class Gsm8kLora(Gsm8kSft):
         return get_peft_model(model, LoraConfig(r=8, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM"))
 
 
-def encode(name: str, limit: int | None, tokenizer: Any, context: int) -> Dataset:
-    """A fixed choice of a table's examples, as far as they fit into the context."""
-    table = read_table(str(data_file(*FOLDER, name)), ["prompt", "completion"])
-    table = table.take(np.random.default_rng(0).permutation(len(table))[:limit])
+def encode(path: str, limit: int | None, tokenizer: Any, context: int) -> Dataset:
+    """Return a fixed choice of a table's examples, without those that do not fit into the context."""
+    table = sample(path, ["prompt", "completion"], limit)
     prompts = tokenizer([f"{prompt}\n" for prompt in table["prompt"].to_pylist()])["input_ids"]
     completions = tokenizer(table["completion"].to_pylist(), add_special_tokens=False)["input_ids"]
     rows = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from hf_accel.clock import parse_budget
 from hf_accel.compare.workloads.workload import Workload
 from hf_accel.recipe import Recipe
 from hf_accel.tasks import build_task
@@ -20,6 +21,20 @@ class FromRecipe(Workload):
     model: Any = None
     data: dict[str, Any] = field(default_factory=dict)
     horizon: str = "3epochs"
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> FromRecipe:
+        """Return the workload of a recipe, with the recipe's arguments as those of the baseline."""
+        if recipe.task is None or recipe.model is None:
+            raise ValueError("workload: none is named, and the recipe has no task and model. Add --workload NAME.")
+        budgets = [recipe.budget] if isinstance(recipe.budget, str) else recipe.budget or []
+        if len(budgets) != 1 or parse_budget(budgets[0])[0] == "seconds":
+            raise ValueError(
+                f"budget({recipe.budget!r}): a comparison needs exactly one, not in seconds. Set budget: '3epochs'."
+            )
+        workload = cls(task=recipe.task, model=recipe.model, data=recipe.data, horizon=budgets[0])
+        workload.args = dict(recipe.args)  # type: ignore[misc]
+        return workload
 
     def nominal_budget(self) -> str:
         return self.horizon

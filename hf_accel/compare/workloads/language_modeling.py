@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
-from hf_accel.compare.workloads.workload import Workload, data_file, missing_file
+from hf_accel.compare.workloads.workload import Workload, data_file, transformer
 from hf_accel.recipe import Recipe
 from hf_accel.tasks import build_task
+
+TRAIN, VALIDATION = "lm/gutenberg_novels/train.txt.gz", "lm/gutenberg_novels/validation.txt.gz"
 
 
 @dataclass
@@ -24,40 +26,25 @@ class CodeLm(Workload):
         "lr_scheduler_type": "linear",
         "max_grad_norm": 1.0,
     }
-    scales: ClassVar[dict[str, dict[str, Any]]] = {
-        "cpu": {
-            "context": 128,
-            "validation_limit": 256,
-            "model": {
-                "hidden_size": 128,
-                "intermediate_size": 384,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-                "max_position_embeddings": 128,
-            },
-        },
+    scales = {
+        "cpu": {"context": 128, "validation_limit": 256, "model": transformer(128, 384, 4, 4)},
         "gpu": {
             "budget": "96000samples",
             "args": {"per_device_train_batch_size": 32, "learning_rate": 1e-3, "bf16": True},
             "context": 512,
             "validation_limit": 1024,
-            "model": {
-                "hidden_size": 512,
-                "intermediate_size": 1408,
-                "num_hidden_layers": 8,
-                "num_attention_heads": 8,
-                "max_position_embeddings": 512,
-            },
+            "model": transformer(512, 1408, 8, 8),
         },
     }
 
     def data(self) -> dict[str, Any]:
-        """Where the texts are."""
+        """Return where the texts are."""
         return {"source": "stdlib"}
 
     def build(self) -> dict[str, Any]:
         data = self.data() | {name: self.size[name] for name in ("context", "validation_limit")}
-        model = {"config": {"model_type": "llama", "tie_word_embeddings": True, **self.size["model"]}}
+        sizes = self.size["model"] | {"max_position_embeddings": self.size["context"]}
+        model = {"config": {"model_type": "llama", "tie_word_embeddings": True, **sizes}}
         return build_task(Recipe(task="causal-lm", model=model, data=data))
 
 
@@ -66,13 +53,7 @@ class NovelsLm(CodeLm):
     """English novels of 1811 to 1902, split by book."""
 
     name = "novels-lm"
-    folder: ClassVar[tuple[str, ...]] = ("lm", "gutenberg_novels")
-
-    def missing(self) -> str | None:
-        return missing_file(*self.folder, "train.txt.gz")
+    files = (TRAIN,)
 
     def data(self) -> dict[str, Any]:
-        return {
-            "source": str(data_file(*self.folder, "train.txt.gz")),
-            "validation": str(data_file(*self.folder, "validation.txt.gz")),
-        }
+        return {"source": str(data_file(TRAIN)), "validation": str(data_file(VALIDATION))}

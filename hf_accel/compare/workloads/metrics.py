@@ -1,4 +1,4 @@
-"""Metrics of the library ``evaluate``, as a Trainer computes them."""
+"""Metrics of the library ``evaluate``, for a Trainer."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from transformers import EvalPrediction
 
 
 def evaluate_metric(name: str) -> Callable[[EvalPrediction], dict[str, float]]:
-    """A ``compute_metrics`` for classification from a metric's name on the Hub, or the folder or file of its module.
+    """Return a ``compute_metrics`` for classification, from a metric's name on the Hub or the path of its module.
 
-    The metric gets the class of the largest logit as prediction, and the label as reference.
+    The prediction is the class of the largest logit, the reference is the label.
     """
     try:
         import evaluate
@@ -33,7 +33,7 @@ def evaluate_metric(name: str) -> Callable[[EvalPrediction], dict[str, float]]:
         labels = np.asarray(prediction.label_ids)
         if np.ndim(logits) != 2 or labels.shape != (len(logits),) or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(
-                f"metric({name!r}): only logits with one label per example are supported, and here are logits of shape "
+                f"metric({name!r}): only logits with one label per example are supported, not logits of shape "
                 f"{np.shape(logits)} and {labels.dtype} labels of shape {labels.shape}. Use the workload's metrics."
             )
         found = metric.compute(predictions=np.argmax(logits, axis=-1), references=labels) or {}

@@ -1,11 +1,11 @@
-"""A task with a known answer, to test comparisons themselves.
+"""A task with known answers, to test comparisons themselves.
 
-Training takes a fixed amount of CPU time for each example, and the loss that is evaluated is a formula:
+Training takes a fixed CPU time per example, and the evaluated loss is a formula:
 
     loss = 1 + (useful work / 64)^(-1/2) + noise
 
-So a technique that skips exactly half of the compute without harm is exactly twice as fast, one that does nothing is
-not faster, and one that only ends earlier is on the baseline's own curve: not faster, either.
+So a technique that skips half of the compute without harm is exactly twice as fast, and one that does nothing is not
+faster.  One that only ends earlier is on the baseline's own curve: not faster, either.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ BATCH = 8
 
 
 class Burning(nn.Module):
-    """A model that learns nothing, for a price."""
+    """A model that learns nothing and uses CPU time."""
 
     def __init__(self, seconds: float, noise: float):
         super().__init__()
@@ -40,31 +40,31 @@ class Burning(nn.Module):
         self.began: float | None = None
 
     def to(self, *args: Any, **kwargs: Any) -> Burning:
-        """Called by a trainer's constructor: what it and its host spend from now on is a part of the price."""
+        """Start the clock of the price; a trainer calls this when it is constructed."""
         self.began = time.process_time() if self.began is None else self.began
         return super().to(*args, **kwargs)
 
     def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """The loss so far; while training, a batch of work later."""
+        """Return the loss; in training, do the work of a batch first."""
         if self.training:
             assert self.began is not None
             self.work += len(x)
             self.paid += len(x) * self.price
             burn_until(self.began + self.seconds * self.paid)
-        # Like that of a real run, the noise is that of the seed and of what was computed.
+        # As in a real run, the noise depends on the seed and on the computation.
         generator = torch.Generator().manual_seed(1000 * self.seed + int(self.paid) + 1)
         noise = self.noise * torch.randn((), generator=generator)
         return {"loss": self.weight.sum() * 0 + 1 + (max(self.work, 1.0) / EXAMPLES) ** -0.5 + noise, "logits": x}
 
 
 def burn_until(moment: float) -> None:
-    """Use CPU time, however much of it other processes leave."""
+    """Use CPU time, no matter how much of it other processes leave."""
     while time.process_time() < moment:
         pass
 
 
 class Numbered(Dataset):
-    """Examples that are told apart and nothing else."""
+    """Examples with a number and nothing else."""
 
     def __len__(self) -> int:
         return EXAMPLES
@@ -75,7 +75,7 @@ class Numbered(Dataset):
 
 @dataclass
 class Synthetic(Workload):
-    """A run of horizon 1 takes ``seconds`` of CPU time."""
+    """Runs that take ``seconds`` of CPU time at horizon 1."""
 
     name = "synthetic"
     budget = "64samples"
@@ -92,7 +92,7 @@ class Synthetic(Workload):
 
 @dataclass(eq=False)
 class SkipsHalf(Technique):
-    """Half of the compute, all of the work: the known answer is 2."""
+    """Skips half of the compute and none of the work: the known answer is 2."""
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         model.price = 0.5
@@ -100,7 +100,7 @@ class SkipsHalf(Technique):
 
 @dataclass(eq=False)
 class DoesNothing(Technique):
-    """Another trajectory of the same quality, as of most techniques that are of no use: the known answer is 1."""
+    """Takes another trajectory of the same quality, as a useless technique does: the known answer is 1."""
 
     def on_train_begin(self, args, state, control, model, **kwargs):
         model.seed += 1
@@ -108,7 +108,7 @@ class DoesNothing(Technique):
 
 @dataclass(eq=False)
 class EndsEarlier(Technique):
-    """Half of the steps, half of the work: the known answer is 1, and a worse loss."""
+    """Stops after half of the steps: the known answer is 1, with a worse loss."""
 
     share: Annotated[float, at.Interval(gt=0, le=1)] = 0.5
 

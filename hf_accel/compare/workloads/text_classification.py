@@ -1,8 +1,8 @@
 """Classification of short texts by a small BERT from scratch: sentiment of film reviews, intents of bank customers.
 
-The tokenizer is BERT's, without the pieces that no training text uses: their embeddings would never be trained, and an
-optimizer that passes over 30,522 rows at every step would be most of the cost of models of this size.  Training texts
-are cut into the same pieces as with the whole vocabulary.
+The tokenizer is BERT's without the pieces that no training text uses.  Their embeddings would never be trained, and an
+optimizer that passes over 30,522 rows at every step would dominate the cost of such small models.  Training texts are
+split into the same pieces as with the whole vocabulary.
 """
 
 from __future__ import annotations
@@ -15,20 +15,19 @@ import pyarrow
 from datasets import Dataset
 from transformers import BertConfig, BertForSequenceClassification, BertTokenizer, DataCollatorWithPadding
 
-from hf_accel.compare.workloads.workload import Workload, data_file, missing_file
+from hf_accel.compare.workloads.workload import Workload, data_file, sample, transformer
 from hf_accel.tasks.files import read_table
 from hf_accel.tasks.sequence_classification import accuracy
 
-VOCABULARY = ("tokenizer", "bert-base-uncased", "vocab.txt")
+VOCABULARY = "tokenizer/bert-base-uncased/vocab.txt"
 
 
 @dataclass
 class TextClassification(Workload):
-    """Texts and labels in tables: a fixed choice of the training texts, all texts for validation."""
+    """Texts and labels in tables: a fixed choice of the training texts, and all texts for validation."""
 
-    folder: ClassVar[tuple[str, ...]]
+    train: ClassVar[str]
     validation: ClassVar[tuple[str, ...]]
-    """Tables that the evaluation reads."""
 
     args = {
         "per_device_train_batch_size": 64,
@@ -40,24 +39,19 @@ class TextClassification(Workload):
         "max_grad_norm": 1.0,
     }
 
-    def missing(self) -> str | None:
-        tables = [(*self.folder, name) for name in ("train.parquet", *self.validation)]
-        return next(filter(None, (missing_file(*file) for file in [VOCABULARY, *tables])), None)
-
-    def read(self, *names: str) -> pyarrow.Table:
-        """Texts and labels of tables."""
-        return pyarrow.concat_tables(
-            read_table(str(data_file(*self.folder, name)), ["text", "label"]) for name in names
-        )
+    @property
+    def files(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The vocabulary and the tables."""
+        return (VOCABULARY, self.train, *self.validation)
 
     def build(self) -> dict[str, Any]:
-        train, validation = self.read("train.parquet"), self.read(*self.validation)
-        classes = len(train["label"].unique())
-        train = train.take(np.random.default_rng(0).permutation(len(train))[: self.size["train"]])
-        tokenizer = without_unused(BertTokenizer(str(data_file(*VOCABULARY))), train["text"].to_pylist())
+        classes = len(read_table(str(data_file(self.train)), ["label"])["label"].unique())
+        train = sample(self.train, ["text", "label"], self.size["train"])
+        tokenizer = without_unused(BertTokenizer(str(data_file(VOCABULARY))), train["text"].to_pylist())
         config = BertConfig(vocab_size=len(tokenizer), max_position_embeddings=128, **self.size["model"])
         config.num_labels = classes
-        evaluated = encode(validation, tokenizer)
+        tables = [read_table(str(data_file(path)), ["text", "label"]) for path in self.validation]
+        evaluated = encode(pyarrow.concat_tables(tables), tokenizer)
         by_length = np.argsort([len(row) for row in evaluated["input_ids"]], kind="stable")
         return {
             "model": BertForSequenceClassification(config),
@@ -70,17 +64,24 @@ class TextClassification(Workload):
 
 
 def without_unused(tokenizer: BertTokenizer, texts: list[str]) -> BertTokenizer:
-    """The tokenizer of the special tokens and of the pieces in these texts."""
+    """Return the tokenizer with only the special tokens and the pieces in these texts."""
     used = set(tokenizer.all_special_ids).union(*tokenizer(texts)["input_ids"])
     pieces = tokenizer.convert_ids_to_tokens(sorted(used))
     return BertTokenizer({piece: number for number, piece in enumerate(pieces)})
 
 
 def encode(table: pyarrow.Table, tokenizer: BertTokenizer) -> Dataset:
-    """Examples of at most 128 tokens."""
+    """Return examples of at most 128 tokens."""
     texts = table["text"].to_pylist()
     encoded = tokenizer(texts, truncation=True, max_length=128, return_token_type_ids=False)
     return Dataset.from_dict({**encoded, "labels": table["label"].to_pylist()})
+
+
+LARGE = {
+    "train": None,
+    "args": {"per_device_train_batch_size": 128, "learning_rate": 3e-4, "bf16": True},
+    "model": transformer(256, 1024, 4, 4),
+}
 
 
 @dataclass
@@ -90,58 +91,27 @@ class Sst2(TextClassification):
     name = "sst2"
     budget = "24000samples"
     args = TextClassification.args | {"learning_rate": 1e-3}
-    folder = ("text_cls", "sst2")
-    validation = ("validation.parquet", "test.parquet")
+    train = "text_cls/sst2/train.parquet"
+    validation = ("text_cls/sst2/validation.parquet", "text_cls/sst2/test.parquet")
     scales = {
         "cpu": {
             "train": 30000,
-            "model": {
-                "hidden_size": 32,
-                "intermediate_size": 128,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "hidden_dropout_prob": 0.3,
-                "attention_probs_dropout_prob": 0.0,
-            },
+            "model": transformer(32, 128, 2, 2) | {"hidden_dropout_prob": 0.3, "attention_probs_dropout_prob": 0.0},
         },
-        "gpu": {
-            "budget": "3epochs",
-            "train": None,
-            "args": {"per_device_train_batch_size": 128, "learning_rate": 3e-4, "bf16": True},
-            "model": {
-                "hidden_size": 256,
-                "intermediate_size": 1024,
-                "num_hidden_layers": 4,
-                "num_attention_heads": 4,
-            },
-        },
+        "gpu": LARGE | {"budget": "3epochs"},
     }
 
 
 @dataclass
 class Banking77(TextClassification):
-    """What customers of a bank want: 77 intents, 3,080 texts for validation."""
+    """Intents of a bank's customers: 77 classes, 3,080 texts for validation."""
 
     name = "banking77"
     budget = "8epochs"
     args = TextClassification.args | {"per_device_train_batch_size": 32, "learning_rate": 1e-3}
-    folder = ("text_cls", "banking77")
-    validation = ("test.parquet",)
+    train = "text_cls/banking77/train.parquet"
+    validation = ("text_cls/banking77/test.parquet",)
     scales = {
-        "cpu": {
-            "train": 3000,
-            "model": {
-                "hidden_size": 64,
-                "intermediate_size": 128,
-                "num_hidden_layers": 2,
-                "num_attention_heads": 2,
-                "attention_probs_dropout_prob": 0.0,
-            },
-        },
-        "gpu": {
-            "budget": "30epochs",
-            "train": None,
-            "args": Sst2.scales["gpu"]["args"],
-            "model": Sst2.scales["gpu"]["model"],
-        },
+        "cpu": {"train": 3000, "model": transformer(64, 128, 2, 2) | {"attention_probs_dropout_prob": 0.0}},
+        "gpu": LARGE | {"budget": "30epochs"},
     }

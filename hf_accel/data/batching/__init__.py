@@ -1,4 +1,4 @@
-"""In which order, number and shape examples meet in a batch."""
+"""Decide on the order, number and shape of the examples of a batch."""
 
 from hf_accel.data.batching.length_grouped import LengthGrouped
 from hf_accel.data.batching.packing import Packing

@@ -1,22 +1,26 @@
-"""Length grouping: examples of similar length share a step, so that there is little padding.
+"""Put examples of similar length into the same step, so that batches hold little padding.
 
-A micro-batch costs its number of rows times its longest row.  An epoch is ordered so:
+A micro-batch costs its number of rows times its longest row.  An epoch is ordered as follows:
 
     shuffle the examples; cut them into groups of ``mega_batch`` * batch_size; sort each group by length;
-    cut the groups into batches; shuffle the batches; the batch with the longest example goes first
+    cut the groups into batches; shuffle the batches; move the batch with the longest example to the front
 
-The longest batch first shows at once whether memory suffices.  For few shapes under ``torch.compile``, let the collator
-pad to a multiple (``DataCollatorWithPadding(..., pad_to_multiple_of=64)``): with batches of similar length that adds
-little padding, and the widths that occur are then the multiples up to the longest example.
+The longest batch comes first to show at once whether memory suffices.  For few shapes under ``torch.compile``, let the
+collator pad to a multiple: ``DataCollatorWithPadding(..., pad_to_multiple_of=64)``.  Batches of similar length then get
+little extra padding, and their widths are the multiples up to the longest example.
 
-Reference: Khomenko et al. (2016), https://arxiv.org/abs/1708.05604; Trainer's own ``group_by_length`` sorts likewise.
-Departures: the batches of a group are shuffled over the whole epoch, so that lengths do not fall within each group; and
-it composes with a choice of examples and with a ramp of the batch size.
-
-When to use: examples of very different length that are padded; published runs on text classification took 16 instead of
-56 minutes, most of it from padding to the longest row of a batch, which Trainer does anyway.
-When not to use: rows of equal length; micro-batches that are flattened and so not padded; where length tells the label,
-as batches then hold one class.  In a small data set a large ``mega_batch`` leaves little of a step to chance.
+Recommendation: Use LengthGrouped if you pad batches of examples with very different lengths.
+When to use: Padded examples of very different length.  Published runs on text classification took 16 instead of
+56 minutes.  Most of that gain comes from padding to the longest row of a batch, which Trainer does anyway.
+When not to use:
+- Rows of equal length, and micro-batches that are flattened and therefore not padded.
+- Data in which the length reveals the label, because batches then hold one class.
+- A small data set with a large ``mega_batch``, which leaves little of a step to chance.
+Differences from the paper:
+- Batches of a group are shuffled over the whole epoch, so that lengths do not fall within each group.
+- It composes with a choice of examples and with a ramp of the batch size.
+References: Khomenko et al. (2016), https://arxiv.org/abs/1708.05604; Trainer's own ``group_by_length`` sorts the same
+way.
 """
 
 from __future__ import annotations
@@ -39,9 +43,9 @@ logger = logging.get_logger(__name__)
 def group_by_length(
     lengths_N: Tensor, batch_size: int, mega_batch: int, generator: torch.Generator, drop_last: bool = False
 ) -> Tensor:
-    """A permutation of range(N) whose consecutive batches hold examples of similar length; (N,).
+    """Permute range(N) so that consecutive batches hold examples of similar length; (N,).
 
-    With ``drop_last``, what does not fill a batch is any of the examples, and not the shortest ones of a group.
+    With ``drop_last``, any of the examples may be left over, not only the shortest ones of a group.
     """
     shuffled_N = torch.randperm(len(lengths_N), generator=generator)
     if mega_batch == 1:
@@ -60,10 +64,10 @@ def group_by_length(
 
 @dataclass(eq=False)
 class LengthGrouped(Technique):
-    """Orders each epoch so that the examples of a step have similar lengths.
+    """Order each epoch so that the examples of a step have similar lengths.
 
     Args:
-        mega_batch: Number of steps whose examples are sorted together, at least 1; 1 leaves the shuffled order.
+        mega_batch: Number of steps with examples that are sorted together, at least 1; 1 keeps the shuffled order.
     """
 
     mega_batch: Annotated[int, at.Ge(1)] = 50  # Trainer's own
@@ -73,20 +77,20 @@ class LengthGrouped(Technique):
     counters: ClassVar = ("padding",)
 
     def inspect_dataset(self, dataset: Any) -> None:
-        """Read the lengths, from ``args.length_column_name`` if the data set has that column, else of ``input_ids``."""
+        """Read the lengths from the column ``args.length_column_name``, or from ``input_ids`` if it is absent."""
         run: Any = self.run_
         column = run.args.length_column_name
         remedy = f"Tokenize it before training, or add a column {column!r} with the lengths."
         self.lengths_ = lengths = example_lengths(dataset, column, "input_ids", asking=self, remedy=remedy)
-        if (width := lengths.width_N).eq(width[0]).all() and lengths.tokens_N.sum() < (width * lengths.rows_N).sum():
+        if (width := lengths.width_N).eq(width[0]).all() and lengths.longest_N.lt(width).any():
             logger.warning(
-                f"{self!r}: all examples are padded to {int(width[0])} positions before they are grouped, so grouping "
-                "saves nothing. Tokenize with padding=False, and let the data collator pad."
+                f"{self!r} saves nothing because all examples are padded to {int(width[0])} positions already. "
+                "Tokenize with padding=False and let the data collator pad."
             )
         self.padding_ = {"padding": 0.0, "padding_shuffled": 0.0}
 
     def order(self, ids_N: Tensor, batch_size: int, generator: torch.Generator) -> Tensor:
-        """Batches of similar length, in random order."""
+        """Order the examples in batches of similar length, and the batches at random."""
         lengths_N = self.lengths_.longest_N[ids_N]
         shuffled_N = torch.randperm(len(ids_N), generator=torch.Generator().set_state(generator.get_state()))
         run: Any = self.run_
@@ -99,7 +103,7 @@ class LengthGrouped(Technique):
         return ids_N[order_N]
 
     def report(self) -> Mapping[str, Any]:
-        """Share of padding in the last epoch, were each step one padded batch; and the same of a shuffled order."""
+        """Report the share of padding in the last epoch, and in a shuffled one, if each step is one padded batch."""
         return self.padding_
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

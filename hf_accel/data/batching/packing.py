@@ -1,30 +1,32 @@
-"""Packing: the examples of a micro-batch in few rows of one length, instead of one padded row for each.
+"""Pack the examples of a micro-batch into few rows of one length, instead of padding one row for each.
 
-Each example goes, the longest first, into the fullest row that has room for it (best fit, decreasing).  Rows have
-L = `max_length` positions; R of them hold the B examples, where padding would take B rows:
+Each example goes, longest first, into the fullest row that has room for it (best fit, decreasing).  Rows have
+L = `max_length` positions.  R rows hold the B examples, where padding would take B rows:
 
     input_ids     a0 a1 a2 b0 b1  .                    (R, L)
-    position_ids   0  1  2  0  1  2                    padding goes on counting: it comes last and is seen by nobody
+    position_ids   0  1  2  0  1  2                    padding counts on; nothing attends to it
     labels      -100 a1 a2 -100 b1 -100                no example predicts the first token of the next
 
-The examples of a step stay the same, and so do loss and gradient, if nothing crosses from one example to the next.
-``position_ids`` that begin anew tell the model where one ends; whether it heeds them is tried before training, as for
-flattened batches.  The width of a batch is fixed, so that only R tells shapes apart: at most B shapes to
-compile.  Attention is computed over R * L^2 scores, and on CPUs over those of each example alone.  With flash
-attention, which looks for borders in a single row only, the rows are laid end to end.
+A step keeps its examples, its loss and its gradient if nothing crosses from one example to the next.  ``position_ids``
+that restart tell the model where an example ends.  A trial before training checks that the model heeds them.  Widths
+are fixed, so only R varies: at most B shapes to compile.  Attention computes R * L^2 scores, and on CPUs only the
+scores within each example.  Flash attention looks for borders in a single row only, so its rows are laid end to end.
 
-Reference: Krell et al. (2021), https://arxiv.org/abs/2107.02027; best fit of Ding et al. (2024),
-https://arxiv.org/abs/2404.10830.  Departure: examples are packed within a micro-batch, so that a step has the examples
-that it would have without packing, and no example is cut.
-
-When to use: decoder language models on examples of very different length, with ``sdpa`` or ``eager`` attention on
-accelerators, or with ``torch.compile``; with large micro-batches, as few examples fill rows badly.  On one CPU thread a
-small Llama trained on 3.2 times the real tokens a second of batches of 32 padded examples of sst2, and 1.8 times as
-many of gsm8k.
-When not to use: with flash attention and on CPUs, where flattening alone has no padding at all; examples nearly as long
-as the longest, or one very long example, as every row is as long as it: give the others to padding, or
-truncate.  Refused are encoders, models with recurrent state, classification, and decoders that make their mask without
-position_ids.
+Recommendation: Use Packing if you train a decoder on examples of very different length with ``torch.compile``, or with
+sdpa or eager attention on an accelerator.
+When to use: Decoder language models on examples of very different length, with ``sdpa`` or ``eager`` attention on
+accelerators or with ``torch.compile``.  Use large micro-batches, because few examples fill rows badly.  On one CPU
+thread, a small Llama trained on batches of 32 examples.  It processed 3.2 times the real tokens per second of padding
+on sst2, and 1.8 times as many on gsm8k.
+When not to use:
+- Flash attention and CPUs, where PaddingFree has no padding at all.
+- Examples nearly as long as the longest, or one very long example, because every row is that long.
+- Encoders, models with recurrent state, classification, and decoders that build their mask without position_ids: it
+  does not support them.
+Differences from the paper: Examples are packed within a micro-batch.  A step therefore has the same examples as without
+packing, and no example is cut.
+References: Krell et al. (2021), https://arxiv.org/abs/2107.02027; best fit: Ding et al. (2024),
+https://arxiv.org/abs/2404.10830.
 """
 
 from __future__ import annotations
@@ -41,7 +43,8 @@ from torch import Tensor, nn
 from torch.utils.data import IterableDataset
 
 from hf_accel.batch import ORDER
-from hf_accel.features.flattening import CAUSAL, Layout, check_kept_apart, end_to_end, unpadded
+from hf_accel.features.flattening import CAUSAL, Layout, end_to_end, unpadded
+from hf_accel.features.flattening_trial import check_kept_apart
 from hf_accel.features.lengths import example_lengths
 from hf_accel.features.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
 from hf_accel.technique import Technique
@@ -51,7 +54,7 @@ if TYPE_CHECKING:
 
 
 def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Rows of indices whose lengths add up to at most ``capacity``; no length may be larger."""
+    """Distribute indices over rows with lengths that add up to at most ``capacity``; no length may be larger."""
     rows: list[list[int]] = []
     room: list[int] = []
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
@@ -67,7 +70,7 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
 
 
 def filled_up(row: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
-    """A row (1, T) padded on the right to (1, ``width``), with an ``attention_mask`` that hides the padding."""
+    """Pad a row (1, T) on the right to (1, ``width``), and hide the padding by an ``attention_mask``."""
     used = row["input_ids"].shape[1]
     fill = {"labels": -100}
     padded = {name: F.pad(value, (0, width - used), value=fill.get(name, 0)) for name, value in row.items()}
@@ -85,11 +88,11 @@ def _has_token_ids(dataset: Any) -> bool:
 
 @dataclass(eq=False)
 class Packing(Technique):
-    """Trains on packed micro-batches of a causal language model.
+    """Train on packed micro-batches of a causal language model.
 
     Args:
-        max_length: Positions of a row, at least 2, and at least those of the longest example; None: as many as these.
-            Needed for a stream.
+        max_length: Positions of a row, at least 2 and at least the length of the longest example; None: that length.
+            Required for a stream.
     """
 
     max_length: Annotated[int, at.Ge(2)] | None = None
@@ -101,7 +104,7 @@ class Packing(Technique):
     def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps packed examples apart."""
         flash = "flash" in getattr(getattr(model, "config", None), "_attn_implementation", "")
-        self.layout_ = check_kept_apart(model, self, num_rows=1 if flash else 2)
+        self.layout_ = check_kept_apart(model, self, num_rows=1 if flash else 2)  # type: ignore[misc]
         self.by_segment_ = can_attend_by_segment(model, num_rows=2, run=self.run_)
         return model
 
@@ -109,20 +112,25 @@ class Packing(Technique):
         """Find the longest example."""
         self.width_ = self.max_length or 0
         if self.max_length is not None and not _has_token_ids(dataset):
-            return  # the longest one comes to light when it is read
-        lengths_N = example_lengths(dataset, "input_ids", asking=self, remedy="Give max_length=.").longest_N
+            return  # reading checks each example
+        lengths_N = example_lengths(dataset, "input_ids", asking=self, remedy="Set max_length=.").longest_N
         self._check_fits(longest := int(lengths_N.max()))
         self.width_ = self.max_length or longest
 
     def _check_fits(self, length: int) -> None:
         if self.max_length is not None and length > self.max_length:
-            raise ValueError(f"{self!r}: an example has {length} tokens. Give at least that, or truncate it.")
+            raise ValueError(
+                f"{self!r} does not support an example of {length} tokens. Set max_length={length} or truncate it."
+            )
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         limit = getattr(model.config, "max_position_embeddings", None)
         if limit is not None and self.width_ > limit:
-            raise ValueError(f"{self!r}: rows of {self.width_} tokens, the model has {limit} positions. Give fewer.")
+            raise ValueError(
+                f"{self!r} does not support rows of {self.width_} tokens because the model has {limit} positions. Set "
+                f"max_length={limit} or less."
+            )
         if self.by_segment_ and not args.torch_compile:
             attend_by_segment(model)
         self.in_one_row_ = "flash" in model.config._attn_implementation
@@ -132,7 +140,7 @@ class Packing(Technique):
         attend_as_before(model)
 
     def collate(self, features: Sequence[Mapping[str, Any]], collator: Callable) -> dict[str, Any]:
-        """Each example as the collator makes it alone, in rows."""
+        """Pack the examples, each as the collator makes it alone."""
         examples = unpadded([collator([feature]) for feature in features], self, self.layout_)
         lengths = [example["input_ids"].shape[1] for example in examples]
         self._check_fits(max(lengths))
@@ -146,7 +154,7 @@ class Packing(Technique):
         return packed
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Counts rows, examples and tokens."""
+        """Count rows, examples and tokens."""
         for micro in batch.micro_batches:
             mask_RL = micro.inputs["attention_mask"]
             self.counts_["rows"] += len(mask_RL)
@@ -156,7 +164,7 @@ class Packing(Technique):
         return batch
 
     def report(self) -> Mapping[str, Any]:
-        """Examples of a row, and the share of the positions that is padding, on this rank."""
+        """Report the examples per row and the share of padding on this rank."""
         counts = self.counts_
         return {
             "examples_per_row": counts["examples"] / max(counts["rows"], 1),

@@ -1,4 +1,4 @@
-"""Padding-free batches: the examples of a micro-batch in one row, end to end, without padding.
+"""Lay the examples of a micro-batch end to end in one row, without padding.
 
 A padded micro-batch of B examples costs B * max(length) positions, a flattened one sum(length).  The row
 
@@ -6,23 +6,25 @@ A padded micro-batch of B examples costs B * max(length) positions, a flattened 
     position_ids   0  1  2  0  1
     labels      -100 a1 a2 -100 b1                    no example predicts the first token of the next
 
-gives the same loss and gradient as the padded batch, if nothing crosses from one example to the next.  Whether it does
-depends on the model and its attention implementation, and a crossing raises no error.  So we try it on the model before
-training: changing the first of two flattened examples must not change the outputs of the second, and both must have the
-outputs that they have alone.
+gives the same loss and gradient as the padded batch if nothing crosses from one example to the next.  Crossing depends
+on the model and its attention implementation, and raises no error.  A trial before training therefore checks the model:
+changing the first of two flattened examples must not change the outputs of the second.  Both must have the outputs that
+they have alone.  Encoders such as BERT and RoBERTa get a mask that keeps the examples apart.
 
-Reference: Kundu et al. (2024), https://arxiv.org/abs/2407.09105.  Departures from the flattening collator of
-transformers: the user's own collator makes each example, so the labels are those of padded training; models that would
-mix examples are refused.
-
-When to use: decoder language models on examples of different length, with flash attention, which visits each example on
-its own, or on CPUs, where we do so for ``sdpa``; up to twice the tokens per second are reported on FLAN, less where
-lengths are alike.  On one CPU thread a small Llama trained on 3.1 times the real tokens a second of batches of 32
-padded examples of sst2, and 2.0 times as many of gsm8k.
-When not to use: rows of equal length; long micro-batches with ``eager`` attention, or with ``sdpa`` on an accelerator,
-whose mask makes them compute T * T scores, so that attention costs more than with padding.  Refused are encoders,
-models with recurrent state, classification of sequences or tokens, and decoders that make their mask without
-position_ids.
+Recommendation: Use PaddingFree if you train on examples of different length with flash attention or on CPUs.
+When to use: Decoders on examples of different length, with flash attention or on CPUs.  Flash attention visits each
+example by itself; on CPUs we do so for ``sdpa``.  Up to twice the tokens per second are reported on FLAN, less for
+similar lengths.  On one CPU thread, a small Llama trained on batches of 32 examples.  It processed 3.1 times the real
+tokens per second of padding on sst2, and 2.0 times as many on gsm8k.
+When not to use:
+- Rows of equal length.
+- Long micro-batches of encoders, with ``eager`` attention, or with ``sdpa`` on an accelerator.  Their mask makes them
+  compute T * T scores, so attention costs more than with padding.
+- Models with recurrent state, classification of whole sequences, and decoders that build their mask without
+  position_ids: it does not support them.
+Differences from the paper: Unlike the flattening collator of transformers, the user's own collator makes each example.
+Labels are therefore those of padded training.  Models that would mix examples raise an error.
+References: Kundu et al. (2024), https://arxiv.org/abs/2407.09105.
 """
 
 from __future__ import annotations
@@ -33,15 +35,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
-from hf_accel.features.flattening import (
-    CAUSAL,
-    Layout,
-    check_kept_apart,
-    end_to_end,
-    stop_telling_apart,
-    tell_apart,
-    unpadded,
-)
+from hf_accel.features.flattening import CAUSAL, Layout, end_to_end, stop_telling_apart, tell_apart, unpadded
+from hf_accel.features.flattening_trial import check_kept_apart
 from hf_accel.features.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
 from hf_accel.technique import Technique
 
@@ -50,13 +45,13 @@ if TYPE_CHECKING:
 
 
 def flatten(examples: Sequence[Mapping[str, Tensor]], asking: Technique, layout: Layout = CAUSAL) -> dict[str, Tensor]:
-    """One row, (1, T), of examples that are rows (1, L) each; what an ``attention_mask`` hides is left out."""
+    """Join examples, rows (1, L) each, to one row (1, T); positions that an ``attention_mask`` hides are dropped."""
     return end_to_end(unpadded(examples, asking, layout))
 
 
 @dataclass(eq=False)
 class PaddingFree(Technique):
-    """Trains on flattened micro-batches of a causal language model, without padding."""
+    """Train on flattened micro-batches, without padding."""
 
     fidelity: ClassVar = "exact"
     layout_: ClassVar[Layout] = CAUSAL
@@ -64,7 +59,7 @@ class PaddingFree(Technique):
 
     def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps flattened examples apart."""
-        self.layout_ = check_kept_apart(model, self)
+        self.layout_ = check_kept_apart(model, self)  # type: ignore[misc]
         self.by_segment_ = can_attend_by_segment(model, run=self.run_)
         return model
 
@@ -81,11 +76,11 @@ class PaddingFree(Technique):
         stop_telling_apart(model)
 
     def collate(self, features: Sequence[Mapping[str, Any]], collator: Callable) -> dict[str, Any]:
-        """Each example as the collator makes it alone, end to end."""
+        """Flatten the examples, each as the collator makes it alone."""
         return flatten([collator([feature]) for feature in features], self, self.layout_)
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Counts the positions that padding would have added."""
+        """Count the positions that padding would have added."""
         for micro in batch.micro_batches:
             positions_1L = micro.inputs["position_ids"]
             self.tokens_ += positions_1L.numel()
@@ -93,7 +88,7 @@ class PaddingFree(Technique):
         return batch
 
     def report(self) -> Mapping[str, Any]:
-        """The share of positions that padded micro-batches would have spent on padding, on this rank."""
+        """Report the share of positions that padded micro-batches would have spent on padding, on this rank."""
         return {"padding_avoided": 1 - self.tokens_ / max(self.padded_, 1)}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

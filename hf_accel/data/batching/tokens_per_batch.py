@@ -1,21 +1,21 @@
-"""Token budget: as many examples a step as have a given number of tokens together.
+"""Give each step as many examples as together have a given number of tokens.
 
-With a fixed number of examples, a step of short ones tells the optimizer less than a step of long ones, and with a loss
-that is a mean over tokens, each of its tokens counts for more.  Here a step takes the next k examples, in their order:
+With a fixed number of examples, a step of short ones tells the optimizer less than a step of long ones.  If the loss is
+a mean over tokens, each token of a short step also counts for more.  Here a step takes the next k examples in order:
 
     k = argmin_k | l_1 + ... + l_k - T |,   k >= 1,   T = `tokens`
 
-with the lengths l of the upcoming examples.  So a step is off by at most half of one example's length, but for the last
-one of an epoch, which takes what is left.
+with the lengths l of the upcoming examples.  A step is therefore off by at most half of one example's length.  The last
+step of an epoch takes the rest.
 
-Reference: batches of about so many tokens are those of Vaswani et al. (2017), https://arxiv.org/abs/1706.03762, section
-5.1; fairseq's ``--max-tokens``, https://arxiv.org/abs/1904.01038, is a bound for memory and not a mean for the
-optimizer.  Departure: the nearest sum, not the largest below a bound, so that there is no bias.
-
-When to use: fine-tuning and pre-training of language models on examples of very different length; with batches that are
-ordered by length, whose steps would differ most.
-When not to use: where every example is to count the same, as in classification; examples of equal length.  What fits
-into memory is not what this is about: a forward pass still takes ``micro_batch_size`` examples.
+Recommendation: Use TokensPerBatch if you train a language model on examples of very different length.
+When to use: Fine-tuning and pre-training of language models on examples of very different length.  Batches ordered by
+length need it most, because their steps would differ most.
+When not to use: Classification, where every example should count the same, and examples of equal length.  It does not
+limit memory: a forward pass still takes ``micro_batch_size`` examples.
+Differences from the paper: A step takes the nearest sum, not the largest below a bound, so there is no bias.
+References: Vaswani et al. (2017), https://arxiv.org/abs/1706.03762, section 5.1, for batches of about so many tokens;
+fairseq's ``--max-tokens``, https://arxiv.org/abs/1904.01038, which bounds memory instead of setting a mean.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ if TYPE_CHECKING:
 
 
 def nearest_count(lengths_N: Tensor, tokens: int) -> int:
-    """How many examples, from the first one on, have about so many tokens; the fewer of two that are as near."""
+    """Return how many of the first examples come nearest to ``tokens``; of two equally near numbers, the smaller."""
     return int((lengths_N.cumsum(0) - tokens).abs().argmin()) + 1
 
 
 @dataclass(eq=False)
 class TokensPerBatch(Technique):
-    """Gives each step the number of examples that have nearly a fixed number of tokens together.
+    """Give each step the number of examples that together come nearest to a fixed number of tokens.
 
     Args:
-        tokens: Tokens of a step over all ranks, at least 1, and at least those of the longest example; None: those that
-            the nominal batch size has on average.  Needed for a stream.
+        tokens: Tokens of a step over all ranks, at least 1 and at least the length of the longest example; None: the
+            mean of the nominal batch size.  Required for a stream.
     """
 
     tokens: Annotated[int, at.Ge(1)] | None = None
@@ -55,7 +55,7 @@ class TokensPerBatch(Technique):
     counters: ClassVar = ("counts",)
 
     def inspect_dataset(self, dataset: Any) -> None:
-        """Read the lengths, from ``args.length_column_name`` if the data set has that column, else of ``input_ids``."""
+        """Read the lengths from the column ``args.length_column_name``, or from ``input_ids`` if it is absent."""
         run: Any = self.run_
         self.lengths_N_ = None
         if isinstance(dataset, IterableDataset) and self.tokens is not None:
@@ -64,19 +64,21 @@ class TokensPerBatch(Technique):
         column = run.args.length_column_name
         remedy = f"Tokenize it before training, or add a column {column!r} with the lengths."
         if isinstance(dataset, IterableDataset):
-            remedy = "Give tokens=."
+            remedy = "Set tokens=."
         lengths_N = example_lengths(dataset, column, "input_ids", asking=self, remedy=remedy).tokens_N
         if lengths_N.is_floating_point():
             raise ValueError(
-                f"{self!r}: the column {column!r} holds lengths that are no whole numbers of tokens. Set "
-                "args.length_column_name to a column of token counts."
+                f"{self!r} does not support lengths that are not whole numbers of tokens, as in the column {column!r}. "
+                "Set args.length_column_name to a column of token counts."
             )
         self.lengths_N_ = lengths_N
         longest, mean = int(lengths_N.max()), float(lengths_N.double().mean())
         self.tokens_ = self.tokens or max(round(mean * run.nominal_batch_size), longest, 1)
         self.most_ = self.tokens_ // max(int(lengths_N.min()), 1) + 1
         if self.tokens_ < longest:
-            raise ValueError(f"{self!r}: the longest example has {longest} tokens. Give at least that, or truncate it.")
+            raise ValueError(
+                f"{self!r} does not support an example of {longest} tokens. Set tokens={longest} or truncate it."
+            )
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -84,7 +86,7 @@ class TokensPerBatch(Technique):
         self.lengths_of_step_: Tensor | None = None
 
     def batch(self, upcoming_ids_N: Tensor, batch_size: int) -> int:
-        """The number of examples whose tokens come nearest to the budget, over all ranks."""
+        """Return the number of examples that come nearest to the tokens of a step, over all ranks."""
         return nearest_count(self._lengths(upcoming_ids_N[: self.most_]), self.tokens_)
 
     def _lengths(self, ids_N: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ class TokensPerBatch(Technique):
         return example_lengths(upcoming, "input_ids", asking=self, remedy="Tokenize the stream.").tokens_N
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Looks at what was drawn; a step that is read again, whole or in part, is the same step."""
+        """Measure the drawn examples once; a step that is read again counts as the same step."""
         if self.lengths_of_step_ is None:
             self.lengths_of_step_ = self._lengths(batch.plan.ids_N)
         return batch
@@ -112,7 +114,10 @@ class TokensPerBatch(Technique):
         self.lengths_of_step_ = None
 
     def report(self) -> Mapping[str, Any]:
-        """Mean tokens of a step, by how many one was off, both without the last step of an epoch; the longest one."""
+        """Report the mean tokens of a step, the largest deviation, and the longest example.
+
+        The last step of an epoch counts for neither of the first two.
+        """
         counts = self.counts_
         return {
             "tokens_per_step": counts["tokens"] / max(counts["steps"], 1),
@@ -121,5 +126,5 @@ class TokensPerBatch(Technique):
         }
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:
-        """Steps are as near to the budget as whole examples can come."""
+        """Return whether steps come as near to the number as whole examples can."""
         return report["tokens_per_step"] > 0 and report["furthest"] <= report["longest_example"] / 2

@@ -1,4 +1,4 @@
-"""From easy to hard."""
+"""Train on easy, short or small examples first."""
 
 from hf_accel.data.curriculum.difficulty_curriculum import DifficultyCurriculum
 from hf_accel.data.curriculum.resolution_warmup import ResolutionWarmup

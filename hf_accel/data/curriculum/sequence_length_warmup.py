@@ -1,22 +1,28 @@
-"""Sequence-length warm-up: begin with the first tokens of each example, and lengthen.
+"""Start with the first tokens of each example, and lengthen them as training progresses.
 
-Early in training a model learns what short contexts teach.  Short rows cost less than their share, as attention grows
-with the square of the length, and they keep early steps stable under a large learning rate:
+A model learns from short contexts early in training.  Attention grows with the square of the length, so short rows cost
+less than their share.  They also keep early steps stable under a large learning rate:
 
     length(p) = L * (start + (1 - start) * p / end)    for p < end, rounded up to ``multiple``;    L from then on
 
-L is `max_length` or the length of the longest example of the training set, so that no row depends on the micro-batch
-that it is in.  What lies beyond is cut off (``cut="truncate"``), or every example is cut into pieces of that length
-(``"rechunk"``), which attend to themselves only: then nothing is lost but context, and a step keeps its tokens.
+L is `max_length` or the length of the longest example of the training set, so no row depends on its micro-batch.
+``cut="truncate"`` drops the tokens beyond the length.  ``cut="rechunk"`` cuts every example into pieces of that length
+that attend to themselves only.  Then only context is lost, and a step keeps its tokens.
 
-Reference: Li et al. (2022), The stability-efficiency dilemma, https://arxiv.org/abs/2108.06084.  Departures: progress
-in place of steps, so that under a budget of time the saved time is spent on more steps; the first length is a share of
-the full one.
-
-When to use: pre-training on long rows; about 1.5 times faster on GPT-2 125M with 30 % of the steps in warm-up.
-When not to use: where what counts stands at the end of an example, as the answers of chats do; one epoch over scarce
-data, as what is cut off is not seen again; with static-shape compilation, unless ``multiple`` is large.  With flash
-attention and rows below about 2000 tokens a token costs the same at any length: then it only reorders the tokens.
+Recommendation: Use SequenceLengthWarmup if you pre-train on long rows.
+When to use: Pre-training on long rows; about 1.5 times faster on GPT-2 125M with 30 % of the steps in warm-up.
+When not to use:
+- Examples that end with the important part, such as the answers of chats.
+- One epoch over scarce data, because truncated tokens are not seen again.
+- Static-shape compilation, unless ``multiple`` is large.
+- Flash attention and rows below about 2000 tokens.  A token then costs the same at any length, so the tokens are only
+  reordered.
+- Question answering, preference pairs, multimodal models and XLNet's masks.  It does not support them, because a cut
+  would remove answers or tokens that stand for images.
+Differences from the paper:
+- The schedule follows progress instead of steps, so a budget of time spends the saved time on more steps.
+- The initial length is a share of the full one.
+References: Li et al. (2022), The stability-efficiency dilemma, https://arxiv.org/abs/2108.06084.
 """
 
 from __future__ import annotations
@@ -38,7 +44,7 @@ if TYPE_CHECKING:
 
 
 def warmed_up_length(progress: float, full_length: int, *, start: float, end: float, multiple: int) -> int:
-    """Tokens of an example that are trained on at ``progress``; never falling."""
+    """Return the length of examples, in tokens, at ``progress``; never falling."""
     if progress >= end:
         return full_length
     length = full_length * (start + (1 - start) * progress / end)
@@ -47,15 +53,15 @@ def warmed_up_length(progress: float, full_length: int, *, start: float, end: fl
 
 @dataclass(eq=False)
 class SequenceLengthWarmup(Technique):
-    """Trains on the beginnings or on pieces of examples, longer and longer, until they are whole or `max_length` long.
+    """Train on beginnings or pieces of examples that grow until they are whole or `max_length` long.
 
     Args:
-        start: First length as a share of the longest example, in (0, 1].
+        start: Initial length, as a share of the longest example, in (0, 1].
         end: Progress, in (0, 1], from which examples have the full length.
-        multiple: Lengths are multiples of this number of tokens, at least 1.
-        max_length: The full length in tokens, at least 1; None: that of the longest example.  Needed for a stream.
-        cut: Whether the ends of examples are left out (``"truncate"``), or trained on as further rows of the step
-            (``"rechunk"``; for language models).
+        multiple: Number of tokens, at least 1, that lengths are multiples of.
+        max_length: Full length in tokens, at least 1; None: the length of the longest example.  Required for a stream.
+        cut: ``"truncate"`` drops the ends of examples; ``"rechunk"`` trains on them as further rows of the step, for
+            language models.
     """
 
     start: Annotated[float, at.Interval(gt=0, le=1)] = 0.25  # evidence: not below a quarter, else it overfits
@@ -70,22 +76,24 @@ class SequenceLengthWarmup(Technique):
 
     def inspect_dataset(self, dataset: Any) -> None:
         """Find the longest example."""
-        self.full_length_ = self.max_length
-        if self.full_length_ is None:
-            lengths = example_lengths(dataset, "input_ids", asking=self, remedy="Give max_length=.")
-            self.full_length_ = max(int(lengths.longest_N.max()), 1)
+        if self.max_length is not None:
+            self.full_length_ = self.max_length
+            return
+        lengths = example_lengths(dataset, "input_ids", asking=self, remedy="Set max_length=.")
+        self.full_length_ = max(int(lengths.longest_N.max()), 1)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         refuse_media_tokens(self, model)
         if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
             raise ValueError(
-                f"{self!r}: {type(model).__name__} reads inputs and labels of different length. Leave it out."
+                f"{self!r} does not support {type(model).__name__} because its inputs and labels differ in length. "
+                "Remove SequenceLengthWarmup."
             )
         self.counts_ = {"trained": 0, "read": 0, "pieces": 0, "examples": 0}
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Every micro-batch at the present length."""
+        """Cut every micro-batch to the present length."""
         assert self.run_ is not None
         ramp = {"start": self.start, "end": self.end, "multiple": self.multiple}
         length = warmed_up_length(self.run_.clock.progress, self.full_length_, **ramp)
@@ -93,7 +101,7 @@ class SequenceLengthWarmup(Technique):
         for micro in micros:
             check_cuttable(micro.inputs, self)
         if self.cut == "rechunk" and any(micro.inputs["labels"].dim() < 2 for micro in micros):
-            raise ValueError(f"{self!r}: only language models learn from pieces of a text. Choose cut='truncate'.")
+            raise ValueError(f"{self!r} does not support labels of whole examples. Set cut='truncate'.")
         self._count(micros, "read", "examples")
         longer = self.max_length and any(micro.inputs["input_ids"].shape[-1] > self.max_length for micro in micros)
         cuts = length < self.full_length_ or longer
@@ -109,7 +117,7 @@ class SequenceLengthWarmup(Technique):
         self.counts_[rows] += sum(len(micro.ids_B) for micro in micros)
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the positions that was trained on, and pieces of an example, on this rank."""
+        """Report the share of the positions that was trained on, and the pieces per example, on this rank."""
         of = self.counts_
         return {
             "positions": of["trained"] / of["read"] if of["read"] else 1.0,

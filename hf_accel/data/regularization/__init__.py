@@ -1,4 +1,4 @@
-"""Augmentation: each example says more."""
+"""Augment examples, so that each teaches more."""
 
 from hf_accel.data.regularization.cut_mix import CutMix
 from hf_accel.data.regularization.mixup import Mixup

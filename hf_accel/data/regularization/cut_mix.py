@@ -1,22 +1,26 @@
-"""CutMix: a rectangle of one image is pasted into another, and their classes are mixed by area.
+"""Paste a rectangle of one image into another, and mix their classes by area.
 
-Erasing a part of an image throws pixels away; here they teach another class, and every part of an object counts:
+Erasing a part of an image throws pixels away.  Here the pixels teach another class, and every part of an object counts:
 
     x' = x_j inside a box, x_i outside,    y' = s * y_i + (1 - s) * y_j,    s = the share of the pixels outside
 
-The box has sqrt(1 - lam) of the height and of the width, lam ~ Beta(a, a), and a random center; what lies beyond the
-image is cut off.  a = ``alpha`` * min(p / ``ramp``, 1) at progress p.  j is i's neighbor in the step, which is random
-where the order is; the box is drawn for each example by seed, epoch and example, so neither ranks nor micro-batches
-change anything.
+The box has sqrt(1 - lam) of the height and of the width, lam ~ Beta(a, a), and a random center.  The part beyond the
+image is cut off.  At progress p, a = ``alpha`` * min(p / ``ramp``, 1).  j is i's neighbor in the step, which is random
+if the order is.  Seed, epoch and example determine the box, so neither ranks nor micro-batches change anything.
 
-Reference: Yun et al. (2019), CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features,
-https://arxiv.org/abs/1905.04899.  Departures: a box for each example, not for each batch; partners are neighbors; the
-strength may rise.
-
-When to use: image classification over many epochs, with a model that overfits; the authors report 2.3 points on
+Recommendation: Use CutMix if you classify images over many epochs with a model that overfits.
+When to use: Image classification over many epochs, with a model that overfits.  The authors report 2.3 points on
 ImageNet with a ResNet-50, after 300 epochs.
-When not to use: few epochs, where it slows down learning; images whose class shows in a small place that the box may
-hide; where the loss of an example decides what is trained on, as a mixed one is the loss of two.
+When not to use:
+- Few epochs, where it slows down learning.
+- Images with the class in a small place that the box may hide.
+- Techniques that choose examples by their loss, because a mixed image has the loss of two.
+Differences from the paper:
+- Each example has its own box, not each batch.
+- Partners are neighbors in the step.
+- The strength may rise.
+References: Yun et al. (2019), CutMix: Regularization Strategy to Train Strong Classifiers with Localizable Features,
+https://arxiv.org/abs/1905.04899.
 """
 
 from __future__ import annotations
@@ -39,11 +43,11 @@ if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
 
 Box = tuple[int, int, int, int]
-"""Top, bottom, left and right in pixels; bottom and right are outside."""
+"""Top, bottom, left and right in pixels; bottom and right are exclusive."""
 
 
 def draw_box(generator: np.random.Generator, alpha: float, height: int, width: int) -> Box:
-    """The rectangle that is pasted into one image."""
+    """Draw the rectangle to paste into one image."""
     side = (1 - generator.beta(alpha, alpha)) ** 0.5
     box_height, box_width = int(side * height), int(side * width)
     top, left = generator.integers(height) - box_height // 2, generator.integers(width) - box_width // 2
@@ -52,7 +56,7 @@ def draw_box(generator: np.random.Generator, alpha: float, height: int, width: i
 
 
 def paste(images_B: Tensor, partners_B: Tensor, boxes: list[Box]) -> tuple[Tensor, Tensor]:
-    """Images with their partners' pixels inside the boxes, and the share of its own pixels in each, (B,)."""
+    """Paste the partners' pixels inside the boxes; also return each image's share of its own pixels, (B,)."""
     top_B, bottom_B, left_B, right_B = torch.tensor(boxes).T[:, :, None, None]
     height, width = images_B.shape[-2:]
     rows_H1, columns_W = torch.arange(height)[:, None], torch.arange(width)
@@ -63,11 +67,11 @@ def paste(images_B: Tensor, partners_B: Tensor, boxes: list[Box]) -> tuple[Tenso
 
 @dataclass(eq=False)
 class CutMix(Technique):
-    """Trains on images with a rectangle of another one, and on labels mixed by area.
+    """Train on images with a rectangle of another one, and on labels mixed by area.
 
     Args:
-        alpha: Both parameters of the Beta distribution of the areas; 0 mixes nothing, 1 makes all areas alike likely.
-        ramp: Progress, in [0, 1], until which alpha rises from 0 in proportion; 0: full from the start.
+        alpha: Both parameters of the Beta distribution of the areas; 0 mixes nothing, 1 makes all areas equally likely.
+        ramp: Progress, in [0, 1], until which alpha rises linearly from 0; 0: full from the start.
     """
 
     alpha: Annotated[float, at.Ge(0)] = 1.0  # the paper's
@@ -82,7 +86,7 @@ class CutMix(Technique):
         self.pasted_, self.seen_ = 0.0, 0
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Every image with a rectangle of its neighbor."""
+        """Paste a rectangle of its neighbor into every image."""
         alpha = self.alpha * strength(self)
         self.seen_ += sum(len(micro.ids_B) for micro in batch.micro_batches)
         if alpha == 0:
@@ -98,7 +102,7 @@ class CutMix(Technique):
         return dataclasses.replace(batch, micro_batches=micros)
 
     def report(self) -> Mapping[str, Any]:
-        """The mean share of the pixels that are another image's, on this rank."""
+        """Report the mean share of the pixels that come from another image, on this rank."""
         return {"pasted": self.pasted_ / max(self.seen_, 1)}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

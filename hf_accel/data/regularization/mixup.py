@@ -1,20 +1,25 @@
-"""Mixup: train on weighted averages of two images, with the same average of their classes.
+"""Train on weighted averages of two images, with the same average of their classes.
 
-A model that must be linear between examples memorizes less, so that a longer run overfits later:
+A model that must be linear between examples memorizes less, so a longer run overfits later:
 
     x' = lam * x_i + (1 - lam) * x_j,    y' = lam * y_i + (1 - lam) * y_j,    lam ~ Beta(a, a)
 
 with y as shares of classes, and a = ``alpha`` * min(p / ``ramp``, 1) at progress p.  The loss is the cross-entropy with
-these shares, lam * CE(y_i) + (1 - lam) * CE(y_j).  j is i's neighbor in the step, which is random where the order is,
-and lam is drawn for each example by seed, epoch and example; so neither ranks nor micro-batches change anything.
+these shares: lam * CE(y_i) + (1 - lam) * CE(y_j).  Example j is i's neighbor in the step, which is random if the order
+is. Seed, epoch and example determine lam, so neither ranks nor micro-batches change anything.
 
-Reference: Zhang et al. (2018), mixup: Beyond Empirical Risk Minimization, https://arxiv.org/abs/1710.09412.
-Departures: lam for each example, not for each batch; partners are neighbors; the strength may rise.
-
-When to use: image classification over many epochs, with a model that overfits; the authors report 0.2 to 1.5 points on
+Recommendation: Use Mixup if you classify images over many epochs with a model that overfits.
+When to use: Image classification over many epochs, with a model that overfits.  The authors report 0.2 to 1.5 points on
 ImageNet.
-When not to use: few epochs, where it slows down learning; models that underfit; where the loss of an example decides
-what is trained on, as a mixed one is the loss of two.
+When not to use:
+- Few epochs, where it slows down learning.
+- Models that underfit.
+- Techniques that choose examples by their loss, because a mixed image has the loss of two.
+Differences from the paper:
+- Each example has its own lam, not each batch.
+- Partners are neighbors in the step.
+- The strength may rise.
+References: Zhang et al. (2018), mixup: Beyond Empirical Risk Minimization, https://arxiv.org/abs/1710.09412.
 """
 
 from __future__ import annotations
@@ -37,17 +42,17 @@ if TYPE_CHECKING:
 
 
 def mix(images_B: Tensor, partners_B: Tensor, shares_B: Tensor) -> Tensor:
-    """Averages of images and their partners; ``shares_B`` are the images' own, in [0, 1]."""
+    """Average images and their partners; ``shares_B`` are the images' own shares, in [0, 1]."""
     return torch.lerp(partners_B, images_B, shares_B.to(images_B)[:, None, None, None])
 
 
 @dataclass(eq=False)
 class Mixup(Technique):
-    """Trains on averages of two images, and on the same averages of their labels.
+    """Train on averages of two images, and on the same averages of their labels.
 
     Args:
-        alpha: Both parameters of the Beta distribution of the shares; 0 mixes nothing, 1 makes all shares alike likely.
-        ramp: Progress, in [0, 1], until which alpha rises from 0 in proportion; 0: full from the start.
+        alpha: Both parameters of the Beta distribution of the shares; 0 mixes nothing, 1 makes all equally likely.
+        ramp: Progress, in [0, 1], until which alpha rises linearly from 0; 0: full from the start.
     """
 
     alpha: Annotated[float, at.Ge(0)] = 0.2  # the paper's, for ImageNet
@@ -62,7 +67,7 @@ class Mixup(Technique):
         self.mixed_, self.seen_ = 0.0, 0
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Every image mixed with its neighbor."""
+        """Mix every image with its neighbor."""
         alpha = self.alpha * strength(self)
         self.seen_ += sum(len(micro.ids_B) for micro in batch.micro_batches)
         if alpha == 0:
@@ -77,7 +82,7 @@ class Mixup(Technique):
         return dataclasses.replace(batch, micro_batches=micros)
 
     def report(self) -> Mapping[str, Any]:
-        """The mean share of the lesser part of a mixed image, on this rank."""
+        """Report the mean share of the smaller part of a mixed image, on this rank."""
         return {"mixed": self.mixed_ / max(self.seen_, 1)}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -1,24 +1,32 @@
-"""RandAugment: a few random changes of each image, as strong as one number says.
+"""Apply a few random changes to each image, with one number for their strength.
 
-An image that is turned, shifted or recolored shows the same thing; a model that sees it learns what does not matter:
+A rotated, shifted or recolored image shows the same thing, so a model that sees it learns to ignore such changes:
 
     ``num_ops`` times: one of 14 operations, drawn uniformly, at strength m / 30,
     m = ``magnitude`` * min(p / ``ramp``, 1) at progress p
 
-The operations: nothing, stretch to full contrast, equalize the histogram, rotate (30 degrees at full strength), shear
-along x or y (0.3), shift along x or y (0.45 of the size), invert what is bright (all), fewer bits (4), and blends with
-less or more color, contrast, brightness or sharpness (factors 0.1 and 1.9).  Operations and signs are drawn for each
-example by seed, epoch and example, so neither ranks nor micro-batches change anything.  They run on the device of the
-model, on all images of a micro-batch that drew the same one at once.
+The operations at full strength:
 
-Reference: Cubuk et al. (2020), RandAugment: Practical automated data augmentation with a reduced search space,
-https://arxiv.org/abs/1909.13719.  Departures: colors beyond the image are black, as kornia has them; the strength may
-rise, as EfficientNetV2 does with the resolution (https://arxiv.org/abs/2104.00298).
+    nothing, stretch to full contrast, equalize the histogram, rotate (30 degrees), shear along x or y (0.3),
+    shift along x or y (0.45 of the size), invert bright pixels (all), reduce the bits (to 4),
+    blend with less or more color, contrast, brightness or sharpness (factors 0.1 and 1.9)
 
-When to use: image classification over many epochs, with a model that overfits; the authors report as much as from
+Seed, epoch and example determine operations and signs, so neither ranks nor micro-batches change anything.  Operations
+run on the model's device, and at once on all images of a micro-batch that drew the same one.
+
+Recommendation: Use RandAugment if you classify images over many epochs with a model that overfits.
+When to use: Image classification over many epochs, with a model that overfits.  The authors report as much as from
 searched policies (AutoAugment).
-When not to use: few epochs; images whose color, place or direction is the class; labels that belong to places in the
-image.  Loaders that augment already.
+When not to use:
+- Few epochs.
+- Images with a class that depends on color, place or direction.
+- Labels of places in the image.
+- Loaders that augment already.
+Differences from the paper:
+- Pixels from beyond the image are black, as in kornia.
+- The strength may rise, as EfficientNetV2 does with the resolution (https://arxiv.org/abs/2104.00298).
+References: Cubuk et al. (2020), RandAugment: Practical automated data augmentation with a reduced search space,
+https://arxiv.org/abs/1909.13719.
 """
 
 from __future__ import annotations
@@ -42,15 +50,15 @@ NAMES = (
     "nothing autocontrast equalize rotate shear_x shear_y shift_x shift_y solarize posterize color contrast "
     "brightness sharpness"
 ).split()
-"""The operations."""
+"""Operations, in the order of their numbers."""
 
 
 def operations() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """Each operation on images in [0, 1], (B, C, H, W), and signed strengths in [-1, 1], (B,)."""
+    """Return the operations; each takes images in [0, 1], (B, C, H, W), and signed strengths in [-1, 1], (B,)."""
     try:
         import kornia
     except ImportError as error:
-        raise ImportError("RandAugment: needs kornia. Install it with: pip install 'hf-accel[vision]'.") from error
+        raise ImportError("RandAugment needs kornia. Run pip install 'hf-accel[vision]'.") from error
     enhance, geometry = kornia.enhance, kornia.geometry
 
     def along(axis: int, amount_B: Tensor) -> Tensor:
@@ -80,12 +88,12 @@ def operations() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 
 @dataclass(eq=False)
 class RandAugment(Technique):
-    """Trains on images after a few random changes.
+    """Train on images after a few random changes.
 
     Args:
-        num_ops: Number of changes of each image, at least 0.
+        num_ops: Changes per image, at least 0.
         magnitude: Strength of a change, from 0 to 30.
-        ramp: Progress, in [0, 1], until which the magnitude rises from 0 in proportion; 0: full from the start.
+        ramp: Progress, in [0, 1], until which the magnitude rises linearly from 0; 0: full from the start.
     """
 
     num_ops: Annotated[int, at.Ge(0)] = 2  # the paper's, for ImageNet
@@ -105,7 +113,7 @@ class RandAugment(Technique):
         self.changed_, self.seen_ = 0, 0
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Each image after its own changes."""
+        """Apply its own changes to each image."""
         self.seen_ += sum(len(micro.ids_B) for micro in batch.micro_batches)
         if self.num_ops == 0:
             return batch
@@ -117,8 +125,8 @@ class RandAugment(Technique):
             images_B = normalized_B * std + mean
             if images_B.min() < -0.02 or images_B.max() > 1.02:
                 raise ValueError(
-                    f"{self!r}: pixel_values are not in [0, 1]. Give the trainer processing_class=, the image "
-                    "processor whose image_mean and image_std they were normalized with."
+                    f"{self!r} needs pixel_values in [0, 1] before normalization. Set processing_class= "
+                    "of the trainer to the image processor with the image_mean and image_std of the data."
                 )
             images_B = images_B.clamp(0, 1)
             drawn = generators(self, batch.plan, micro)
@@ -134,7 +142,7 @@ class RandAugment(Technique):
         return dataclasses.replace(batch, micro_batches=micros)
 
     def report(self) -> Mapping[str, Any]:
-        """How many changes each image underwent on average, on this rank."""
+        """Report the mean number of changes per image, on this rank."""
         return {"changes": self.changed_ / max(self.seen_, 1)}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

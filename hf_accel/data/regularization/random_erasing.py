@@ -1,20 +1,22 @@
-"""Random erasing: a rectangle of an image is blanked, so that no single part of it decides the class.
+"""Blank a rectangle of an image, so that no single part of it decides the class.
 
-A model that relies on one telling detail fails where that is hidden; without it, it must use the rest:
+A model that relies on one telling detail fails when the detail is hidden; it must learn to use the rest:
 
     with probability q = ``probability`` * min(p / ``ramp``, 1) at progress p: blank a rectangle of
     area ~ U(0.02, ``largest``) of the image and height / width ~ U(0.3, 1 / 0.3), at a random place
 
-Blank is the image's own mean color.  Everything is drawn for each example by seed, epoch and example, so neither ranks
-nor micro-batches change anything.
+The blank color is the image's own mean.  Seed, epoch and example determine everything, so neither ranks nor
+micro-batches change anything.
 
-Reference: Zhong et al. (2020), Random Erasing Data Augmentation, https://arxiv.org/abs/1708.04896.  Departures: the
-mean color, not random ones, which needs no knowledge of how images were normalized; a rectangle that does not fit in
-ten draws is left out; the strength may rise.
-
-When to use: image classification and re-identification over many epochs, with a model that overfits; the authors report
-fewer errors on CIFAR-10 and CIFAR-100.
-When not to use: few epochs; small objects that the rectangle hides whole, whose label is then wrong.
+Recommendation: Use RandomErasing if you classify images over many epochs with a model that overfits.
+When to use: Image classification and re-identification over many epochs, with a model that overfits.  The authors
+report fewer errors on CIFAR-10 and CIFAR-100.
+When not to use: Few epochs.  Small objects that the rectangle hides completely, because their label is then wrong.
+Differences from the paper:
+- The mean color replaces random ones, so the normalization of the images need not be known.
+- A rectangle that does not fit in ten draws is skipped.
+- The strength may rise.
+References: Zhong et al. (2020), Random Erasing Data Augmentation, https://arxiv.org/abs/1708.04896.
 """
 
 from __future__ import annotations
@@ -35,18 +37,18 @@ if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
 
 SMALLEST = 0.02
-"""The least area, as a share of the image."""
+"""Smallest area, as a share of the image."""
 FLATTEST = 0.3
-"""The least ratio of height to width, and of width to height."""
+"""Smallest ratio of height to width, and of width to height."""
 
 Box = tuple[int, int, int, int]
-"""Top, bottom, left and right in pixels; bottom and right are outside."""
+"""Top, bottom, left and right in pixels; bottom and right are exclusive."""
 
 
 def draw_rectangle(
     generator: np.random.Generator, probability: float, largest: float, height: int, width: int
 ) -> Box | None:
-    """What is blanked in one image; None for nothing."""
+    """Draw the rectangle to blank in one image; None for no rectangle."""
     if generator.random() >= probability:
         return None
     for _ in range(10):
@@ -61,7 +63,7 @@ def draw_rectangle(
 
 
 def blank(images_B: Tensor, boxes: list[Box | None]) -> Tensor:
-    """Images with the mean color of each in its box."""
+    """Fill each image's box with its mean color."""
     erased_B = images_B.clone()
     for image, box in zip(erased_B, boxes, strict=True):
         if box is not None:
@@ -72,12 +74,12 @@ def blank(images_B: Tensor, boxes: list[Box | None]) -> Tensor:
 
 @dataclass(eq=False)
 class RandomErasing(Technique):
-    """Trains on images of which a rectangle may be blank.
+    """Train on images that may have a blank rectangle.
 
     Args:
         probability: Share of the images that lose a rectangle, in [0, 1].
         largest: Largest area of a rectangle, as a share of the image, above 0.02 and at most 1.
-        ramp: Progress, in [0, 1], until which the probability rises from 0 in proportion; 0: full from the start.
+        ramp: Progress, in [0, 1], until which the probability rises linearly from 0; 0: full from the start.
     """
 
     probability: Fraction = 0.5  # the paper's
@@ -93,7 +95,7 @@ class RandomErasing(Technique):
         self.erased_, self.seen_ = 0, 0
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Each image perhaps without a rectangle."""
+        """Blank a rectangle of some images."""
         probability = self.probability * strength(self)
         self.seen_ += sum(len(micro.ids_B) for micro in batch.micro_batches)
         if probability == 0:
@@ -109,7 +111,7 @@ class RandomErasing(Technique):
         return dataclasses.replace(batch, micro_batches=micros)
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the images that lost a rectangle, on this rank."""
+        """Report the share of the images with a blank rectangle, on this rank."""
         return {"erased": self.erased_ / max(self.seen_, 1)}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -1,22 +1,27 @@
-"""SpecAugment: some bands and some stretches of time of a spectrogram are blanked.
+"""Blank some bands and some stretches of time of a spectrogram.
 
-What is said can be heard without a band or a moment; a model that must do so memorizes recordings less:
+Speech can be understood without a band or a moment.  A model that must do so memorizes recordings less:
 
     ``frequency_masks`` times:  blank f ~ U{0 .. ``frequency_width`` * F} neighboring bands of F
     ``time_masks`` times:       blank t ~ U{0 .. ``time_width`` * T} neighboring frames of the example's T
 
-Widths grow in proportion to progress until ``ramp``.  Blank is the mean of the example's spectrogram.  Everything is
-drawn for each example by seed, epoch and example, so neither ranks nor micro-batches change anything.
+Widths grow linearly with progress until ``ramp``.  The blank value is the mean of the example's spectrogram.  Seed,
+epoch and example determine everything, so neither ranks nor micro-batches change anything.
 
-Reference: Park et al. (2019), SpecAugment: A Simple Data Augmentation Method for Automatic Speech Recognition,
-https://arxiv.org/abs/1904.08779.  Departures: widths are shares of the spectrogram, the paper's policy for LibriSpeech
-with its 27 of 80 bands and frames by the recording's length; no time warping, which gave least in the paper; the
-strength may rise.
-
-When to use: speech recognition and audio classification on spectrograms (Whisper, Speech2Text, AST) over many epochs;
-the authors report fewer wrong words on LibriSpeech and Switchboard.
-When not to use: few epochs; models with ``mask_time_prob`` in their configuration while ``apply_spec_augment`` is on,
-which do the same; models of raw waveforms, as wav2vec 2.0, which mask their features themselves.
+Recommendation: Use SpecAugment if you train on spectrograms over many epochs.
+When to use: Speech recognition and audio classification on spectrograms (Whisper, Speech2Text, AST) over many epochs.
+The authors report fewer wrong words on LibriSpeech and Switchboard.
+When not to use:
+- Few epochs.
+- Models with ``mask_time_prob`` in their configuration while ``apply_spec_augment`` is on: they do the same.
+- Models of raw waveforms, such as wav2vec 2.0: they mask their features themselves.
+Differences from the paper:
+- Widths are shares of the spectrogram.  They follow the paper's policy for LibriSpeech: 27 of 80 bands, and frames by
+  the recording's length.
+- There is no time warping, which gained least in the paper.
+- The strength may rise.
+References: Park et al. (2019), SpecAugment: A Simple Data Augmentation Method for Automatic Speech Recognition,
+https://arxiv.org/abs/1904.08779.
 """
 
 from __future__ import annotations
@@ -38,11 +43,11 @@ if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
 
 BANDS = ("num_mel_bins", "input_feat_per_channel", "feature_projection_input_dim")
-"""Where configurations say how many bands a spectrogram has."""
+"""Fields of configurations with the number of bands of a spectrogram."""
 
 
 def draw_stretches(generator: np.random.Generator, number: int, length: int, width: float) -> list[slice]:
-    """So many stretches of at most a share ``width`` of a length, each of random width and place."""
+    """Draw ``number`` stretches of random place and width, each at most the share ``width`` of a length."""
     stretches = []
     for _ in range(number):
         stretch = int(generator.integers(int(width * length) + 1))
@@ -53,14 +58,14 @@ def draw_stretches(generator: np.random.Generator, number: int, length: int, wid
 
 @dataclass(eq=False)
 class SpecAugment(Technique):
-    """Trains on spectrograms with blank bands and moments.
+    """Train on spectrograms with blank bands and moments.
 
     Args:
         frequency_masks: Number of stretches of bands, at least 0.
         frequency_width: Largest width of one, as a share of all bands, in [0, 1].
         time_masks: Number of stretches of frames, at least 0.
         time_width: Largest width of one, as a share of the example's frames, in [0, 1].
-        ramp: Progress, in [0, 1], until which the widths rise from 0 in proportion; 0: full from the start.
+        ramp: Progress, in [0, 1], until which the widths rise linearly from 0; 0: full from the start.
     """
 
     frequency_masks: Annotated[int, at.Ge(0)] = 2  # the paper's policy LD
@@ -78,24 +83,27 @@ class SpecAugment(Technique):
         config = getattr(model, "config", None)
         self.bands_ = next((getattr(config, name) for name in BANDS if hasattr(config, name)), None)
         if self.bands_ is None:
-            hint = " It masks time itself: set config.mask_time_prob." if hasattr(config, "mask_time_prob") else ""
-            raise ValueError(f"{self!r}: {type(model).__name__} reads no spectrograms.{hint} Leave it out.")
+            remedy = "Set config.mask_time_prob" if hasattr(config, "mask_time_prob") else "Remove SpecAugment"
+            raise ValueError(
+                f"{self!r} does not support {type(model).__name__} because it reads no spectrograms. {remedy}."
+            )
         if getattr(config, "apply_spec_augment", False):
             raise ValueError(
-                f"{self!r}: {type(model).__name__} masks its spectrograms already. Set config.apply_spec_augment=False."
+                f"{self!r} does not support {type(model).__name__} because it masks its spectrograms already. "
+                "Set config.apply_spec_augment=False."
             )
         self.blank_, self.seen_ = 0, 0
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Each spectrogram with stretches of its own mean."""
+        """Blank stretches of each spectrogram."""
         micros = []
         for micro in batch.micro_batches:
             name = next((name for name in ("input_features", "input_values") if name in micro.inputs), "")
             features_B = micro.inputs.get(name)
             if features_B is None or features_B.dim() != 3 or self.bands_ not in features_B.shape[1:]:
                 raise ValueError(
-                    f"{self!r}: the batch ({', '.join(micro.inputs)}) has no spectrograms of {self.bands_} bands, "
-                    "(examples, bands, frames) or (examples, frames, bands). Leave it out."
+                    f"{self!r} needs spectrograms of {self.bands_} bands in the batch ({', '.join(micro.inputs)}), "
+                    "(examples, bands, frames) or (examples, frames, bands). Remove SpecAugment."
                 )
             masked_B = features_B.clone()
             frames_first = features_B.shape[2] == self.bands_
@@ -119,14 +127,14 @@ class SpecAugment(Technique):
             spectrogram_TF[stretch] = mean
 
     def _lengths(self, inputs: Mapping[str, Tensor], num_frames: int, num_examples: int) -> list[int]:
-        """Frames of each example, without padding where an attention_mask tells."""
+        """Count the frames of each example, without padding if there is an attention_mask."""
         mask = inputs.get("attention_mask")
         if mask is None or mask.shape != (num_examples, num_frames):
             return [num_frames] * num_examples
         return torch.where(mask.bool(), torch.arange(1, num_frames + 1), 0).amax(1).tolist()
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the spectrograms that was blank, on this rank."""
+        """Report the blank share of the spectrograms, on this rank."""
         return {"blank": self.blank_ / max(self.seen_, 1)}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""Which examples an epoch trains on."""
+"""Choose the examples that an epoch trains on."""
 
 from hf_accel.data.sampling.coreset import Coreset
 from hf_accel.data.sampling.deduplicate import Deduplicate

@@ -1,23 +1,27 @@
-"""EarlyScorePruning: watch the first epochs of a run, then go on with the examples that still teach something.
+"""Score the examples in the first epochs, and continue with those that still teach something.
 
-Until progress ``after`` epochs are full, and what the model lost on each example in each of them is its score:
+Epochs are full until progress ``after``.  The score of an example comes from its losses in these epochs:
 
     el2n        mean of  sqrt(2) * (1 - exp(-loss))      close to || p - onehot ||, and equal to it for two classes
     loss        mean of the loss
     forgetting  how often the loss rose above log 2 after it was below; more than any number where it never was below
 
-From the first epoch that begins at ``after`` or later, only the share ``keep`` with the highest scores is trained on;
-with ``balance``, that share of each class.  The scores are free: they are of steps that are trained on anyway.
+The first epoch that begins at ``after`` or later, and all epochs after it, train on the share ``keep`` with the highest
+scores.  With ``balance``, they train on that share of each class.  The scores are free, because training computes the
+losses anyway.
 
-Reference: Paul et al. (2021), Deep Learning on a Data Diet, https://arxiv.org/abs/2107.07075 (EL2N after a few epochs);
-Toneva et al. (2019), An Empirical Study of Example Forgetting during Deep Neural Network Learning,
-https://arxiv.org/abs/1812.05159.  Departures: scores are computed from losses and so hold for any model; an example
-counts as learned when the model gives its target a probability above 1/2, where the authors ask for the highest one;
-and the run goes on, where they start anew on what is kept.
-
-When to use: runs of ten epochs or more on clean, redundant data.
-When not to use: few epochs; noisy labels, which are what it keeps; small classes without ``balance``.  A random subset
-an epoch is reported to be better at equal time (https://arxiv.org/abs/2305.18424).
+Recommendation: Use EarlyScorePruning if you train for ten epochs or more on clean, redundant data.
+When to use: Runs of ten epochs or more on clean, redundant data.
+When not to use: Few epochs; noisy labels, because these are kept; small classes without ``balance``.  A random subset
+per epoch is reported to be better at equal time (https://arxiv.org/abs/2305.18424).
+Differences from the paper:
+- Scores are computed from losses, so they exist for any model.
+- An example counts as learned when the model gives its target a probability above 1/2; the authors ask for the highest
+  probability.
+- The run continues, while the authors restart on the kept examples.
+References: Paul et al. (2021), Deep Learning on a Data Diet, https://arxiv.org/abs/2107.07075 (EL2N after a few
+epochs); Toneva et al. (2019), An Empirical Study of Example Forgetting during Deep Neural Network Learning,
+https://arxiv.org/abs/1812.05159.
 """
 
 from __future__ import annotations
@@ -39,13 +43,13 @@ from hf_accel.technique import Fraction, Technique
 
 @dataclass(eq=False)
 class EarlyScorePruning(Technique):
-    """Trains, after the first epochs, on the share of the examples with the highest scores.
+    """Train, after the first epochs, on the share of the examples with the highest scores.
 
     Args:
         score: ``"el2n"``, ``"loss"`` or ``"forgetting"``.
         keep: Share of the examples that later epochs train on, in (0, 1].
         after: Progress, in [0, 1], from which epochs are short; the first epoch is always full.
-        balance: A column with classes, of each of which the same share is kept; None: of all together.
+        balance: Column with classes, to keep the same share of each; None: classes do not matter.
     """
 
     score: Literal["el2n", "loss", "forgetting"] = "el2n"
@@ -63,7 +67,9 @@ class EarlyScorePruning(Technique):
         self.classes_ = None if self.balance is None else column(dataset, self.balance, self)
         for name, number in Counter(self.classes_ or ()).items():
             if round(self.keep * number) == 0:
-                raise ValueError(f"{self!r}: it would keep no example of class {name!r} of {number}. Keep more.")
+                raise ValueError(
+                    f"{self!r} would keep none of the {number} examples of class {name!r}. Set a larger keep."
+                )
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -72,7 +78,7 @@ class EarlyScorePruning(Technique):
         self.ids_N_ = torch.empty(0, dtype=torch.int64)
 
     def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
-        """All, until the scores are final; then always the same share."""
+        """Choose all examples until the scores are final, and then always the same share."""
         assert self.run_ is not None
         if len(self.sums_N_) == 0:
             self.sums_N_, self.counts_N_ = torch.zeros(num_examples).double(), torch.zeros(num_examples)
@@ -83,7 +89,7 @@ class EarlyScorePruning(Technique):
         return self.ids_N_ if len(self.ids_N_) else torch.arange(num_examples), None
 
     def observe(self, ids_B: Tensor, losses_B: Tensor) -> None:
-        """Add to the scores, until they are final."""
+        """Update the scores until they are final."""
         if len(self.ids_N_):
             return
         losses_B = losses_B.double()
@@ -95,13 +101,13 @@ class EarlyScorePruning(Technique):
         self.learned_N_[ids_B] = learned_B
 
     def scores(self) -> Tensor:
-        """Scores of all examples, (N,)."""
+        """Return the scores of all examples, (N,)."""
         if self.score == "forgetting":
             return self.forgotten_N_.double().masked_fill(~self.learned_N_ & (self.forgotten_N_ == 0), math.inf)
         return (self.sums_N_ / self.counts_N_).nan_to_num(nan=math.inf)
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the examples that later epochs trained on; 1 where none began after ``after``."""
+        """Report the share of the examples that later epochs trained on; 1 if none began after ``after``."""
         return {"kept": len(self.ids_N_) / len(self.sums_N_) if len(self.ids_N_) else 1.0}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -1,30 +1,36 @@
-"""ImportanceSampling: train on few examples of each drawn step, those of large gradient more often and weighed less.
+"""Train on few examples of each drawn step: those with a large gradient more often, and with less weight.
 
-Every step is drawn as usual, B examples, and judged by a forward pass.  Where it pays, only b = round(keep * B) of them
-are trained on, drawn with replacement:
+Every step is drawn as usual, B examples, and a forward pass computes their losses.  If it pays, only
+b = round(keep * B) of them are trained on, drawn with replacement:
 
     score  s_i = 1 - exp(-loss_i)          (the probability that the model does not give to the target)
     p_i    = s_i / sum_j s_j
     weight w_i = 1 / (B * p_i)             so that the expected sum  1/b sum w_i grad_i  is  1/B sum_i grad_i
 
-For the cross-entropy of one label the gradient of the loss with respect to the logits has a norm between s_i and
-sqrt(2) * s_i times a constant near 1, for two classes exactly sqrt(2) * s_i.  It pays where the variance falls more
-than the cost of the judgment is worth,
+For the cross-entropy of one label, take the norm of the gradient of the loss with respect to the logits.  It lies
+between s_i and sqrt(2) * s_i times a constant near 1, and for two classes is exactly sqrt(2) * s_i.  Sampling pays if
+the variance falls more than the extra forward pass costs,
 
     tau = sqrt(B * sum_i p_i^2)  >  (B + 3 b) / (3 b)          (a backward pass costs about two forward passes)
 
-with tau averaged over steps.  Until then the steps are trained on whole, and only every ``check_every``-th is judged.
+with tau averaged over steps.  Until then all examples of a step are trained on, and only every ``check_every``-th step
+gets the extra forward pass.
 
-Reference: Katharopoulos and Fleuret (2018), Not All Samples Are Created Equal: Deep Learning with Importance Sampling,
-https://arxiv.org/abs/1803.00942.  Departures: the score is computed from the loss, where the authors take the norm at
-the last layer's inputs; while it does not pay, the whole drawn step is trained on, where they train on b of it, and tau
-is measured now and then, where they have it from every step; a step whose examples have several items (tokens) is
-divided by the items that were drawn, which is unbiased only for rows of equal length.
-
-When to use: vision models of many epochs, when most examples are learned: the authors reach a lower test error in equal
-time late in training.
-When not to use: early training, fine-tuning of few epochs, and Adam-like optimizers, which gain less from a lower
-variance.  With batch normalization the chosen examples shift the statistics.
+Recommendation: Use ImportanceSampling if you train a vision model for many epochs and it has learned most examples.
+When to use: Vision models in late epochs, after most examples are learned.  The authors reach a lower test error in
+equal time late in training.
+When not to use:
+- Early training and fine-tuning of few epochs.
+- Adam-like optimizers, which gain less from a lower variance.
+- Batch normalization, because the chosen examples shift its statistics.
+Differences from the paper:
+- The score is computed from the loss; the authors take the norm at the last layer's inputs.
+- If sampling does not pay, the whole drawn step is trained on; the authors train on b of it.
+- tau is then measured every ``check_every`` steps; the authors have it from every step.
+- A step of examples with several items (tokens) is divided by the drawn items, which is unbiased only for rows of equal
+  length.
+References: Katharopoulos and Fleuret (2018), Not All Samples Are Created Equal: Deep Learning with Importance Sampling,
+https://arxiv.org/abs/1803.00942.
 """
 
 from __future__ import annotations
@@ -42,27 +48,27 @@ from hf_accel.technique import Technique
 
 
 def importances(losses_B: Tensor) -> Tensor:
-    """Probabilities in proportion to the bound of the gradient's norm; (B,), float64."""
+    """Return probabilities in proportion to the bound of the gradient's norm; (B,), float64."""
     scores_B = (-torch.expm1(-losses_B.double())).clamp(min=1e-6)
     return scores_B / scores_B.sum()
 
 
 def draw_by_importance(p_B: Tensor, num_draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Positions (ascending, with repeats) of independent draws, and the weights that make them unbiased."""
+    """Draw positions independently (ascending, with repeats), with the weights that make them unbiased."""
     positions = torch.multinomial(p_B, num_draws, replacement=True, generator=generator).sort().values
     return positions, (1 / (len(p_B) * p_B[positions])).float()
 
 
 @dataclass(eq=False)
 class ImportanceSampling(Technique):
-    """Trains on a share of each drawn step, chosen by a bound of the gradient's norm, while that lowers the variance.
+    """Train on a share of each drawn step, chosen by a bound of the gradient's norm, while that lowers the variance.
 
-    The drawn step is what the batch size says: make it 1 / keep times as large to train on as many examples as before.
+    The batch size is the size of the drawn step.  Multiply it by 1 / keep to train on as many examples as before.
 
     Args:
-        keep: Share of a drawn step that is trained on, in (0, 1]; b / B in the paper.
-        threshold: The tau from which it samples; None: (B + 3 b) / (3 b), where it begins to pay.
-        check_every: While it does not sample, every so many steps are judged, at least 1.
+        keep: Share of a drawn step to train on, in (0, 1]; the paper's b / B.
+        threshold: Value of tau above which it samples; None: (B + 3 b) / (3 b), where it begins to pay.
+        check_every: Steps between measurements of tau while it does not sample, at least 1.
     """
 
     keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.33
@@ -90,7 +96,7 @@ class ImportanceSampling(Technique):
         return self._samples or self.run_.state.global_step % self.check_every == 0
 
     def step_select(self, ids_B: Tensor, losses_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A share of the step by importance; all of it where that does not pay."""
+        """Draw a share of the step by importance, or keep all of it if that does not pay."""
         run: Any = self.run_
         p_B = importances(losses_B)
         tau = math.sqrt(len(p_B) * float(p_B.square().sum()))
@@ -103,7 +109,7 @@ class ImportanceSampling(Technique):
         return draw_by_importance(p_B, max(round(self.keep * len(ids_B)), 1), generator)
 
     def report(self) -> Mapping[str, Any]:
-        """How many steps were judged by a forward pass, how many of them sampled from, tau and what it must exceed."""
+        """Report the steps with an extra forward pass, the sampled ones among them, tau and its threshold."""
         counts = {"judged": self.judged_, "sampled": self.sampled_}
         return {**counts, "tau": self.tau_, "threshold": self._threshold}
 

@@ -1,21 +1,24 @@
-"""RHOLoss (RHO-LOSS): train on the examples of each step that are learnable, worth learning and not yet learned.
+"""Train on the examples of each step that are learnable, worth learning and not yet learned.
 
-A step is drawn as usual, judged by a forward pass, and of its examples the share ``keep`` is trained on whose
+A step is drawn as usual, and a forward pass computes its losses.  The step then trains on the share ``keep`` of its
+examples with the highest
 
     reducible loss_i = loss_i - irreducible loss_i
 
-is highest.  The irreducible loss of an example is that of a model which has been trained on other data: high for wrong
-labels and for what cannot be known.  It comes from a column of the training set; or, before training, a smaller copy of
-the model (its first ``depth`` blocks) is trained on a random part of the data, ``holdout``, by AdamW with the trainer's
-peak learning rate, decayed to zero, and judges the rest, on which alone the model is then trained.
+The irreducible loss comes from a model trained on other data.  It is high for wrong labels and for the unknowable.  It
+is read from a column of the training set.  Without a column, a smaller copy of the model (its first ``depth`` blocks)
+is trained before training, on a random part ``holdout`` of the data.  AdamW trains the copy with the trainer's peak
+learning rate, decayed to zero.  The copy judges the rest of the data, and only this rest trains the model.
 
-Reference: Mindermann et al. (2022), Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet
-Learned, https://arxiv.org/abs/2206.07137.  Departure: the smaller copy begins with the model's own weights.
-
-When to use: noisy web data of many epochs (the authors need 18 times fewer steps on Clothing-1M), or a column of losses
-that serves many runs.
-When not to use: clean data; language models (no gain on BERT and T5, https://arxiv.org/abs/2307.06440).  At keep=0.1 a
-step of b examples costs 1 + 10/3 times as much as a plain one of b examples, and the smaller copy comes on top.
+Recommendation: Use RHOLoss if you train on noisy web data for many epochs, or have a column of irreducible losses for
+many runs.
+When to use: Noisy web data of many epochs, or a column of losses that serves many runs.  The authors need 18 times
+fewer steps on Clothing-1M.
+When not to use: Clean data.  Language models: no gain on BERT and T5 (https://arxiv.org/abs/2307.06440).  A
+step of b examples at keep=0.1 costs 1 + 10/3 times as much as a plain one.  The smaller copy comes on top.
+Differences from the paper: The smaller copy begins with the model's own weights.
+References: Mindermann et al. (2022), Prioritized Training on Points that are Learnable, Worth Learning, and Not Yet
+Learnt, https://arxiv.org/abs/2206.07137.
 """
 
 from __future__ import annotations
@@ -50,15 +53,15 @@ from hf_accel.technique import Technique
 
 
 def highest(values_B: Tensor, keep: float) -> Tensor:
-    """Positions, ascending, of the share ``keep`` of the values that is highest; of equal ones, the first."""
+    """Return the positions, ascending, of the highest share ``keep`` of the values; of equal ones, the first."""
     ranked_B = values_B.argsort(descending=True, stable=True)
     return ranked_B[: max(round(keep * len(values_B)), 1)].sort().values
 
 
 def shallower(model: Any, depth: float) -> Any:
-    """A copy with the first of the model's blocks; with all where it has no equal blocks."""
+    """Copy a model with the first of its blocks, or with all if its blocks differ."""
     small = copy.deepcopy(model)
-    small._forward_pre_hooks.clear()  # who watches the model's passes is not to see those of the copy
+    small._forward_pre_hooks.clear()  # hooks on the model must not see the copy
     small._forward_hooks.clear()
     number = getattr(getattr(small, "config", None), "num_hidden_layers", 0)
     kept = max(round(depth * number), 1)
@@ -71,17 +74,17 @@ def shallower(model: Any, depth: float) -> Any:
 
 @dataclass(eq=False)
 class RHOLoss(Technique):
-    """Trains on the share of each step whose loss exceeds most what another model reaches.
+    """Train on the share of each step with the largest loss beyond that of another model.
 
-    The drawn step is what the batch size says: make it 1 / keep times as large to train on as many examples as before.
+    The batch size is the size of the drawn step.  Multiply it by 1 / keep to train on as many examples as before.
 
     Args:
-        keep: Share of a drawn step that is trained on, in (0, 1].
-        column: The column of the training set with the irreducible loss of each example; None: a smaller copy of the
-            model is trained.
-        holdout: Share of the examples that the smaller copy is trained on, in (0, 1); not used with a column.
-        epochs: How often the smaller copy sees these, at least 1.
-        depth: Share of the model's blocks that the smaller copy has, in (0, 1].
+        keep: Share of a drawn step to train on, in (0, 1].
+        column: Column of the training set with the irreducible loss of each example; None: train a smaller copy of the
+            model.
+        holdout: Share of the examples that train the smaller copy, in (0, 1); unused with a column.
+        epochs: Epochs of the smaller copy, at least 1.
+        depth: Share of the model's blocks in the smaller copy, in (0, 1].
     """
 
     keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.1
@@ -93,14 +96,14 @@ class RHOLoss(Technique):
     neutral: ClassVar = {"keep": 1.0}
     refused_backends: ClassVar = WHOLE_WEIGHTS
     expected_failed_checks: ClassVar = {
-        "two_ranks_equal_one[ddp]": "a step of fewer examples than ranks has our loss, in the weights' own precision, "
-        "where one process has the model's own, in float32: weights differ by 7e-7"
+        "two_ranks_equal_one[ddp]": "a step of fewer examples than ranks computes our loss in the weights' precision. "
+        "One process computes the model's loss in float32. Weights differ by 7e-7"
     }
     variations: ClassVar = {"keep": 0.5, "column": "score"}
     counters: ClassVar = ("irreducible_N", "judged", "kept")
 
     def prepare_dataset(self, dataset: Any) -> Any:
-        """Hold out what the smaller copy is trained on."""
+        """Hold out the examples of the smaller copy."""
         run: Any = self.run_
         check_indexable(dataset, self)
         if self.keep == 1 or self.column is not None:
@@ -108,12 +111,12 @@ class RHOLoss(Technique):
         shuffled_N = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(run.args.seed))
         held = max(round(self.holdout * len(dataset)), 1)
         if held == len(dataset):
-            raise ValueError(f"{self!r}: nothing is left of {len(dataset)} examples. Hold out fewer.")
+            raise ValueError(f"{self!r} would hold out all of {len(dataset)} examples. Set a smaller holdout.")
         self.held_ = rows_of(dataset, shuffled_N[:held].sort().values)
         return rows_of(dataset, shuffled_N[held:].sort().values)
 
     def inspect_dataset(self, dataset: Any) -> None:
-        """Find the irreducible losses; in a run that goes on, those of its first part."""
+        """Find the irreducible losses; a resumed run keeps those of its checkpoint."""
         self.judged_, self.kept_ = 0, 0
         self.irreducible_N_ = torch.empty(0)
         if self.keep == 1:
@@ -133,7 +136,7 @@ class RHOLoss(Technique):
         check_scores(self.irreducible_N_, len(dataset), self)
 
     def _train_small(self, held: Any) -> nn.Module:
-        """The smaller copy, trained on what is held out; every rank trains the same one."""
+        """Train the smaller copy on the held-out examples; every rank trains the same one."""
         run: Any = self.run_
         check_whole_weights(self)
         args, head, reader = run.args, head_for(self), reader_for(run, held)
@@ -170,7 +173,7 @@ class RHOLoss(Technique):
         return self.keep < 1
 
     def step_select(self, ids_B: Tensor, losses_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The examples of the highest reducible loss."""
+        """Keep the examples with the highest reducible loss."""
         if self.keep == 1:
             return torch.arange(len(ids_B)), None
         positions = highest(losses_B - self.irreducible_N_[ids_B], self.keep)
@@ -178,7 +181,7 @@ class RHOLoss(Technique):
         return positions, None
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the drawn examples that was trained on, and the mean of the irreducible losses."""
+        """Report the share of drawn examples that was trained on, and the mean irreducible loss."""
         mean = float(self.irreducible_N_.mean()) if len(self.irreducible_N_) else 0.0
         return {"kept": self.kept_ / self.judged_ if self.judged_ else 1.0, "irreducible_loss": mean}
 

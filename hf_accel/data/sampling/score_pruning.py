@@ -1,26 +1,28 @@
-"""ScorePruning: leave out, for the whole run, the examples that teach least by a score.
+"""Drop the examples that teach least by a score, for the whole run.
 
-Fewer examples make a shorter epoch.  Each example is scored once, before training, and the share ``keep`` with the
-highest scores (``prefer="hard"``) or the lowest (``"easy"``) is trained on; with ``balance``, that share of each class.
+Fewer examples make a shorter epoch.  Each example is scored once, before training.  The run trains on the share
+``keep`` with the highest scores (``prefer="hard"``) or the lowest (``"easy"``).  With ``balance``, it trains on that
+share of each class.
 
     el2n        || softmax(logits) - onehot(label) ||            mean over the example's items
     grand       || gradient of the example's loss with respect to all trainable parameters ||
     loss        the example's mean loss
     perplexity  exp(loss): the same ranks as loss
-    column:NAME, file:PATH    numbers that are there: a column, or a .npy file or a text file with one number a line
+    column:NAME, file:PATH    existing numbers: a column, or a .npy file or a text file with one number a line
 
-The first four cost a forward pass of the whole set, ``grand`` a backward pass as well, one example at a time; they
-judge by the model as it is before training.
+The first four cost a forward pass of the whole set.  ``grand`` costs a backward pass as well, one example at a time.
+They use the model before training.
 
-Reference: Paul et al. (2021), Deep Learning on a Data Diet: Finding Important Examples Early in Training (EL2N, GraNd),
-https://arxiv.org/abs/2107.07075; Marion et al. (2023), When Less is More: Investigating Data Pruning for Pretraining
-LLMs at Scale, https://arxiv.org/abs/2309.04564 (perplexity).  Departure: one model scores, where Paul et al. average
-about ten.
-
-When to use: several runs on one data set, with scores computed once by a trained model and given as a column or a file;
-much data for the budget (keep the hard), or little (keep the easy).
-When not to use: scores of a model that has learned nothing are noise; in one run, the scoring is dearer than what it
-saves, and a random subset an epoch is reported to be better at equal time (https://arxiv.org/abs/2305.18424).
+Recommendation: Use ScorePruning if you run several times on one data set with scores from a trained model.
+When to use: Several runs on one data set, with scores that a trained model computed once, given as a column or a file.
+Keep the hard examples if you have much data for the budget, and the easy ones if you have little.
+When not to use: Models that have not learned anything yet, because their scores are noise.  In a single run, scoring
+costs more than it saves.  A random subset per epoch is reported to be better at equal time
+(https://arxiv.org/abs/2305.18424).
+Differences from the paper: One model scores, where Paul et al. average about ten.
+References: Paul et al. (2021), Deep Learning on a Data Diet: Finding Important Examples Early in Training (EL2N,
+GraNd), https://arxiv.org/abs/2107.07075; Marion et al. (2023), When Less is More: Investigating Data Pruning for
+Pretraining LLMs at Scale, https://arxiv.org/abs/2309.04564 (perplexity).
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ PASSES = ("el2n", "grand", "loss", "perplexity")
 
 
 def error_norms(logits: Tensor, losses: ExampleLosses) -> ExampleLosses:
-    """|| p - onehot ||, from sum p^2 - 2 p_label + 1 and p_label = exp(-loss), in place of the items' losses."""
+    """Replace the items' losses by || p - onehot ||, from sum p^2 - 2 p_label + 1 and p_label = exp(-loss)."""
     squares = logits.float().softmax(-1).square().sum(-1).reshape(losses.losses_BL.shape)
     norms_BL = (squares - 2 * (-losses.losses_BL).exp() + 1).clamp(min=0).sqrt()
     return losses._replace(losses_BL=norms_BL.masked_fill(~losses.mask_BL, 0))
@@ -62,13 +64,13 @@ def error_norms(logits: Tensor, losses: ExampleLosses) -> ExampleLosses:
 
 @dataclass(eq=False)
 class ScorePruning(StaticSubset):
-    """Trains on the share of the examples with the highest or the lowest scores.
+    """Train on the share of the examples with the highest or the lowest scores.
 
     Args:
         score: ``"el2n"``, ``"grand"``, ``"loss"``, ``"perplexity"``, ``"column:NAME"`` or ``"file:PATH"``.
-        keep: Share of the examples that is trained on, in (0, 1].
+        keep: Share of the examples to train on, in (0, 1].
         prefer: Whether high scores are kept (``"hard"``) or low ones (``"easy"``).
-        balance: A column with classes, of each of which the same share is kept; None: of all together.
+        balance: Column with classes, to keep the same share of each; None: classes do not matter.
     """
 
     score: str = "el2n"
@@ -89,7 +91,7 @@ class ScorePruning(StaticSubset):
             )
 
     def choose(self, dataset: Any) -> Tensor:
-        """By the scores."""
+        """Choose by the scores."""
         self.edge_ = 0.0
         if self.keep == 1:
             return torch.arange(len(dataset))
@@ -111,7 +113,7 @@ class ScorePruning(StaticSubset):
         if kind == "file":
             path = Path(source)
             if not path.is_file():
-                raise ValueError(f"{self!r}: there is no file {source!r}. Name one.")
+                raise ValueError(f"{self!r}: the file {source!r} does not exist. Correct the path.")
             return torch.from_numpy(np.atleast_1d(np.load(path) if path.suffix == ".npy" else np.loadtxt(path)))
         score = functools.partial(getattr(self, f"_{kind}"), head_for(self))
         return score_examples(self, dataset, score, batch_size=1 if kind == "grand" else None)
@@ -128,7 +130,9 @@ class ScorePruning(StaticSubset):
             isinstance(head, ClassHead) and (head.problem or head.config.problem_type) == "single_label_classification"
         )
         if not (one_label or isinstance(head, TokenHead)):
-            raise ValueError(f"{self!r}: el2n needs one class for each item, which {head.kind} has not. Use 'loss'.")
+            raise ValueError(
+                f"{self!r} does not support {head.kind} because el2n needs one class per item. Set score='loss'."
+            )
         return error_norms(outputs["logits"], losses).per_example(num_examples)
 
     def _grand(self, head: Head, inputs: Mapping[str, Tensor], num_examples: int) -> Tensor:
@@ -141,5 +145,5 @@ class ScorePruning(StaticSubset):
         return torch.stack([g.float().square().sum() for g in gradients if g is not None]).sum().sqrt()[None]
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the examples that is kept, and the score at its edge."""
+        """Report the kept share of the examples, and the score at its edge."""
         return {**super().report(), "edge": self.edge_}

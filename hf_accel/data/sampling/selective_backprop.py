@@ -1,21 +1,23 @@
-"""SelectiveBackprop: train on the examples of each step that the model is worst at.
+"""Train on the examples of each step with high losses.
 
-A backward pass costs about two forward passes.  A step is drawn as usual, judged by a forward pass, and only
-k = round(keep * B) of its B examples are trained on: drawn without replacement, with probability
+A backward pass costs about two forward passes.  A step is drawn as usual, and a forward pass computes its losses.  Only
+k = round(keep * B) of its B examples are trained on.  They are drawn without replacement, with probability
 
     p_i proportional to  u_i ^ (1/keep - 1)
 
 where u_i in (0, 1) is the rank of the loss of i within the step, 1/(2B) for the lowest and 1 - 1/(2B) for the highest.
-It acts between progress ``start`` and ``end``, but on every ``plain_every``-th step, which is trained on whole.
+It acts between progress ``start`` and ``end``, except on every ``plain_every``-th step, which is trained on whole.
 
-Reference: Jiang et al. (2019), Accelerating Deep Learning by Focusing on the Biggest Losers,
-https://arxiv.org/abs/1910.00762; the defaults are those of Composer,
-https://docs.mosaicml.com/projects/composer/en/stable/method_cards/selective_backprop.html.  Departure: ranks are those
-within the step, as in Composer, not among the losses of the recent past.
-
-When to use: image classification with many redundant examples; Composer reports 6 to 8 % less time at equal accuracy.
-When not to use: language models (no gain on BERT and T5, https://arxiv.org/abs/2307.06440); noisy labels, whose losses
-stay high; a ``keep`` above 2/3, which costs more than it saves.
+Recommendation: Use SelectiveBackprop if you classify images and many examples are redundant.
+When to use: Image classification with many redundant examples.  Composer reports 6 to 8 % less time at equal accuracy.
+When not to use:
+- Language models (no gain on BERT and T5, https://arxiv.org/abs/2307.06440).
+- Noisy labels, because their losses stay high.
+- A ``keep`` above 2/3, which costs more than it saves.
+Defaults: Those of Composer, https://docs.mosaicml.com/projects/composer/en/stable/method_cards/selective_backprop.html.
+Differences from the paper: Ranks are those within the step, as in Composer, not among the losses of the recent past.
+References: Jiang et al. (2019), Accelerating Deep Learning by Focusing on the Biggest Losers,
+https://arxiv.org/abs/1910.00762.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from hf_accel.technique import Fraction, Technique
 
 
 def draw_high_losses(losses_B: Tensor, keep: float, generator: torch.Generator) -> Tensor:
-    """Positions, ascending, of the share ``keep`` of a step, high losses more probably."""
+    """Draw positions, ascending, of the share ``keep`` of a step; high losses are more probable."""
     size = len(losses_B)
     ranks_B = losses_B.argsort(stable=True).argsort().double()
     p_B = ((ranks_B + 0.5) / size) ** (1 / keep - 1)
@@ -43,13 +45,13 @@ def draw_high_losses(losses_B: Tensor, keep: float, generator: torch.Generator) 
 
 @dataclass(eq=False)
 class SelectiveBackprop(Technique):
-    """Trains on a share of each step's examples, those of high loss more probably.
+    """Train on a share of each step's examples, preferring high losses.
 
     Args:
-        keep: Share of a step's examples that is trained on, in (0, 1].
+        keep: Share of a step's examples to train on, in (0, 1].
         start: Progress, in [0, 1], from which it acts.
         end: Progress, in [0, 1], until which it acts.
-        plain_every: Every so many steps, one is trained on whole; 0: none.
+        plain_every: Steps from one whole step to the next; 0: no whole steps.
     """
 
     keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5
@@ -70,7 +72,7 @@ class SelectiveBackprop(Technique):
         return self.keep < 1 and self.start <= run.clock.progress < self.end and not plain
 
     def step_select(self, ids_B: Tensor, losses_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        """A share of the step, by the ranks of the losses."""
+        """Draw a share of the step by the ranks of the losses."""
         run: Any = self.run_
         generator = torch.Generator().manual_seed((run.stream.seed * 1_000_003 + run.state.global_step) * 2)
         positions = draw_high_losses(losses_B, self.keep, generator)
@@ -78,7 +80,7 @@ class SelectiveBackprop(Technique):
         return positions, None
 
     def report(self) -> Mapping[str, Any]:
-        """How many examples were judged, and the share of these that was trained on."""
+        """Report the number of examples with an extra forward pass, and the share of them that was trained on."""
         return {"judged": self.judged_, "kept": self.kept_ / self.judged_ if self.judged_ else 1.0}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

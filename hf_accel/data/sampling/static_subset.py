@@ -1,4 +1,4 @@
-"""What techniques have in common that leave out examples for a whole run."""
+"""Leave out examples for a whole run: the base class of the techniques that do so."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hf_accel.technique import Technique
 
 
 class Rows(Dataset):
-    """Some rows of another data set; each is read by itself, so that random transforms are keyed by example."""
+    """Some rows of another data set, read one by one, so that each has its own random key."""
 
     def __init__(self, dataset: Any, ids_N: Tensor):
         self.dataset, self.ids = dataset, ids_N.tolist()
@@ -29,22 +29,21 @@ class Rows(Dataset):
 
 
 def rows_of(dataset: Any, ids_N: Tensor) -> Any:
-    """The rows with these ids, as a data set of the same kind where that is a table."""
+    """Take the rows with these ids; a table stays a table."""
     return dataset.select(ids_N.tolist()) if isinstance(dataset, datasets.Dataset) else Rows(dataset, ids_N)
 
 
 class StaticSubset(Technique):
-    """Trains on the examples that `choose` names, once, before training."""
+    """Train on the examples that `choose` names once, before training."""
 
     counters: ClassVar = ("ids_N", "offered")
 
     def choose(self, dataset: Any) -> Tensor:
-        """The ids of what is kept, ascending."""
+        """Return the ids of the kept examples, ascending."""
         raise NotImplementedError
 
     def prepare_dataset(self, dataset: Any) -> Any:
-        """Choose; in a run that goes on, what was chosen in its first part: the model that would judge has been trained
-        since."""
+        """Choose the examples; a resumed run keeps the choice of its checkpoint, because its model has changed."""
         check_indexable(dataset, self)
         assert self.run_ is not None
         if (state := self.run_.resumed_state(self)) is None:
@@ -53,13 +52,13 @@ class StaticSubset(Technique):
             self.load_state_dict("global", state)
         if self.offered_ != len(dataset):
             raise ValueError(
-                f"{self!r}: it chose from {self.offered_} examples before the checkpoint, train_dataset has now "
-                f"{len(dataset)}. Resume with the same data."
+                f"{self!r} chose from {self.offered_} examples before the checkpoint, but train_dataset has "
+                f"{len(dataset)} now. Resume with the same data."
             )
         return dataset if len(self.ids_N_) == len(dataset) else rows_of(dataset, self.ids_N_)
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the examples that is kept."""
+        """Report the kept share of the examples."""
         return {"kept": len(self.ids_N_) / self.offered_, "examples": len(self.ids_N_)}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -1,42 +1,54 @@
-"""LoRA: train a low-rank change of each weight matrix instead of the matrix.
+"""Train a low-rank change of each weight matrix instead of the matrix.
 
-The weights W of every linear layer but the head are frozen, and the layer of shape (out, in) computes with
+LoRA freezes the weights W of every linear layer except the head.  A layer of shape (out, in) computes with
 
     W + scaling * B A        A: (rank, in), random;  B: (out, rank), zero at first;  scaling = alpha / rank
 
-The optimizer keeps moments of A and B only, and the backward pass makes no gradient of W: two thirds of the operations
-of full fine-tuning, and a fraction of its memory.  `peft` does the work; adapters are saved in its format, which
-``from_pretrained`` loads.  The ``model.save_pretrained(...)`` of a script does so, too, unless the model was not loaded
-from anywhere: then it is saved whole.  ``trainer.model.merge_and_unload()`` gives an ordinary model with B A multiplied
-in.  A head without pretrained weights, as of a classifier, is trained and saved whole.
+The optimizer keeps moments of A and B only, and the backward pass makes no gradient of W.  That takes two thirds of the
+operations of full fine-tuning, and a fraction of its memory.  A head without pretrained weights, as of a classifier, is
+trained and saved whole.
 
-Variants: ``rslora`` scales by alpha / sqrt(rank), for ranks of 64 and above; ``dora`` trains the length of each
-output's weights apart from its direction, 26 % slower than ``lora`` in peft's benchmark, and is to be loaded with
-peft's own classes (transformers 5.23 leaves the lengths out); ``pissa`` starts from the largest singular directions of
-W instead of from zero, which takes a singular value decomposition of each matrix.  Once the learning rate is tuned,
-such variants differ by one or two per cent.
+`peft` does the work.  Adapters are saved in its format, which ``from_pretrained`` loads.  The script's own
+``model.save_pretrained(...)`` also saves adapters, unless the model was not loaded from anywhere: then it saves the
+whole model.  ``trainer.model.merge_and_unload()`` returns an ordinary model with B A added to the weights.
 
-QLoRA: the model may be one whose weights are quantized, as by ``BitsAndBytesConfig(load_in_4bit=True)``, a quarter of
-the memory of bfloat16.  Its other parameters are cast to float32, as peft does it, and gradients go through the layers
-that are quantized.  Give it to ``AccelTrainer``: a plain Trainer, which `attach` would take, refuses it before it has
-adapters.  To merge these, load the model as it was before, for weights of 4 bits round them away.  The published
-settings are in configs/recipes/qlora.yaml.
+Variants:
 
-The best learning rate of LoRA is about ten times that of full fine-tuning, whatever the rank, and ``lr_factor``
-multiplies ``args.learning_rate`` by that.  So a tuned script of full fine-tuning stays as it is.  A rate that was
-chosen for LoRA wants ``lr_factor=1``.  Beside `Muon`, set its ``scale="match_rms"``: its default scale lengthens the
-steps of B by sqrt(out / rank).
+- ``rslora`` scales by alpha / sqrt(rank), for ranks of 64 and above.
+- ``dora`` trains the length of each output's weights separately from its direction, 26 % slower than ``lora`` in peft's
+  benchmark.  Load it with peft's own classes: transformers 5.23 drops the lengths.
+- ``pissa`` starts from the largest singular directions of W instead of zero.  It takes a singular value decomposition
+  of each matrix.
 
-Reference: Hu et al. (2021), LoRA, https://arxiv.org/abs/2106.09685; all layers and ten times the learning rate:
+Once the learning rate is tuned, such variants differ by one or two per cent.
+
+QLoRA: the model may have quantized weights, as from ``BitsAndBytesConfig(load_in_4bit=True)``, a quarter of the memory
+of bfloat16.  Its other parameters are cast to float32, as in peft, and gradients flow through the quantized layers.
+Pass it to ``AccelTrainer``: a plain Trainer, which `attach` would take, refuses it before it has adapters.  To merge
+adapters, load the unquantized model, because 4-bit weights round them away.  The published settings are in
+configs/recipes/qlora.yaml.
+
+The best learning rate of LoRA is about ten times that of full fine-tuning at any rank.  ``lr_factor`` multiplies
+``args.learning_rate`` by that, so a tuned script of full fine-tuning needs no change.  Set ``lr_factor=1`` for a rate
+that was chosen for LoRA.  Beside `Muon`, set its ``scale="match_rms"``: its default scale lengthens the steps of B by
+sqrt(out / rank).
+
+Recommendation: Use LoRA if you fine-tune a language model on at most some 50,000 examples.
+When to use: Fine-tuning of language models on up to some 50,000 examples, in batches of up to 32.  In peft's benchmark
+it reached the quality of full fine-tuning in 0.44 of its time.
+When not to use:
+- Pre-training, or fine-tuning on more than the rank can hold.
+- Large batches, which harm LoRA more than full fine-tuning.
+- Small models, where the extra matrix products cost as much as they save.
+Defaults: ``rank`` and ``alpha`` are TRL's; Schulman et al. find 32 good for all ranks, too.  They find attention alone
+worse at the same number of parameters, hence ``target``, and a rate 9.8 times as high over 14 models, hence
+``lr_factor``.  ``lr_ratio`` is that of Hu et al.
+Differences from the paper: All linear layers have adapters, as in Schulman et al., instead of attention alone.
+References: Hu et al. (2021), LoRA, https://arxiv.org/abs/2106.09685; all layers and ten times the learning rate:
 Schulman et al. (2025), LoRA without regret, https://thinkingmachines.ai/blog/lora/; Kalajdzievski (2023), rsLoRA,
 https://arxiv.org/abs/2312.03732; Dettmers et al. (2023), QLoRA, https://arxiv.org/abs/2305.14314; Liu et al. (2024),
 DoRA, https://arxiv.org/abs/2402.09353; Meng et al. (2024), PiSSA, https://arxiv.org/abs/2404.02948; Hayou et al.
 (2024), LoRA+, https://arxiv.org/abs/2402.12354.
-
-When to use: fine-tuning of language models on up to some 50,000 examples, in batches of up to 32; peft's benchmark
-measured the quality of full fine-tuning in 0.44 of its time.
-When not to use: pre-training, or fine-tuning on so much that the rank cannot hold it; large batches, which harm LoRA
-more than full fine-tuning; small models, where the extra matrix products cost as much as they save.
 """
 
 from __future__ import annotations
@@ -68,15 +80,14 @@ OPTIONS: Mapping[str, Mapping[str, Any]] = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
-    # Not its faster, random decomposition: whoever loads the adapters must take the same matrices from the weights.
+    # Not the faster, random decomposition: loading must subtract the same matrices from the weights.
     "pissa": {"init_lora_weights": "pissa"},
 }
-"""What peft calls the variants."""
+"""Options of peft for each variant."""
 
 
 def new_heads(model: Any) -> list[str]:
-    """Names of the modules that no pre-training knows: what a task's model has beside its base, unless it is the
-    projection to the vocabulary."""
+    """Return the names of the modules without pretrained weights: those beside the base, except a language head."""
     if model.get_output_embeddings() is not None:
         return []
     children = {name: child for name, child in model.named_children() if any(True for _ in child.parameters())}
@@ -86,7 +97,7 @@ def new_heads(model: Any) -> list[str]:
 
 
 def linear_shapes(model: Any) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of the linear layers by path, without those of heads."""
+    """Return the outputs and inputs of the linear layers by path, without those of heads."""
     heads = new_heads(model)
     output = model.get_output_embeddings()
     return {
@@ -105,17 +116,17 @@ def add_adapters(
     target: str = "all-linear",
     seed: int = 0,
 ) -> PeftModel:
-    """The model with adapters, of which only these and new heads are trained; made from the seed."""
+    """Return the model with adapters made from the seed; only these and new heads are trained."""
     try:
         from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
     except ImportError:
-        raise ValueError("peft: is not installed. Install it with: pip install 'hf-accel[peft]'.") from None
+        raise ValueError("peft is not installed. Install it with: pip install 'hf-accel[peft]'.") from None
     if getattr(model, "is_quantized", False):
         prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)  # Trainer turns it on
         model.enable_input_require_grads()
         for module in model.modules():
             if getattr(module, "support_avx512bf16_for_cpu", False):
-                # An evaluation packs the weights so that bitsandbytes 0.50 makes no gradients any more.
+                # In bitsandbytes 0.50, an evaluation packs the weights, after which there are no gradients.
                 module.state_dict()  # unpacks them
                 module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     config = LoraConfig(
@@ -133,48 +144,55 @@ def add_adapters(
 
 
 def _save_adapters(model: Any, adapted: Any, *args: Any, **kwargs: Any) -> None:
-    """Save the adapters of a model that was loaded from somewhere; else, and once they are merged, the model."""
-    if hasattr(model, "peft_config") and getattr(model, "name_or_path", ""):
+    """Save the adapters of a model that was loaded from somewhere, and otherwise the merged model."""
+    if is_adapted(model) and getattr(model, "name_or_path", ""):
         return adapted.save_pretrained(*args, **kwargs)
-    whole = copy.deepcopy(adapted).merge_and_unload() if hasattr(model, "peft_config") else model
+    whole = copy.deepcopy(adapted).merge_and_unload() if is_adapted(model) else model
     type(model).save_pretrained(whole, *args, **kwargs)
 
 
 @dataclass(eq=False)
 class LoRA(Technique):
-    """Freezes the model and trains low-rank adapters of its linear layers, with peft.
+    """Freeze the model and train low-rank adapters of its linear layers, with peft.
 
     Args:
-        rank: Of each adapter, at least 1 and at most the smaller side of the smallest matrix.
+        rank: Rank of each adapter, at least 1 and at most the smaller side of the smallest matrix.
         alpha: Numerator of the scaling, at least 1.
-        variant: How adapters are scaled, made up or initialized.
-        target: The layers: ``all-linear``, or a regular expression that matches their whole paths.
-        lr_factor: Peak learning rate, as a multiple of ``args.learning_rate``; 1 where that is one for LoRA.
+        variant: Scaling, structure and initialization of the adapters.
+        target: Layers with adapters: ``all-linear``, or a regular expression that matches their whole paths.
+        lr_factor: Peak learning rate as a multiple of ``args.learning_rate``; 1 if that was chosen for LoRA.
         lr_ratio: Learning rate of B as a multiple of that of A (LoRA+, which recommends 16).
     """
 
-    rank: Annotated[int, at.Ge(1)] = 16  # TRL
-    alpha: Annotated[int, at.Ge(1)] = 32  # TRL; Schulman et al., too, find 32 good for all ranks
+    rank: Annotated[int, at.Ge(1)] = 16
+    alpha: Annotated[int, at.Ge(1)] = 32
     variant: Variant = "lora"
-    target: str = "all-linear"  # Schulman et al.: attention alone is worse at the same number of parameters
-    lr_factor: Positive = 10.0  # Schulman et al.: 9.8 over 14 models
-    lr_ratio: Positive = 1.0  # Hu et al.
+    target: str = "all-linear"
+    lr_factor: Positive = 10.0
+    lr_ratio: Positive = 1.0
     variations: ClassVar = {"rank": 4, "target": r".*\.q_proj"}
     claims: ClassVar = frozenset({"pretrained_weights", "weight_matrices"})
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Adapters on the layers of ``target``."""
+        """Put adapters on the layers of ``target``."""
         assert self.run_ is not None
         args = self.run_.args
         if is_adapted(model) or not hasattr(model, "get_output_embeddings"):
-            problem = "has adapters already" if is_adapted(model) else "is no model of transformers"
-            place = " to AccelTrainer, for other trainers refuse it" if getattr(model, "is_quantized", False) else ""
-            raise ValueError(f"{self!r}: {type(model).__name__} {problem}. Give the pretrained model itself{place}.")
+            problem = "has adapters already" if is_adapted(model) else "is not a model of transformers"
+            place = " to AccelTrainer; other trainers refuse it" if getattr(model, "is_quantized", False) else ""
+            raise ValueError(
+                f"{self!r} does not support {type(model).__name__} because it {problem}. Pass the pretrained model "
+                f"itself{place}."
+            )
         if self.variant == "pissa" and getattr(model, "is_quantized", False):
-            raise ValueError(f"{self!r}: quantized weights have no singular values. Choose another variant.")
+            raise ValueError(
+                f"{self!r} does not support quantized weights because they have no singular values. Set variant='lora'."
+            )
         shapes = linear_shapes(model)
         if not shapes:
-            raise ValueError(f"{self!r}: {type(model).__name__} has no linear layer but its head. Train it whole.")
+            raise ValueError(
+                f"{self!r} needs a linear layer beside the head; {type(model).__name__} has none. Remove LoRA."
+            )
         options: Any = {"rank": self.rank, "alpha": self.alpha, "variant": self.variant, "target": self.target}
         try:
             adapted = add_adapters(model, **options, seed=args.seed)
@@ -184,35 +202,35 @@ class LoRA(Technique):
         if layers and self.rank > min(shapes[smallest := min(layers, key=lambda path: min(shapes[path]))]):
             out, width = shapes[smallest]
             raise ValueError(
-                f"{self!r}: rank is above what {smallest} ({out} x {width}) can have. "
-                f"Choose at most {min(out, width)}, or another target."
+                f"{self!r}: rank is above the full rank of {smallest} ({out} x {width}). "
+                f"Set rank={min(out, width)} or less, or another target."
             )
-        # A script that saves its own model would otherwise write names that no model has.
-        model.save_pretrained = functools.partial(_save_adapters, model, adapted)
+        # The script's own save_pretrained would otherwise write parameter names that no model loads.
+        model.save_pretrained = functools.partial(_save_adapters, model, adapted)  # type: ignore[assignment]
         trained, total = adapted.get_nb_trainable_parameters()
         self.layers_, self.trained_share_ = len(layers), trained / total
         if self.lr_factor != 1:
             logger.warning(
                 f"{self!r}: the peak learning rate is {self.lr_factor * args.learning_rate:g}, {self.lr_factor:g} "
-                f"times learning_rate={args.learning_rate:g}, which should be that of full fine-tuning. "
-                "Set lr_factor=1 where it is one for LoRA."
+                f"times learning_rate={args.learning_rate:g}, which should be the rate of full fine-tuning. "
+                "Set lr_factor=1 if it was chosen for LoRA."
             )
         if self.target == "all-linear" and has_experts(model):
-            logger.warning(f"{self!r}: experts of {type(model).__name__} are no linear layers, and get no adapters.")
+            logger.warning(f"{self!r}: experts of {type(model).__name__} are not linear layers and get no adapters.")
         if not getattr(model, "name_or_path", ""):
             logger.warning(
-                f"{self!r}: the model was not loaded from anywhere, and adapters are saved without it. "
-                "Save it, too, or merge them in the end: trainer.model.merge_and_unload()."
+                f"{self!r}: the model was not loaded from anywhere, and the trainer saves adapters without it. "
+                "Save the model, too, or merge them at the end: trainer.model.merge_and_unload()."
             )
         return adapted
 
     def parameter_rules(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
-        """``lr_factor`` for what is trained, and ``lr_ratio`` on top for B."""
+        """Return ``lr_factor`` for trained parameters, times ``lr_ratio`` for B."""
         of_b = ".lora_B." in name or ".lora_embedding_B." in name
         return {"lr": self.lr_factor * (self.lr_ratio if of_b else 1.0)}
 
     def report(self) -> Mapping[str, Any]:
-        """How many layers have adapters, and the share of the model's parameters that is trained."""
+        """Report the number of layers with adapters, and the trained share of the model's parameters."""
         return {"layers": self.layers_, "trained_share": self.trained_share_}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""What `Float8Training` and `Int8Training` share: linear layers that multiply in fewer bits while they train."""
+"""Find linear layers that can multiply in fewer bits while they train, for `Float8Training` and `Int8Training`."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ SCALES = "the scales of a product depend on the examples in it"
 UNEQUAL = {"check_micro_batch_invariant": SCALES} | {
     f"two_ranks_equal_one[{backend}]": SCALES for backend in ("ddp", "fsdp2", "zero2", "zero3")
 }
-"""Checks of the contract that fail where examples are divided in another way."""
+"""Checks of the contract that fail when examples are divided differently, with the reason."""
 
 MULTIPLE = 16
-"""Of which both sides of a layer's matrix must be multiples, for the hardware."""
+"""Divisor of both sides of a layer's matrix, for the hardware."""
 
 
 def convertible_layers(model: Any) -> dict[str, nn.Linear]:
-    """The plain linear layers in blocks by path; of a model with adapters, those that it had before."""
+    """Return the plain linear layers in blocks by path, without those of adapters."""
     adapted = is_adapted(model)
     layers = {
         path: layer
@@ -33,13 +33,13 @@ def convertible_layers(model: Any) -> dict[str, nn.Linear]:
     if not layers:
         raise ValueError(
             f"{type(model).__name__} has no plain nn.Linear in a block, with sides that are multiples of {MULTIPLE}. "
-            "Leave it out for this model."
+            "Remove the technique for this model."
         )
     return layers
 
 
 class ContiguousGradient(torch.autograd.Function):
-    """The identity, whose gradient lies in memory as torchao wants it: it takes a view of what may be transposed."""
+    """Pass values through, and make their gradient contiguous: torchao takes views of gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -1,27 +1,30 @@
-"""Low-rank training: full matrices at first, products of two thin ones once their spectra have settled.
+"""Train full matrices first, and products of two thin ones once their spectra have settled.
 
-The stable rank of a matrix W says how many of its directions matter,
+The stable rank of a matrix W counts the directions that matter:
 
     stable_rank(W) = sum of the squared singular values / the largest of them
 
-It falls early in training and then hardly moves.  When, after progress ``earliest``, the stable ranks of the linear
-layers in the blocks have changed by less than the share ``tolerance``, on average, over one ``interval`` of progress,
-or at progress ``latest``, each weight of shape (out, in) is replaced by the best product of its rank,
+It falls early in training and then hardly moves.  From progress ``earliest`` on, the stable ranks of the linear layers
+in the blocks are measured once per ``interval`` of progress.  The switch comes when their mean change falls below the
+share ``tolerance``, or at progress ``latest``.  The best product of a rank replaces each weight of shape (out, in):
 
     W ~ left @ right        left: (out, rank);  right: (rank, in);  rank = rank_ratio * min(out, in)
 
-which is trained from there on, with fresh moments of the optimizer.  A layer then costs rank * (out + in) instead of
-out * in, forward and backward.  Layers in which this is no less stay whole, as do embeddings and heads.  The product is
-multiplied out after each step: evaluations, averages and checkpoints have ordinary weights, which ``from_pretrained``
-loads; so memory does not shrink but for the moments.
+Training continues on the factors, with fresh moments of the optimizer.  A layer then costs rank * (out + in) instead of
+out * in, forward and backward.  Layers without a saving stay whole, as do embeddings and heads.  The product is
+multiplied out after each step, so evaluations, averages and checkpoints have ordinary weights, which
+``from_pretrained`` loads.  Memory shrinks by the moments only.
 
-Reference: Wang et al. (2021), Pufferfish, https://arxiv.org/abs/2103.03936 (the ratio, whole matrices first); Wang et
-al. (2023), Cuttlefish, https://arxiv.org/abs/2305.02538 (when to change).  Departures: the moment of change is a share
-of progress at the latest; Cuttlefish's choice of ranks and of layers by profiling is left out.
-
-When to use: wide models, for which the authors measured up to 1.2 times the speed on one GPU; others found no gain.
-When not to use: narrow models, whose thin products are no faster than whole ones; with activation checkpointing under
-DDP.
+Recommendation: Use LowRankTraining if you train a wide model and have compared its time with that of plain training.
+When to use: Wide models, for which the authors measured up to 1.2 times the speed on one GPU; others found no gain.
+When not to use: Narrow models, because thin products are no faster than whole ones there.  Activation checkpointing
+under DDP.
+Defaults: ``rank_ratio`` is Pufferfish's.  ``earliest`` lies between its 0.11 of the epochs on ImageNet and 0.27 on
+CIFAR-10.  ``interval``, ``tolerance`` and ``latest`` are not taken from a paper.
+Differences from the paper: The change happens at a share of progress at the latest.  Cuttlefish's choice of ranks and
+of layers by profiling is missing.
+References: Wang et al. (2021), Pufferfish, https://arxiv.org/abs/2103.03936 (the ratio, whole matrices first); Wang et
+al. (2023), Cuttlefish, https://arxiv.org/abs/2305.02538 (when to change).
 """
 
 from __future__ import annotations
@@ -45,13 +48,13 @@ Share = Annotated[float, at.Interval(gt=0, lt=1)]
 
 
 def stable_rank(matrix: Tensor) -> float:
-    """Sum of the squared singular values over the largest one, at least 1 and at most the rank."""
+    """Return the sum of the squared singular values over the largest one: between 1 and the rank."""
     singular = torch.linalg.svdvals(matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32)))
     return float((singular / singular[0].clamp(min=1e-30)).square().sum())
 
 
 def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The best product of a rank: (out, rank) and (rank, in), of the same norm."""
+    """Return the best product of a rank, as (out, rank) and (rank, in) of the same norm."""
     exact = matrix.detach().to(torch.promote_types(matrix.dtype, torch.float32))
     left, singular, right = torch.linalg.svd(exact, full_matrices=False)
     root = singular[:rank].sqrt()
@@ -59,9 +62,9 @@ def factors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 class Factorized(nn.Module):
-    """Mixed into a linear layer: two thin matrices beside its weight, by which it trains once they are in use.
+    """Add two thin matrices to a linear layer, and train by them once they are in use.
 
-    They are no part of its state: what is saved and loaded is the layer's weight.
+    They are not part of its state: saving and loading use the layer's weight.
     """
 
     left: nn.Parameter
@@ -83,23 +86,23 @@ class Factorized(nn.Module):
 
 
 class FactorizedLinear(Factorized, nn.Linear):
-    """A `torch.nn.Linear` that can train by factors."""
+    """Linear layer that can train by factors."""
 
 
 class FactorizedConv1D(Factorized, Conv1D):
-    """A ``Conv1D`` of GPT-2, whose weight is stored as (in, out), that can train by factors."""
+    """``Conv1D`` of GPT-2, with its weight stored as (in, out), that can train by factors."""
 
 
 KINDS: Mapping[type, type] = {nn.Linear: FactorizedLinear, Conv1D: FactorizedConv1D}
 
 
 def whole(layer: Any) -> Tensor:
-    """A layer's weight as (out, in)."""
+    """Return a layer's weight as (out, in)."""
     return layer.weight.T if isinstance(layer, Conv1D) else layer.weight
 
 
 def give_factors(layer: Any, rank: int) -> None:
-    """Make a linear layer, in place, one that can train by factors; they are not in use yet."""
+    """Give a linear layer factors, in place, without using them yet."""
     num_out, num_in = whole(layer).shape
     layer.left = nn.Parameter(layer.weight.new_zeros(num_out, rank))
     layer.right = nn.Parameter(layer.weight.new_zeros(rank, num_in))
@@ -109,7 +112,7 @@ def give_factors(layer: Any, rank: int) -> None:
 
 @torch.no_grad()
 def use_factors(layer: Any, left: Tensor, right: Tensor) -> None:
-    """From now on, train a layer by factors with these values."""
+    """Train a layer by factors with these values from now on."""
     layer.left.copy_(left)
     layer.right.copy_(right)
     layer.in_use = True
@@ -124,26 +127,26 @@ def multiply_out(layer: Any) -> None:
 
 @dataclass(eq=False)
 class LowRankTraining(Technique):
-    """Trains the linear layers in blocks as products of thin matrices, once their stable ranks have settled.
+    """Train the linear layers in blocks as products of thin matrices, once their stable ranks have settled.
 
     Args:
         rank_ratio: Rank of the products as a share of the full rank, in (0, 1).
-        earliest: Progress, in [0, 1], of the first look at the stable ranks; after the warm-up of the learning rate.
-        interval: Progress between two looks, in (0, 1).
-        tolerance: Mean change of the stable ranks over an interval, as a share of them, below which they have settled.
-        latest: Progress, in [0, 1], at which the products begin whether or not they have.
+        earliest: Progress, in [0, 1], of the first measurement; it should follow the learning-rate warm-up.
+        interval: Progress between two measurements, in (0, 1).
+        tolerance: Mean relative change of the stable ranks over an interval, at least 0, below which they have settled.
+        latest: Progress, in [0, 1], at which training by factors starts in any case.
     """
 
-    rank_ratio: Share = 0.25  # Pufferfish
-    earliest: Fraction = 0.2  # Pufferfish: 0.11 of the epochs on ImageNet, 0.27 on CIFAR-10
+    rank_ratio: Share = 0.25
+    earliest: Fraction = 0.2
     interval: Share = 0.05
     tolerance: Annotated[float, at.Ge(0)] = 0.01
     latest: Fraction = 0.5
     neutral: ClassVar = {"tolerance": 0.0, "latest": 1.0}
     variations: ClassVar = {"earliest": 0.48, "interval": 0.2, "tolerance": 10.0}
     refused_backends: ClassVar = {
-        "fsdp2": "matrices are decomposed whole",
-        "zero": "matrices are decomposed whole",
+        "fsdp2": "it decomposes whole matrices",
+        "zero": "it decomposes whole matrices",
     }
     claims: ClassVar = frozenset({"layer_types", "own_weights", "slow_weights", "weight_matrices"})
 
@@ -153,19 +156,22 @@ class LowRankTraining(Technique):
             raise ValueError(f"{self!r}: earliest is after latest. Lower it.")
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Factors beside the weights, for the optimizer to know them from the start."""
+        """Add factors beside the weights, so that the optimizer has them from the start."""
         assert self.run_ is not None
         args = self.run_.args
         if args.deepspeed_plugin is not None or self.run_.is_fsdp_enabled:
-            raise ValueError(f"{self!r}: matrices are decomposed whole, and FSDP and ZeRO cut them. Use DDP.")
+            raise ValueError(f"{self!r} does not support FSDP and ZeRO because they shard the matrices. Use DDP.")
         find_unused = args.ddp_find_unused_parameters
         if args.world_size > 1 and (args.gradient_checkpointing if find_unused is None else not find_unused):
             raise ValueError(
-                f"{self!r}: DDP must look for unused parameters, of which there are some before and after the change. "
+                f"{self!r} leaves parameters unused before and after the change, so DDP must look for them. "
                 "Set ddp_find_unused_parameters=True and activation_checkpointing=False."
             )
         if is_adapted(model):
-            raise ValueError(f"{self!r}: {type(model).__name__} trains adapters, which are thin. Leave one out.")
+            raise ValueError(
+                f"{self!r} does not support {type(model).__name__} because adapters are thin already. Remove one of "
+                "the two."
+            )
         try:
             layers = linear_layers(model)
         except ValueError as error:
@@ -177,8 +183,8 @@ class LowRankTraining(Technique):
                 give_factors(layer, rank)
         if not any(isinstance(layer, Factorized) for layer in layers.values()):
             raise ValueError(
-                f"{self!r}: {type(model).__name__} has no trainable linear layer in a block that would have fewer "
-                "weights as a product. Lower rank_ratio, or drop it."
+                f"{self!r}: no trainable linear layer in a block of {type(model).__name__} has fewer weights as a "
+                "product. Lower rank_ratio, or remove LowRankTraining."
             )
         return model
 
@@ -186,8 +192,6 @@ class LowRankTraining(Technique):
         super().on_train_begin(args, state, control, **kwargs)
         layers: dict[str, Any] = {path: m for path, m in model.named_modules() if isinstance(m, Factorized)}
         self.layers_ = layers
-        if not all(layer.weight.requires_grad for layer in self.layers_.values()):
-            raise ValueError(f"{self!r}: its layers do not train, as others have frozen them. Leave one out.")
         for layer in self.layers_.values():
             layer.in_use = False
         self.looks_, self.ranks_, self.change_, self.changed_at_ = 0, {}, None, None
@@ -199,7 +203,7 @@ class LowRankTraining(Technique):
         if (looks := 1 + math.floor((progress - self.earliest) / self.interval)) > self.looks_:
             self.looks_ = looks
             ranks = {path: stable_rank(whole(layer)) for path, layer in self.layers_.items()}
-            # A matrix that was all zeros has changed wholly.
+            # A matrix of zeros had no stable rank: count it as changed.
             changes = [abs(ranks[path] / before - 1) if before else 1.0 for path, before in self.ranks_.items()]
             self.change_ = sum(changes) / len(changes) if changes else None
             self.ranks_ = ranks
@@ -242,8 +246,7 @@ class LowRankTraining(Technique):
             use_factors(self.layers_[path], values["left"], values["right"])
 
     def report(self) -> Mapping[str, Any]:
-        """Progress at the change, if there was one, what the stable ranks had changed by when they were last looked
-        at, and the share of the layers' weights that the products have."""
+        """Report the progress and the last relative change of stable ranks at the change, and the share of weights."""
         sizes = [(layer.left.numel() + layer.right.numel(), layer.weight.numel()) for layer in self.layers_.values()]
         thin, full = map(sum, zip(*sizes, strict=True))
         return {"changed_at": self.changed_at_, "change": self.change_, "layers": len(sizes), "weights": thin / full}

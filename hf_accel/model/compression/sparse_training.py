@@ -1,31 +1,36 @@
-"""Sparse training: most weights of the linear layers are zero, and which ones changes while training.
+"""Keep most weights of the linear layers at zero, and change the set of nonzero ones during training.
 
-Of N weights in the blocks, (1 - sparsity) N are alive; the others are zero and get no update.  Layer l, of shape
-(out, in), keeps a share of its weights that grows with its share of rows and columns (ERK),
+Of N weights in the blocks, (1 - sparsity) N are active.  The others are zero and get no update.  Layer l, of shape
+(out, in), keeps a share of its weights that grows with its share of rows and columns (ERK):
 
-    density_l = min(1, c * (out + in) / (out * in))        with c such that (1 - sparsity) N are alive together
+    density_l = min(1, c * (out + in) / (out * in))        with c such that (1 - sparsity) N are active together
 
-Every ``interval`` of progress p, up to ``stop``, ``rigl`` and ``set`` change which ones: in each layer the fraction
+Every ``interval`` of progress p, up to ``stop``, ``rigl`` and ``set`` change the set.  In each layer, the smallest
+active weights become inactive, a share of
 
     drop / 2 * (1 + cos(pi * p / stop))
 
-of the living weights that are smallest die, and as many of all that are not alive now come alive: those with the
-largest gradients (``rigl``), or at random (``set``).  What was dead begins at zero, with fresh moments of the
-optimizer; what comes alive as soon as it died keeps its value.  ``magnitude`` begins dense, and
-sparsity rises to its end, with what is smallest dying each time:
+Then as many inactive ones become active: those with the largest gradients (``rigl``), or random ones (``set``).  They
+start at zero, with fresh moments of the optimizer.  A weight that just became inactive takes part in this choice, and
+keeps its value if it is chosen.
+
+``magnitude`` starts dense.  Its sparsity rises, with the smallest weights removed each time:
 
     sparsity * (1 - (1 - min(p / stop, 1))^3)
 
-Weights and gradients are masked, so the model is an ordinary one with zeros in its weights; nothing is computed faster
-without kernels that leave zeros out.  An average of weights is as sparse as the masks were still.
+Weights and gradients are masked, so the model is an ordinary one with zeros in its weights.  Nothing is faster without
+kernels that skip zeros.  An average of weights is sparse only once the masks no longer change.
 
-Reference: Evci et al. (2020), RigL, https://arxiv.org/abs/1911.11134; Mocanu et al. (2018), SET,
-https://arxiv.org/abs/1707.04780; Zhu and Gupta (2017), https://arxiv.org/abs/1710.01878.  Departures: the largest
-weights are alive first, not random ones; a step that changes masks is an update, too.
-
-When to use: when a sparse model is wanted in the end, for hardware or kernels that gain from it.
-When not to use: to train faster; on GPUs nobody has measured a gain in time, and none is to be expected.  At 80 to 90 %
-zeros it takes several times as many steps to come near the dense model.
+Recommendation: Do not use SparseTraining to save time; use it if you need a sparse model in the end.
+When to use: A sparse model is needed in the end, for hardware or kernels that gain from it.
+When not to use: Faster training: on GPUs nobody has measured a gain in time.  At 80 to 90 % zeros it takes several
+times as many steps to come near the dense model.
+Defaults: ``sparsity`` is the smallest in the RigL paper; ``drop`` and ``stop`` are RigL's.  ``interval`` approximates
+RigL's 100 of 32,000 steps.
+Differences from the paper: The largest weights are active first, not random ones.  A step that changes masks also
+updates weights.
+References: Evci et al. (2020), RigL, https://arxiv.org/abs/1911.11134; Mocanu et al. (2018), SET,
+https://arxiv.org/abs/1707.04780; Zhu and Gupta (2017), https://arxiv.org/abs/1710.01878.
 """
 
 from __future__ import annotations
@@ -48,7 +53,7 @@ Share = Annotated[float, at.Interval(gt=0, lt=1)]
 
 
 def erk_densities(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[float]:
-    """The share of its weights that each layer keeps, in [0, 1]; together (1 - sparsity) of all of them."""
+    """Return the share of its weights that each layer keeps, in [0, 1]; together (1 - sparsity) of all of them."""
     sizes = [rows * columns for rows, columns in shapes]
     dense: set[int] = set()
     while True:
@@ -62,15 +67,17 @@ def erk_densities(shapes: Sequence[tuple[int, int]], sparsity: float) -> list[fl
 
 
 def largest(values: Tensor, count: int) -> Tensor:
-    """A mask of the ``count`` largest elements."""
+    """Return a mask of the ``count`` largest elements."""
     mask = torch.zeros(values.numel(), dtype=torch.bool, device=values.device)
     mask[values.flatten().topk(count).indices] = True
     return mask.view(values.shape)
 
 
 def moved(mask: Tensor, weight: Tensor, score: Tensor, fraction: float) -> Tensor:
-    """The mask after the smallest ``fraction`` of the living weights died and as many with the largest score rose, of
-    those that just died as well."""
+    """Return the mask without the smallest ``fraction`` of the active weights, and with as many others by score.
+
+    The removed weights compete with all others that are inactive.
+    """
     alive = int(mask.sum())
     count = int(fraction * alive)
     kept = largest(torch.where(mask, weight.abs(), -torch.inf), alive - count)
@@ -78,35 +85,35 @@ def moved(mask: Tensor, weight: Tensor, score: Tensor, fraction: float) -> Tenso
 
 
 def dropped_fraction(progress: float, *, drop: float, stop: float) -> float:
-    """The share of the living weights that dies at a change."""
+    """Return the share of the active weights that a change removes."""
     return drop / 2 * (1 + math.cos(math.pi * min(progress / stop, 1.0)))
 
 
 def risen_sparsity(progress: float, *, sparsity: float, stop: float) -> float:
-    """The share of zeros of gradual pruning."""
+    """Return the share of zeros of gradual pruning."""
     return sparsity * (1 - (1 - min(progress / stop, 1.0)) ** 3)
 
 
 @dataclass(eq=False)
 class SparseTraining(Technique):
-    """Trains linear layers of which most weights are zero.
+    """Train linear layers with mostly zero weights.
 
     Args:
         sparsity: Share of zeros among the weights of the linear layers in blocks, in (0, 1).
-        method: How the living weights are chosen.
+        method: Choice of the active weights.
         interval: Progress between two changes, in (0, 1).
-        drop: Share of the living weights that the first change replaces, in [0, 1]; ``magnitude`` does without it.
-        stop: Progress, in (0, 1], after which nothing changes any more.
+        drop: Share of the active weights that the first change replaces, in [0, 1]; not used by ``magnitude``.
+        stop: Progress, in (0, 1], of the last change.
     """
 
-    sparsity: Share = 0.8  # RigL's smallest
+    sparsity: Share = 0.8
     method: Literal["rigl", "set", "magnitude"] = "rigl"
-    interval: Share = 0.01  # RigL: every 100 of 32,000 steps
-    drop: Fraction = 0.3  # RigL
-    stop: Annotated[float, at.Interval(gt=0, le=1)] = 0.75  # RigL
+    interval: Share = 0.01
+    drop: Fraction = 0.3
+    stop: Annotated[float, at.Interval(gt=0, le=1)] = 0.75
     refused_backends: ClassVar = {
-        "fsdp2": "a mask is of a whole matrix",
-        "zero": "a mask is of a whole matrix",
+        "fsdp2": "a mask covers a whole matrix",
+        "zero": "a mask covers a whole matrix",
     }
     variations: ClassVar = {"interval": 0.5}
     counters: ClassVar = ("masks", "changes", "risen")
@@ -114,15 +121,20 @@ class SparseTraining(Technique):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if args.deepspeed_plugin is not None or args.fsdp or any(isinstance(m, FSDPModule) for m in model.modules()):
-            raise ValueError(f"{self!r}: a mask is of a whole matrix, and FSDP and ZeRO cut them. Use DDP, or drop it.")
+            raise ValueError(f"{self!r} does not support FSDP and ZeRO because a mask covers a whole matrix. Use DDP.")
         if is_adapted(model):
-            raise ValueError(f"{self!r}: {type(model).__name__} trains adapters, which are small. Leave one out.")
+            raise ValueError(
+                f"{self!r} does not support {type(model).__name__} because adapters are small. Remove one of the two."
+            )
         try:
             layers = {path: layer for path, layer in linear_layers(model).items() if layer.weight.requires_grad}
         except ValueError as error:
             raise ValueError(f"{self!r}: {error}") from None
         if not layers:
-            raise ValueError(f"{self!r}: {type(model).__name__} has no trainable linear layer in a block. Drop it.")
+            raise ValueError(
+                f"{self!r} needs a trainable linear layer in a block; {type(model).__name__} has none. Remove "
+                "SparseTraining."
+            )
         self.weights_ = {path: layer.weight for path, layer in layers.items()}
         self.seed_, self.changes_, self.risen_, self.dense_gradient_ = args.seed, 0, 0, True
         self.masks_: dict[str, Tensor] = {}  # made at the first step, or restored
@@ -166,7 +178,7 @@ class SparseTraining(Technique):
 
     @torch.no_grad()
     def on_optimizer_step(self, args, state, control, **kwargs):
-        for path, weight in self.weights_.items():  # some optimizers move what has no gradient
+        for path, weight in self.weights_.items():  # some optimizers move weights without a gradient
             weight.mul_(self.masks_[path])
 
     def on_train_end(self, args, state, control, **kwargs):
@@ -175,7 +187,7 @@ class SparseTraining(Technique):
 
     @torch.no_grad()
     def _prune(self, sparsity: float) -> None:
-        """Keep the largest weights of each layer, of those alive."""
+        """Keep the largest active weights of each layer."""
         shapes = [tuple(weight.shape) for weight in self.weights_.values()]
         for (path, weight), density in zip(self.weights_.items(), erk_densities(shapes, sparsity), strict=True):
             size = weight.abs().masked_fill(~self.masks_[path], -1.0)
@@ -183,13 +195,13 @@ class SparseTraining(Technique):
             weight.mul_(self.masks_[path])
 
     def _move(self) -> None:
-        """Let the smallest living weights of each layer die, and others rise."""
+        """Replace the smallest active weights of each layer."""
         generator = torch.Generator().manual_seed(self.seed_ + 1_000_003 * int(self.progress_ / self.interval))
         fraction = dropped_fraction(self.progress_, drop=self.drop, stop=self.stop)
         for path, weight in self.weights_.items():
             random = torch.rand(weight.shape, generator=generator) if self.method == "set" else None
             if weight.grad is None:
-                continue  # it is frozen, or the step is refused
+                continue  # frozen, or the step is refused
             score = weight.grad.abs() if random is None else random.to(weight)
             mask = moved(self.masks_[path], weight, score, fraction)
             self.risen_ += int((mask & ~self.masks_[path]).sum())
@@ -200,7 +212,7 @@ class SparseTraining(Technique):
         self.masks_ = {path: mask.to(self.weights_[path].device) for path, mask in self.masks_.items()}
 
     def report(self) -> Mapping[str, Any]:
-        """The share of zeros, and how often a dead weight came alive."""
+        """Report the share of zeros, and how often an inactive weight became active."""
         total = sum(mask.numel() for mask in self.masks_.values())
         alive = sum(int(mask.sum()) for mask in self.masks_.values())
         return {"layers": len(self.masks_), "zeros": 1 - alive / total, "risen": self.risen_}

@@ -1,4 +1,4 @@
-"""What part of the model is trained or computed, and when."""
+"""Techniques that train or compute a part of the model, and when."""
 
 from hf_accel.model.curriculum.layer_freezing import LayerFreezing
 from hf_accel.model.curriculum.progressive_layer_drop import ProgressiveLayerDrop

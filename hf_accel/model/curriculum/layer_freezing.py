@@ -1,6 +1,6 @@
 """Stop training the earliest blocks, one after another, on a schedule.
 
-A backward pass ends at the first trainable block, so a frozen block costs its forward pass only: about a third of a
+A backward pass ends at the first trainable block.  So a frozen block costs its forward pass only, about a third of a
 trained one, and no optimizer update.  The schedule freezes at most n = floor(L * max_fraction) of the model's L blocks,
 counted from the input:
 

@@ -1,35 +1,40 @@
-"""Progressive stacking: train few blocks first, and grow the model to its whole depth by copies of them.
+"""Train few blocks first, and grow the model to its full depth by copies of them.
 
-The model is made with all L blocks, of which the first d_0 = round(start * L) are called at first.  At the progress
+The model is made with all L blocks.  Training starts with the first d_0 = round(start * L) of them.  At the progress
 until * k / stages, for k = 1 ... stages, there are
 
     d_k = d_0 + round(k (L - d_0) / stages)
 
-of them, each a copy of one of those before (`hf_accel.surgery.depth_growth`), in its weights and in its optimizer
-state:
+blocks.  Each new block copies an earlier one, with its weights and its optimizer state
+(`hf_accel.surgery.depth_growth`):
 
-    stacked        the whole stack again and again: G_stack, StackingBERT; with several stages gradual stacking
+    stacked        the whole stack repeated: G_stack, StackingBERT; with several stages gradual stacking
     middle         the middle of the stack twice, at most twice the depth at a time: MIDAS
     interleaved    each block followed by its copies
     on_top         copies of the last block
 
-Blocks that are not there yet cost nothing but their weights: neither operations nor gradients nor optimizer states.
-The configuration says how many there are, so that a checkpoint of any time is one of a model of that depth for
-``from_pretrained``, which passes over what lies deeper.  A ``silent`` copy begins with zeros in the last projections of
-its branches and without optimizer state: it leaves the outputs as they were where norms come before branches (not in
-BERT), but no more of its gradients than those of these projections are above zero at first.
+Blocks that do not exist yet cost their weights only: no operations, gradients or optimizer states.  The configuration
+names the current depth, so every checkpoint loads with ``from_pretrained``, which ignores deeper blocks.
 
-Moments of a copy are those of its source.  Adam's are means of gradients, which are others in the deeper model, and
-within 1 / (1 - beta) steps they have followed; from fresh ones, the first steps would be those of signs.
+A ``silent`` copy starts with zeros in the last projections of its branches and without optimizer state.  It leaves the
+outputs unchanged if norms come before branches (not in BERT).  At first, only the gradients of these projections are
+above zero.
 
-Reference: Du et al. (2024), G_stack, https://arxiv.org/abs/2405.15319; Gong et al. (2019), StackingBERT,
+The moments of a copy are those of its source.  Adam's means of gradients follow the deeper model within 1 / (1 - beta)
+steps.  With fresh moments, the first steps would be those of signs.
+
+Recommendation: Use ProgressiveStacking if you pretrain a deep transformer from random weights.
+When to use: Pretraining of deep transformers.  G_stack reports a 7B model at the loss of one from scratch with 54.6 %
+fewer tokens.  With four blocks in all, a start with half of them was better for few steps.
+When not to use: Pretrained models, because it would cut them.  Models of few blocks.  A learning rate that decays
+early.
+Defaults: ``operator`` is the best of G_stack's comparison.  ``start`` and ``stages`` grow once to four times the depth,
+as in G_stack, whose plain copies trained better than ``silent`` ones.  ``until`` lies where a linear decay is still
+above half of its peak.
+Differences from the paper: Growth comes at shares of the budget, not at counts of tokens, inside one run and under one
+schedule.  It is refused once the learning rate is below half of its peak.
+References: Du et al. (2024), G_stack, https://arxiv.org/abs/2405.15319; Gong et al. (2019), StackingBERT,
 https://proceedings.mlr.press/v97/gong19a.html; Saunshi et al. (2024), MIDAS, https://arxiv.org/abs/2409.19044.
-Departure: growth at shares of the budget, not at counts of tokens, inside of one run and under one schedule; it is
-refused where the learning rate has fallen below half of its peak.
-
-When to use: pretraining of deep transformers; G_stack reports a 7B model at the loss of one from scratch with 54.6 %
-fewer tokens.  Of four blocks, half of them were the better start where few steps were made.
-When not to use: pretrained models, which it would cut; models of few blocks; a learning rate that decays early.
 """
 
 from __future__ import annotations
@@ -64,14 +69,14 @@ OPERATORS = {"stacked": stacked, "middle": middle, "interleaved": interleaved, "
 
 
 def depths(num_blocks: int, *, start: float, stages: int) -> list[int]:
-    """How many blocks there are before the first growth and after each, ascending; the last is ``num_blocks``."""
+    """Return the number of blocks before the first growth and after each; the last is ``num_blocks``."""
     first = max(round(start * num_blocks), 1)
     return [first + round(k * (num_blocks - first) / stages) for k in range(stages + 1)]
 
 
 @torch.no_grad()
 def copy_blocks(blocks: Sequence[nn.Module], sources: Sequence[int], optimizer: torch.optim.Optimizer) -> None:
-    """Make each block a copy of that of its source, as they are now, in weights, buffers and optimizer state."""
+    """Make each block a copy of its current source, in weights, buffers and optimizer state."""
     tensors = [dict(itertools.chain(block.named_parameters(), block.named_buffers())) for block in blocks]
     moved = [(i, source) for i, source in enumerate(sources) if i != source]
     before: dict[int, dict[str, tuple[Tensor, Any]]] = {
@@ -91,7 +96,7 @@ def copy_blocks(blocks: Sequence[nn.Module], sources: Sequence[int], optimizer: 
 
 
 class Shallow(nn.ModuleList):
-    """A list of modules that shows the first ``shown`` of them, and has the parameters of all."""
+    """List of modules that shows the first ``shown`` of them, and has the parameters of all."""
 
     shown: int
 
@@ -107,27 +112,25 @@ class Shallow(nn.ModuleList):
 
 @dataclass(eq=False)
 class ProgressiveStacking(Technique):
-    """Grows a model while it is trained; needs no more than a plain Trainer.
+    """Grow a model during training; needs no more than a plain Trainer.
 
     Args:
-        operator: Which block each new one is a copy of.
-        start: Share of the blocks, in (0, 1], that the model begins with; at least one.
-        stages: Number of growths; one: all at once.
+        operator: Choice of the block that each new block copies.
+        start: Share of the blocks, in (0, 1], in the first step; at least one block.
+        stages: Number of growths, at least 1.
         until: Progress, in (0, 1), of the last growth.
-        silent: Whether copies leave the model's function as it was.
+        silent: Whether copies leave the model's function unchanged.
     """
 
-    operator: Literal["stacked", "middle", "interleaved", "on_top"] = "stacked"  # best of G_stack's comparison
-    start: Annotated[float, at.Interval(gt=0, le=1)] = 0.25  # G_stack: to four times the depth
-    stages: Annotated[int, at.Ge(1)] = 1  # G_stack: once
-    until: Annotated[float, at.Interval(gt=0, lt=1)] = 0.3  # within what linear decay leaves above half of the peak
-    silent: bool = False  # G_stack: copies as they are train better
+    operator: Literal["stacked", "middle", "interleaved", "on_top"] = "stacked"
+    start: Annotated[float, at.Interval(gt=0, le=1)] = 0.25
+    stages: Annotated[int, at.Ge(1)] = 1
+    until: Annotated[float, at.Interval(gt=0, lt=1)] = 0.3
+    silent: bool = False
     neutral: ClassVar = {"start": 1.0}
     probe_fields: ClassVar = {"start": 0.5}
     variations: ClassVar = {"start": 0.25, "operator": "interleaved"}
-    refused_backends: ClassVar = {
-        "zero": "weights and moments lie in its flat partitions, where no block can be copied"
-    }
+    refused_backends: ClassVar = {"zero": "its flat partitions hold weights and moments, so no block can be copied"}
     counters: ClassVar = ("depth", "called", "steps")
     claims: ClassVar = frozenset(
         {"block_positions", "early_weights", "frozen_blocks", "initial_blocks", "synchronization", "weight_matrices"}
@@ -143,7 +146,7 @@ class ProgressiveStacking(Technique):
             self._refuse_what_would_be_lost(args, state)
             self.depths_ = self._checked_depths()
             if self.silent:
-                residual_projections(self.model_)  # which it will need
+                residual_projections(self.model_)  # raises before the first step
         except ValueError as error:
             raise ValueError(f"{self!r}: {error}") from None
         self._refuse_late_growth(_factor(self.run_, lr_scheduler, state.max_steps))
@@ -152,58 +155,65 @@ class ProgressiveStacking(Technique):
         self.depth_ = self._depth_at(self.progress(state))
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        """Hides blocks, which are there when other techniques look for them as training begins."""
+        """Hide blocks, once other techniques have looked at all of them."""
         if self.depth_ < len(self.blocks_) and not isinstance(self.blocks_, Shallow):
             self.blocks_.__class__ = Shallow
             self._show(self.depth_)
 
     def _refuse_what_would_be_lost(self, args: Any, state: Any) -> None:
-        """Raise ValueError where the model, the arguments or another technique do not go with growth."""
+        """Raise ValueError if the model, the arguments or another technique do not support growth."""
         model, blocks = self.model_, list(self.blocks_)
         if getattr(model.config, "num_hidden_layers", None) != len(blocks):
-            raise ValueError(f"the configuration of {type(model).__name__} has no number of blocks, num_hidden_layers.")
+            raise ValueError(
+                f"{type(model).__name__} has no num_hidden_layers in its configuration. Remove ProgressiveStacking."
+            )
         if is_adapted(model):
-            raise ValueError("adapters need a model that is trained already, and this one is made here. Leave one out.")
+            raise ValueError(
+                "adapters need a trained model, and this one grows from random weights. Remove one of the two."
+            )
         if (name := getattr(model, "name_or_path", "")) and state.global_step == 0:
-            raise ValueError(f"the model comes from {name!r}, and most of its blocks would be lost. Leave it out.")
+            raise ValueError(f"most blocks of the model from {name!r} would be lost. Remove ProgressiveStacking.")
         if args.load_best_model_at_end:
-            raise ValueError("the best checkpoint may be of a model with fewer blocks. Unset load_best_model_at_end.")
+            raise ValueError("the best checkpoint may have fewer blocks. Set load_best_model_at_end=False.")
         if len({id(p) for block in blocks for p in block.parameters()}) < sum(len([*b.parameters()]) for b in blocks):
-            raise ValueError(f"blocks of {type(model).__name__} share parameters, and cannot be copied. Leave it out.")
+            raise ValueError(
+                f"blocks of {type(model).__name__} share parameters and cannot be copied. Remove ProgressiveStacking."
+            )
         average = None if self.run_ is None else self.run_.owner("averaging")
         if average is not None and getattr(average, "start", 0.0) < self.until:
             raise ValueError(f"{average!r} averages weights from before the last growth. Remove one of the two.")
 
     def _checked_depths(self) -> list[int]:
-        """The depths; ValueError where the operator does not make them of these blocks."""
+        """Return the depths; ValueError if the operator cannot make them from these blocks."""
         blocks: list[nn.Module] = list(self.blocks_)
         found = depths(len(blocks), start=self.start, stages=self.stages)
         if found[0] == len(blocks) and self.start < 1:
-            raise ValueError(f"of {len(blocks)} blocks, start={self.start:g} leaves none to be added. Lower it.")
+            raise ValueError(
+                f"start={self.start:g} covers all {len(blocks)} blocks, so none is left to add. Lower start."
+            )
         for depth, new_depth in itertools.pairwise(found):
             if self.operator == "middle" and new_depth > 2 * depth:
                 raise ValueError(
-                    f"'middle' makes at most {2 * depth} blocks of {depth}, and {new_depth} are to come next. Raise "
-                    "start or stages."
+                    f"operator='middle' makes at most {2 * depth} blocks from {depth}, and {new_depth} come next. "
+                    "Raise start or stages."
                 )
             for i, source in enumerate(OPERATORS[self.operator](depth, new_depth)):
                 if makeup(blocks[i]) != makeup(blocks[source]):
                     raise ValueError(
-                        f"block {i} of {type(self.model_).__name__} is of another kind than block {source}, which it "
-                        "would copy. Choose another operator, or depths that are multiples of the pattern of its "
-                        "blocks."
+                        f"block {i} of {type(self.model_).__name__} would copy block {source}, which differs in kind. "
+                        "Choose another operator, or depths that are multiples of the pattern of its blocks."
                     )
         return found
 
     def _refuse_late_growth(self, factor: Callable[[float], float] | None) -> None:
-        """Raise ValueError where, by the factor on the learning rate at a progress, the last growth is in its decay."""
+        """Raise ValueError if the last growth falls into the decay of the learning rate."""
         if factor is None or self.depths_[0] == self.depths_[-1]:
             return
         now, peak = factor(self.until), max(map(factor, np.linspace(0, self.until, 101)))
         if now < 0.5 * peak:
             raise ValueError(
-                f"{self!r}: at progress {self.until:g} the learning rate has fallen to {now / peak:.0%} of its peak, "
-                "and new blocks would hardly be trained. Lower until, or let the learning rate decay later."
+                f"{self!r}: at progress {self.until:g} the learning rate is down to {now / peak:.0%} of its peak, so "
+                "new blocks would hardly train. Lower until, or let the learning rate decay later."
             )
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -229,24 +239,24 @@ class ProgressiveStacking(Technique):
                     optimizer.state.pop(parameter, None)
 
     def _show(self, depth: int) -> None:
-        """Have the model call so many of its blocks, and its configuration say so."""
+        """Let the model call that many of its blocks, and its configuration name the number."""
         self.depth_ = self.blocks_.shown = depth
         self.model_.config.num_hidden_layers = depth
         if self.kinds_ is not None:
             self.model_.config.layer_types = self.kinds_[:depth]
 
     def on_train_end(self, args, state, control, **kwargs):
-        """A model that was stopped before its last growth stays as shallow as it is."""
+        """Drop the blocks that a model stopped before its last growth does not have."""
         if hasattr(self.blocks_, "shown"):
             self.blocks_.__class__ = nn.ModuleList
             del self.blocks_.shown, self.blocks_[self.depth_ :]
 
     def flops_key(self) -> Hashable:
-        """How many blocks there are."""
+        """Return the number of blocks."""
         return self.depth_
 
     def report(self) -> Mapping[str, Any]:
-        """The depths, and the share of calls of blocks over those of the whole model in all steps."""
+        """Report the depths, and the share of block calls relative to the whole model over all steps."""
         return {
             "depths": " ".join(map(str, self.depths_)),
             "blocks_at_the_end": self.depth_,
@@ -258,7 +268,7 @@ class ProgressiveStacking(Technique):
 
 
 def _factor(run: Any, lr_scheduler: Any, max_steps: int) -> Callable[[float], float] | None:
-    """The factor on the peak learning rate at a progress; None where it is not known beforehand."""
+    """Return the factor on the peak learning rate by progress; None if it depends on the run."""
     if run is not None and run.learning_rate_factor is not None:
         return run.learning_rate_factor
     scheduler = getattr(lr_scheduler, "scheduler", lr_scheduler)

@@ -1,27 +1,31 @@
-"""Stochastic depth: each example leaves out residual branches, the more the deeper they lie.
+"""Skip residual branches for random examples, more of them in deeper blocks.
 
-Of the L blocks of a stack, or the residual branches of a ResNet, an example keeps block l (0 the first) with the
-probability
+An example keeps block l of the L blocks of a stack, or residual branches of a ResNet, with the probability
 
-    q_l = 1 - l / (L - 1) * (1 - keep)
+    q_l = 1 - l / (L - 1) * (1 - keep)        l = 0 for the first block
 
-A block computes the examples that keep it, as a batch of their own, and no others, so that on average (1 - keep) / 2 of
-the computation is saved.  What it adds to their hidden states x is scaled,
+A block computes the examples that keep it, as a batch of their own, and no others.  On average that saves
+(1 - keep) / 2 of the computation.  The change that a block makes to their hidden states x is scaled,
 
-    x + (block(x) - x) / q_l    or, where the sum is followed by an activation,    branch(x) / q_l
+    x + (block(x) - x) / q_l    or, if an activation follows the sum,    branch(x) / q_l
 
-so that in expectation a stack adds what it adds in evaluation, where all blocks are computed as they are.  The draws
-are keyed by the seed, the step and the example: micro-batches and ranks make no difference.
+so in expectation a stack adds as much as in evaluation, which computes all blocks unscaled.  The draws depend on the
+seed, the step and the example, so micro-batches and ranks make no difference.
 
-Reference: Huang et al. (2016), stochastic depth, https://arxiv.org/abs/1603.09382.  Departures: each example draws for
-itself, as is usual since; the first block is always kept, and the scale is that of training.  At least one example of a
-micro-batch is computed (two where there are batch norms); where none keeps a block, for nothing.
-
-When to use: long training of deep residual networks and vision transformers, where it is a regularizer first; the
+Recommendation: Use StochasticDepth if you train a deep ResNet or vision transformer for many epochs.
+When to use: Long training of deep residual networks and vision transformers, where it is a regularizer first; the
 authors report 25 % less time.
-When not to use: short training; fine-tuning; micro-batches of few examples, where nothing is saved; with rows that hold
-several examples, which are dropped as one.  Batch norms see the kept examples alone.  Where norms come after
-the addition (BERT), what is scaled is no longer normed.
+When not to use:
+- Short training and fine-tuning.
+- Micro-batches of few examples, where nothing is saved.
+- Rows with several examples, which are dropped as one, and models with several towers.
+- Norms after the addition (BERT), where the scaled sum is no longer normed.  Batch norms see the kept examples alone.
+Defaults: ``keep`` is the authors'.
+Differences from the paper:
+- Each example draws separately, as is usual since.
+- The first block is always kept, and the scale is applied in training.
+- A block computes at least one example of a micro-batch (two with batch norms), and ignores it if none keeps the block.
+References: Huang et al. (2016), stochastic depth, https://arxiv.org/abs/1603.09382.
 """
 
 from __future__ import annotations
@@ -45,51 +49,51 @@ from hf_accel.technique import Technique
 
 
 class Place(NamedTuple):
-    """Where a block lies."""
+    """Place of a block, and how it is computed."""
 
     block: nn.Module
     parameters: list[str]
     """Names of its arguments."""
     stack: int
     column: int
-    """Among the blocks of all stacks."""
+    """Index among the blocks of all stacks."""
     keep: float
-    """How probably it is kept."""
+    """Probability that an example keeps it."""
     least: int
-    """Rows that are computed in any case."""
+    """Smallest number of rows that it computes."""
     is_branch: bool
-    """Whether it gives what is added, and not the sum."""
+    """Whether it returns the added term instead of the sum."""
 
     def rows(self, kept_R: np.ndarray) -> np.ndarray:
-        """Those that are computed, ascending: those that are kept, and where these are too few the first others."""
+        """Return the computed rows, ascending: the kept ones, filled up with the first others if they are too few."""
         needed = max(int(kept_R.sum()), min(self.least, len(kept_R)))
         return np.sort(np.argsort(~kept_R, kind="stable")[:needed])
 
 
 class Drawn(NamedTuple):
-    """What a batch draws."""
+    """Draws of a batch."""
 
     num_rows: int
     rows: Sequence[Tensor]
-    """Those that each block computes, (K,)."""
+    """Rows that each block computes, (K,)."""
     scales: Sequence[Tensor]
-    """By which it multiplies what it adds, (K,); 0 for rows that do not keep it."""
+    """Factors on the change that it makes, (K,); 0 for rows that do not keep it."""
 
 
 def keep_probabilities(num_blocks: int, keep: float) -> list[float]:
-    """How probably each block of a stack is kept."""
+    """Return the probability that an example keeps each block of a stack."""
     return (1 - np.arange(num_blocks) / max(num_blocks - 1, 1) * (1 - keep)).tolist()
 
 
 def stacks_of(model: Any) -> list[list[nn.Module]]:
-    """The blocks that follow each other, stack by stack, or the branches beside the shortcuts of a ResNet."""
+    """Return the blocks of each stack, or the branches beside the shortcuts of a ResNet."""
     if branches := [block.layer for block in model.modules() if hasattr(block, "shortcut") and hasattr(block, "layer")]:
         return [branches]
     return block_stacks(model)
 
 
 def rows_of(name: str, value: Any, rows_K: Tensor, num_rows: int) -> Any:
-    """A block's argument for some of the rows."""
+    """Return a block's argument for some of the rows."""
     if isinstance(value, tuple):
         return tuple(rows_of(name, item, rows_K, num_rows) for item in value)
     if not isinstance(value, Tensor) or value.dim() < 2 or len(value) != num_rows:
@@ -100,14 +104,18 @@ def rows_of(name: str, value: Any, rows_K: Tensor, num_rows: int) -> Any:
 
 @dataclass(eq=False)
 class StochasticDepth(Technique):
-    """Leaves out residual branches for some of the examples; needs no more than a plain Trainer.
+    """Skip residual branches for some of the examples; needs no more than a plain Trainer.
 
     Args:
-        keep: How probably the deepest block is kept, in (0, 1]; the others more probably, the first always.
+        keep: Probability of keeping the deepest block, in (0, 1]; it rises to 1 for the first block.
     """
 
-    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5  # the authors'
+    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5
     neutral: ClassVar = {"keep": 1.0}
+    expected_failed_checks: ClassVar = {
+        "check_reentrant_checkpointing": "it adds the gradients of a block's examples in another order: losses differ "
+        "in the last digit"
+    }
     rank_counters: ClassVar = ("counts",)
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
@@ -119,13 +127,20 @@ class StochasticDepth(Technique):
             raise ValueError(f"{self!r}: {error}") from None
         name = type(base).__name__
         if all(len(blocks) == 1 for blocks in stacks):
-            raise ValueError(f"{self!r}: {name} has one block, and the first is always kept. Leave it out.")
+            raise ValueError(
+                f"{self!r} needs more than one block, because the first is always kept; {name} has one. Remove "
+                "StochasticDepth."
+            )
         if args.torch_compile:
             raise ValueError(
-                f"{self!r}: a compiled model would be compiled for each number of examples. Leave one out."
+                f"{self!r} does not support torch_compile because each number of examples would be compiled. "
+                "Set torch_compile=False."
             )
         if (getattr(base.config, "_attn_implementation", None) or "").startswith(("flex", "paged")):
-            raise ValueError(f"{self!r}: {base.config._attn_implementation} attention has one mask for all. Use sdpa.")
+            raise ValueError(
+                f"{self!r} does not support {base.config._attn_implementation} attention because it has one mask for "
+                "all rows. Use sdpa."
+            )
         self.keys_: ExampleSeeds | None = None
         self.drawn_: Drawn | None = None
         self.beside_: dict[int, tuple] = {}
@@ -140,7 +155,7 @@ class StochasticDepth(Technique):
                 place = Place(block, parameters, stack, len(self.places_), keep, least, is_branch)
                 self.places_.append(place)
                 self.ends_.append(wrap_block(block, functools.partial(self._call, place), innermost=True))
-        # A function of its own, for copies of the model are not to copy the technique as well.
+        # Not a method: copies of the model would copy the technique as well.
         self.hook_ = model.register_forward_pre_hook(lambda _, args, inputs: self._see(model, inputs), with_kwargs=True)
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -156,7 +171,7 @@ class StochasticDepth(Technique):
             end()
 
     def _see(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Draw for the rows of the batch that the model is given."""
+        """Draw for the rows of the model's batch."""
         keys = None if self.keys_ is None or self.keep == 1 else self.keys_.of_examples(model, inputs)
         self.drawn_ = None
         if keys is not None and torch.is_grad_enabled():
@@ -167,7 +182,7 @@ class StochasticDepth(Technique):
             self.counts_["all"] += kept_RL.size
 
     def _draw(self, keys: list[int], num_rows: int) -> np.ndarray:
-        """Which rows keep which blocks, (R, L)."""
+        """Return which rows keep which blocks, (R, L)."""
         assert self.keys_ is not None
         packed = num_rows != len(keys)
         of_rows = [(keys[0], row) for row in range(num_rows)] if packed else [(key,) for key in keys]
@@ -176,7 +191,7 @@ class StochasticDepth(Technique):
         return drawn_RL < [place.keep for place in self.places_]
 
     def _on_device(self, kept_RL: np.ndarray, device: torch.device) -> Drawn:
-        """In two copies for all blocks, for each of them waits."""
+        """Move the draws in two copies for all blocks, because each copy waits for the device."""
         rows = [place.rows(kept_RL[:, place.column]) for place in self.places_]
         scales = [kept_RL[own, place.column] / place.keep for own, place in zip(rows, self.places_, strict=True)]
         sizes = [len(own) for own in rows]
@@ -193,7 +208,10 @@ class StochasticDepth(Technique):
         first = place.parameters[0]
         x = given[first]
         if len(x) != self.drawn_.num_rows:
-            raise ValueError(f"{self!r}: blocks see {len(x)} rows, the batch has {self.drawn_.num_rows}. Leave it out.")
+            raise ValueError(
+                f"{self!r} does not support this model because its blocks see {len(x)} rows of {self.drawn_.num_rows}. "
+                "Remove StochasticDepth."
+            )
         rows_K, scale = (of_blocks[place.column].to(x.device) for of_blocks in (self.drawn_.rows, self.drawn_.scales))
         whole = len(rows_K) == len(x)
         if not whole:
@@ -214,10 +232,10 @@ class StochasticDepth(Technique):
             return new
         if whole:
             self.beside_[place.stack] = beside
-        return (new, *self.beside_.get(place.stack, beside))  # as position biases, which T5's blocks pass on
+        return (new, *self.beside_.get(place.stack, beside))  # for example position biases, which T5's blocks pass on
 
     def flops_key(self) -> Hashable:
-        """How many rows are computed by all blocks of one size."""
+        """Count the rows that all blocks of one size compute."""
         keys = self.keys_
         if keys is None or self.keep == 1:
             return None
@@ -233,7 +251,7 @@ class StochasticDepth(Technique):
         return tuple(sorted(computed.items()))
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the blocks that examples kept, on this rank."""
+        """Report the share of blocks that examples kept, on this rank."""
         return {"kept": self.counts_["kept"] / self.counts_["all"] if self.counts_["all"] else 1.0}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -1,21 +1,23 @@
-"""Depth-scaled initialization: the more branches add to a residual stream, the less each adds at first.
+"""Start with smaller residual branches in deeper models.
 
-The variance of a residual stream grows with every branch that is added to it.  In a stack of N branches (two for each
-block of a decoder), the last projection of each begins with
+The variance of a residual stream grows with every branch that is added to it.  In a stack of N branches (two per block
+of a decoder), the last projection of each starts with
 
     W = N^(-exponent) W_0
 
-for the values W_0 that the architecture gives it.  With an exponent of 1/2, the sum of all branches begins with the
-variance of one, at any depth.
+for the values W_0 of the architecture.  With an exponent of 1/2, the sum of all branches starts with the variance of
+one, at any depth.
 
-Reference: Radford et al. (2019), Language models are unsupervised multitask learners,
+Recommendation: Use DepthScaledInit if you pretrain a deep model from random weights and its architecture does not
+scale.
+When to use: Pre-training of deep models from random weights, without such a rule in the architecture.
+When not to use: Pretrained models, and architectures that scale these projections themselves (GPT-2, ModernBERT): it
+refuses both.  Networks with batch norm, which remove any scale before the norm.
+Defaults: ``exponent`` is GPT-2's.
+Differences from the paper: DeepNorm, which also scales the other side of the addition, is missing because
+configurations of common architectures have no place for its factor.
+References: Radford et al. (2019), Language models are unsupervised multitask learners,
 https://cdn.openai.com/better-language-models/language_models_are_unsupervised_multitask_learners.pdf, section 2.3.
-Departure: DeepNorm, which scales the other side of the addition too, is left out, for its factor has no place in the
-configurations of common architectures.
-
-When to use: pre-training of deep models from random weights, whose architecture has no such rule.
-When not to use: pretrained models, and architectures that scale these projections themselves (GPT-2, ModernBERT), both
-of which it refuses; networks with batch norm, which see no scale before it.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ from hf_accel.technique import Fraction
 
 
 def depth_scales(model: Any, exponent: float) -> dict[str, float]:
-    """The factor of each residual projection, by path: a power of the number of them in its stack of blocks."""
+    """Return the factor of each residual projection by path: a power of their number in the stack."""
     paths = residual_projections(model)
     stacks = [path for path in block_lists(model) if any(name.startswith(f"{path}.") for name in paths)]
     scales = {}
@@ -43,7 +45,7 @@ def depth_scales(model: Any, exponent: float) -> dict[str, float]:
 
 
 def scaled_already(model: Any) -> bool:
-    """Whether these projections begin smaller than the configuration's ``initializer_range`` says of all layers."""
+    """Return whether these projections start smaller than the configuration's ``initializer_range``."""
     usual, layers = getattr(model.config, "initializer_range", None), residual_projections(model)
     weights: list[torch.Tensor] = [layer.weight for layer in layers.values()]  # type: ignore[misc]
     values = torch.cat([weight.detach().flatten() for weight in weights])
@@ -52,28 +54,28 @@ def scaled_already(model: Any) -> bool:
 
 @dataclass(eq=False)
 class DepthScaledInit(WeightInit):
-    """Starts with residual branches that are smaller in deeper models.
+    """Start with residual branches that are smaller in deeper models.
 
     Args:
-        exponent: Power, in [0, 1], of the number of branches by which their last projections are divided.
+        exponent: Power, in [0, 1], of the number of branches; last projections are divided by it.
     """
 
-    exponent: Fraction = 0.5  # GPT-2
+    exponent: Fraction = 0.5
     neutral: ClassVar = {"exponent": 0.0}
 
     def write(self, model: Any) -> None:
         self.scales_ = depth_scales(model, self.exponent)
         if self.exponent > 0 and scaled_already(model):
             raise ValueError(
-                f"{type(model).__name__} begins with smaller residual projections already, by its own rule. Leave it "
-                "out."
+                f"{type(model).__name__} starts with smaller residual projections by its own rule. "
+                "Remove DepthScaledInit."
             )
         with torch.no_grad():
             for path, scale in self.scales_.items():
                 model.get_submodule(path).weight.mul_(scale)
 
     def report(self) -> Mapping[str, Any]:
-        """Projections that were scaled, and the smallest factor."""
+        """Report the number of scaled projections, and the smallest factor."""
         return {"branches": len(self.scales_), "scale": min(self.scales_.values())}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -1,28 +1,32 @@
-"""Expansion: a trained checkpoint becomes a wider and deeper model, which begins where the smaller one ended.
+"""Start a wider and deeper model from a smaller trained checkpoint.
 
-The model of the trainer is the larger one, made from a configuration; its first values come from the checkpoint.  Of
-each dimension (width of the residual stream, heads, MLP), new unit j is a copy of old unit s(j) = j mod old size.
-Whoever reads a unit of which there are c copies shares its weight out among them, unequally,
+The trainer's model is the larger one, made from a configuration.  Its first values come from the checkpoint.  In each
+dimension (width of the residual stream, heads, MLP), new unit j copies old unit s(j) = j mod old size.  Layers that
+read a unit with c copies divide its weight among them unequally,
 
     W'[i, j] = W[s(i), s(j)] / c + e[i, j]        sum of e[i, j] over the copies of a unit = 0,
 
-with e of ``noise`` * rms(W) / c before it is centered.  The sum stays what it was, and so does the function; but copies
-get gradients of their own and part, which equal shares would never let them do under Adam.  Norms over the width see
-the same mean and variance where each unit has as many copies.  Where the head is the matrix of the embeddings, the norm
-before it shares out in its place.  Heads are copied whole, with their size, positions and keys and values.  New blocks
-are copies of old ones whose last projections are zero, which makes them the identity where norms come first.
+with e of ``noise`` * rms(W) / c before it is centered.  The sum stays the same, and so does the function.  But copies
+get different gradients and diverge, which equal shares would never allow under Adam.
 
-The function is that of the checkpoint, up to rounding, where the new width is a multiple of the old one and, for BERT
-and RoBERTa, the depth is the old one; anything else is said in a warning.  The optimizer starts anew.
+Norms over the width see the same mean and variance if every unit has the same number of copies.  If the head shares the
+matrix of the embeddings, the norm before it divides the weight instead.  Heads are copied whole, with their size,
+positions, keys and values.  New blocks copy old ones, with zeros in their last projections.  That makes them the
+identity if norms come first.
 
-Reference: Chen et al. (2016), Net2Net, https://arxiv.org/abs/1511.05641; Chen et al. (2022), bert2BERT,
+The function equals the checkpoint's, up to rounding, if the new width is a multiple of the old one.  BERT and RoBERTa
+also need the old depth.  A warning names anything else.  The optimizer starts fresh.
+
+Recommendation: Use ExpandFrom if you already have a trained, smaller model of the same family and vocabulary.
+When to use: A smaller Llama, Mistral, Qwen, GPT-2, BERT or RoBERTa with the same vocabulary exists already.
+When not to use: The smaller model must be trained first, because its time counts.  A peak learning rate that is high
+for a trained model undoes the copy: warm up, to a lower peak than from random weights.
+Example: ``ExpandFrom(checkpoint="path/to/smaller-model")``
+Defaults: ``depth`` is StackingBERT's.  ``noise`` is not taken from a paper.
+Differences from the paper: All shares get relative noise; Net2Net adds some to copies.
+References: Chen et al. (2016), Net2Net, https://arxiv.org/abs/1511.05641; Chen et al. (2022), bert2BERT,
 https://arxiv.org/abs/2110.07143; unequal shares: Wang et al. (2023), LEMON, https://arxiv.org/abs/2310.07999; ``depth``
-as in `hf_accel.surgery.depth_growth`.  Departure: relative noise on all shares, where Net2Net adds some to copies.
-
-When to use: a smaller model of the same family and vocabulary is there already, of Llama, Mistral, Qwen, GPT-2, BERT or
-RoBERTa.
-When not to use: the smaller model would have to be trained for it, and its time counted; a peak learning rate that is
-high for a trained model undoes what was copied: warm up, to less than from random weights.
+as in `hf_accel.surgery.depth_growth`.
 """
 
 from __future__ import annotations
@@ -37,7 +41,7 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_accel.model.initialization.weight_init import WeightInit, refuse_adapters
+from hf_accel.model.initialization.weight_init import WeightInit
 from hf_accel.surgery.depth_growth import interleaved, middle, on_top, repeats, stacked, zero_residual_branches
 from hf_accel.surgery.dimensions import NORMS_FIRST, Sizes, axes_of, elements, sizes_of
 from hf_accel.surgery.source_checkpoint import check_alike, head_sources, load_donor, write_from
@@ -48,7 +52,7 @@ DEPTHS = {"stacked": stacked, "interleaved": interleaved, "on_top": on_top, "mid
 
 
 def copies(old: Sizes, new: Sizes) -> dict[str, Tensor]:
-    """For each new element of a dimension, the old one that it is a copy of."""
+    """Return the old element that each new element of a dimension copies."""
     kv_heads = torch.arange(new.kv_heads) % old.kv_heads
     units = {
         "width": torch.arange(new.width) % old.width,
@@ -60,7 +64,7 @@ def copies(old: Sizes, new: Sizes) -> dict[str, Tensor]:
 
 
 def shared_out(values: Tensor, dim: int, sources: Tensor, noise: float, generator: torch.Generator) -> Tensor:
-    """Values of copies along an axis, changed so that those of the copies of a unit sum to the unit's.
+    """Divide values along an axis among copies, so that the copies of a unit sum to the unit's value.
 
     ``noise`` is the size of the differences between shares, relative to an equal share.
     """
@@ -76,19 +80,22 @@ def shared_out(values: Tensor, dim: int, sources: Tensor, noise: float, generato
 
 @dataclass(eq=False)
 class ExpandFrom(WeightInit):
-    """Starts from a smaller trained model.
+    """Start from a smaller trained model.
 
     Args:
-        checkpoint: Folder or id of the smaller model, or ``package.module:function`` that gives one.
-        depth: Which old block each new one copies: the stack again and again, each block again and again, the last
-            block again and again, or the middle of the stack twice.
-        noise: Size of the differences between the shares of copies, at least 0, relative to equal shares; with 0 copies
-            stay alike for ever.
+        checkpoint: Folder or id of the smaller model, or ``package.module:function`` that returns one.
+        depth: Old block that each new block copies: the repeated stack, each block repeated, the last block repeated,
+            or the middle of the stack twice.
+        noise: Size of the differences between the shares of copies relative to equal shares, at least 0; with 0, copies
+            stay equal forever.
     """
 
     checkpoint: str | None = None
-    depth: Literal["stacked", "interleaved", "on_top", "middle"] = "stacked"  # StackingBERT
+    depth: Literal["stacked", "interleaved", "on_top", "middle"] = "stacked"
     noise: Annotated[float, at.Ge(0)] = 0.1
+    expected_failed_checks: ClassVar = {
+        "check_tied_head": "refused: the checkpoint must be tied where the model is, and that of the contract is not"
+    }
     probe_fields: ClassVar = {"checkpoint": "hf_accel.testing:tiny_smaller"}
     variations: ClassVar = {"checkpoint": "hf_accel.testing:tiny_teacher"}
     claims: ClassVar = frozenset({"initial_blocks", "initial_weights", "pretrained_weights"})
@@ -103,7 +110,7 @@ class ExpandFrom(WeightInit):
         for name, before, after in [*zip(Sizes._fields, old, new, strict=True), ("number of blocks", *depths)]:
             if after < before:
                 raise ValueError(
-                    f"its {name} is {after}, and that of the checkpoint {before}. Give a smaller checkpoint, or take "
+                    f"its {name} is {after}, and the checkpoint's {before}. Set a smaller checkpoint, or use "
                     "ShrinkFrom."
                 )
         blocks = DEPTHS[self.depth](*depths)
@@ -115,25 +122,21 @@ class ExpandFrom(WeightInit):
             zero_residual_branches(model, repeats(blocks))
         self.losses_ = self._losses(old, new, depths, norms_first, model.config)
         for loss in self.losses_:
-            logger.warning(f"{self!r}: {loss}, and the model does not begin as the checkpoint's function.")
+            logger.warning(f"{self!r}: {loss}, so the model does not start as the checkpoint's function.")
 
     def _losses(self, old: Sizes, new: Sizes, depths: tuple[int, int], norms_first: bool, config: Any) -> list[str]:
-        """Why the function is another one."""
+        """Return the reasons why the function differs."""
         losses = []
         if new.width % old.width:
-            losses.append(f"the width, {new.width}, is no multiple of {old.width}, and norms see other statistics")
+            losses.append(f"the width, {new.width}, is no multiple of {old.width}, so norms see other statistics")
         if depths[0] != depths[1] and not norms_first:
-            losses.append("norms follow the additions, and no new block is the identity")
+            losses.append("norms follow the additions, so no new block is the identity")
         if depths[0] != depths[1] and getattr(config, "scale_attn_by_inverse_layer_idx", False):
-            losses.append("attention is scaled by the number of its block, which is another one")
+            losses.append("attention is scaled by the index of its block, which changes")
         return losses
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        refuse_adapters(self, model)
-
     def report(self) -> Mapping[str, Any]:
-        """Parameters that were written, and whether the model began as the checkpoint's function."""
+        """Report the number of written parameters, and whether the model starts as the checkpoint's function."""
         return {"parameters": self.written_, "preserving": not self.losses_}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -1,25 +1,27 @@
-"""Weight selection: a large trained checkpoint becomes the first values of a narrower and shallower model.
+"""Start a narrower and shallower model from some of the weights of a larger trained checkpoint.
 
-The model of the trainer is the smaller one, made from a configuration; its first values are some of the checkpoint's.
-Of each dimension (width of the residual stream, heads, MLP), new unit i of n is old unit
+The trainer's model is the smaller one, made from a configuration.  Its first values are some of the checkpoint's.  In
+each dimension (width of the residual stream, heads, MLP), new unit i of n is old unit
 
     s(i) = floor(i * N / n)    uniform: at equal distances          s(i) = i    first
 
-of N, the same for all parameters and blocks, so that what one layer writes is what the next one reads,
+of N.  The choice is the same for all parameters and blocks, so each layer reads what the previous one writes:
 
     W'[i, j] = W[s(i), s(j)]
 
 Heads are taken whole, with their size, positions and the queries of their keys and values.  Blocks are the first ones,
-or some at equal distances.  The function is another one than the checkpoint's: what is kept is where training starts
-from, which the paper finds better than random values, most of all on little data.  The optimizer starts anew.
+or some at equal distances.  The function differs from the checkpoint's.  Only the starting point carries over, which
+the paper finds better than random values, above all on little data.  The optimizer starts fresh.
 
-Reference: Xu et al. (2023), Initializing Models with Larger Ones, https://arxiv.org/abs/2311.18823, whose defaults
-these are; blocks at equal distances: Sanh et al. (2019), DistilBERT, https://arxiv.org/abs/1910.01108.  Departure:
-heads stay whole, where the paper selects elements without regard to them.
-
-When to use: a small model of Llama, Mistral, Qwen, GPT-2, BERT or RoBERTa is to be trained, and a larger one of the
-same family and vocabulary is there; with `Distillation` from the larger one.
-When not to use: the small model is there, trained, too; long runs on much data, in which the start is forgotten.
+Recommendation: Use ShrinkFrom if you train a small model and have a larger one of the same family and vocabulary.
+When to use: Training a small Llama, Mistral, Qwen, GPT-2, BERT or RoBERTa, with a larger one of the same family and
+vocabulary at hand.  Combine it with `Distillation` from the larger one.
+When not to use: A trained small model exists, too.  Long runs on much data, which forget the start.
+Example: ``ShrinkFrom(checkpoint="path/to/larger-model")``
+Defaults: The values are those of Xu et al.
+Differences from the paper: Heads stay whole; the paper selects elements without regard to them.
+References: Xu et al. (2023), Initializing Models with Larger Ones, https://arxiv.org/abs/2311.18823; blocks at equal
+distances: Sanh et al. (2019), DistilBERT, https://arxiv.org/abs/1910.01108.
 """
 
 from __future__ import annotations
@@ -31,19 +33,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_accel.model.initialization.weight_init import WeightInit, refuse_adapters
+from hf_accel.model.initialization.weight_init import WeightInit
 from hf_accel.surgery.depth_growth import interleaved
 from hf_accel.surgery.dimensions import Sizes, axes_of, elements, sizes_of
 from hf_accel.surgery.source_checkpoint import check_alike, head_sources, load_donor, write_from
 
 
 def first(size: int, new_size: int) -> list[int]:
-    """The first ones."""
+    """Return the first indices."""
     return list(range(min(size, new_size)))
 
 
 def selected(old: Sizes, new: Sizes, uniform: bool) -> dict[str, Tensor]:
-    """For each new element of a dimension, the old one that it is."""
+    """Return the old element that each new element of a dimension takes."""
     choose = interleaved if uniform else first
     kv_heads = torch.tensor(choose(old.kv_heads, new.kv_heads))
     units = {
@@ -57,17 +59,20 @@ def selected(old: Sizes, new: Sizes, uniform: bool) -> dict[str, Tensor]:
 
 @dataclass(eq=False)
 class ShrinkFrom(WeightInit):
-    """Starts from a part of a larger trained model.
+    """Start from a part of a larger trained model.
 
     Args:
-        checkpoint: Folder or id of the larger model, or ``package.module:function`` that gives one.
-        elements: Which units of a dimension are kept: some at equal distances, or the first ones.
-        blocks: Which blocks are kept: the first ones, or some at equal distances.
+        checkpoint: Folder or id of the larger model, or ``package.module:function`` that returns one.
+        elements: Kept units of a dimension: some at equal distances, or the first ones.
+        blocks: Kept blocks: the first ones, or some at equal distances.
     """
 
     checkpoint: str | None = None
-    elements: Literal["uniform", "first"] = "uniform"  # Xu et al.
-    blocks: Literal["first", "interleaved"] = "first"  # Xu et al.
+    elements: Literal["uniform", "first"] = "uniform"
+    blocks: Literal["first", "interleaved"] = "first"
+    expected_failed_checks: ClassVar = {
+        "check_tied_head": "refused: the checkpoint must be tied where the model is, and that of the contract is not"
+    }
     probe_fields: ClassVar = {"checkpoint": "hf_accel.testing:tiny_larger"}
     variations: ClassVar = {"checkpoint": "hf_accel.testing:tiny_teacher"}
     claims: ClassVar = frozenset({"initial_blocks", "initial_weights", "pretrained_weights"})
@@ -81,19 +86,14 @@ class ShrinkFrom(WeightInit):
         for name, before, after in [*zip(Sizes._fields, old, new, strict=True), ("number of blocks", *depths)]:
             if after > before:
                 raise ValueError(
-                    f"its {name} is {after}, and that of the checkpoint {before}. Give a larger checkpoint, or take "
-                    "ExpandFrom."
+                    f"its {name} is {after}, and the checkpoint's {before}. Set a larger checkpoint, or use ExpandFrom."
                 )
         blocks = (first if self.blocks == "first" else interleaved)(*depths)
         sources = selected(old, new, uniform=self.elements == "uniform")
         self.written_ = write_from(model, donor, lacking, sources, blocks)
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        refuse_adapters(self, model)
-
     def report(self) -> Mapping[str, Any]:
-        """Parameters that were written."""
+        """Report the number of written parameters."""
         return {"parameters": self.written_}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

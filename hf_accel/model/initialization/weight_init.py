@@ -1,4 +1,4 @@
-"""What techniques that give a model its first values have in common."""
+"""Base class of techniques that give a model its first values."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from hf_accel.adapters import is_adapted
 from hf_accel.technique import Technique
 
 
 @dataclass(eq=False)
 class WeightInit(Technique):
-    """Writes weights before training; alone, and into a model that is whole and that nobody has trained."""
+    """Write weights before training, into a whole model that was not loaded from anywhere."""
 
     claims: ClassVar = frozenset({"initial_weights"})
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """The model with its first values; resumed runs load theirs afterwards."""
+        """Write the first values; resumed runs load theirs afterward."""
         if name := getattr(model, "name_or_path", ""):
             raise ValueError(
-                f"{self!r}: the model comes from {name!r}, and its weights would be lost. Make it from a "
-                "configuration, or leave the technique out."
+                f"{self!r}: the weights of the model from {name!r} would be lost. Make the model from a configuration, "
+                f"or remove {type(self).__name__}."
             )
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ValueError(
-                f"{self!r}: ZeRO-3 has cut the model's weights already. Make the model before TrainingArguments."
+                f"{self!r}: ZeRO-3 has partitioned the model's weights already. Make the model before "
+                "TrainingArguments."
             )
         try:
             self.write(model)
@@ -35,14 +35,5 @@ class WeightInit(Technique):
         return model
 
     def write(self, model: Any) -> None:
-        """Give the model its first values, in place; ValueError where this cannot be done."""
+        """Give the model its first values, in place, or raise ValueError."""
         raise NotImplementedError
-
-
-def refuse_adapters(technique: Technique, model: Any) -> None:
-    """Raise ValueError where adapters were put on top of the first values, which are then neither trained nor saved."""
-    if is_adapted(model):
-        raise ValueError(
-            f"{technique!r}: adapters are trained and saved without the model under them, whose values are new. Leave "
-            "one of the two out."
-        )

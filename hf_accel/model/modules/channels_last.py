@@ -1,19 +1,21 @@
-"""Channels last: the memory format that convolutions are fastest in.
+"""Keep weights and images in the memory format in which convolutions are fastest.
 
-An image batch (B, C, H, W) may lie in memory as B, C, H, W or as B, H, W, C.  Kernels for convolutions, on CPUs and on
-tensor cores, work in the second order, and reorder a batch of the first one around every layer:
+An image batch (B, C, H, W) may lie in memory as B, C, H, W or as B, H, W, C.  Convolution kernels on CPUs and tensor
+cores work in the second order, and reorder a batch of the first one around every layer:
 
     address of x[b, c, h, w] = ((b H + h) W + w) C + c
 
-Here weights and inputs are put into that order once; shapes, names and results stay, up to rounding.
+This technique puts weights and inputs into that order once.  Shapes, names and results stay the same, up to rounding.
 
-Reference: the memory formats of PyTorch, https://pytorch.org/tutorials/intermediate/memory_format_tutorial.html;
+Recommendation: Use ChannelsLast if you train a convolutional network with mixed precision on a GPU.
+When to use: Convolutional networks, above all with mixed precision on GPUs.
+When not to use:
+- CPUs, unless you measure: in float32 on one thread, ResNet-18 took 1.02 [0.97, 1.06] of the usual time, forward and
+  backward, and a small ConvNeXt 0.96 [0.91, 1.02].
+- Vision transformers, where the only convolution cuts the image into patches.
+Differences from the paper: None.
+References: the memory formats of PyTorch, https://pytorch.org/tutorials/intermediate/memory_format_tutorial.html;
 Mosaic's Composer, https://docs.mosaicml.com/projects/composer/en/stable/method_cards/channels_last.html.
-
-When to use: convolutional networks, with mixed precision on GPUs first of all.
-When not to use: on CPUs without measuring: on one thread in float32, forward and backward pass of ResNet-18 took 1.02
-[0.97, 1.06] of the usual time, and of a small ConvNeXt 0.96 [0.91, 1.02]; vision transformers, whose one convolution
-cuts the image into patches.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from hf_accel.technique import Technique
 
 
 def images_last(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """A forward pre-hook: images, (B, C, H, W), reach the model with their channels last in memory."""
+    """Put images, (B, C, H, W), into memory with their channels last, as a forward pre-hook."""
 
     def reordered(value: Any) -> Any:
         if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point():
@@ -41,11 +43,11 @@ def images_last(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[
 
 @dataclass(eq=False)
 class ChannelsLast(Technique):
-    """Keeps weights and images with their channels last in memory; needs no more than a plain Trainer."""
+    """Keep weights and images with their channels last in memory; needs no more than a plain Trainer."""
 
     fidelity: ClassVar = "exact"
     modality: ClassVar = "image"
-    refused_backends: ClassVar = {"zero": "its partitions are flat, and have no order of dimensions"}
+    refused_backends: ClassVar = {"zero": "its flat partitions have no order of dimensions"}
     expected_failed_checks: ClassVar = {
         "two_ranks_equal_one[ddp]": "Trainer's own loss of an image classifier grows with the number of ranks"
     }
@@ -53,10 +55,14 @@ class ChannelsLast(Technique):
     def on_train_begin(self, args, state, control, model=None, optimizer: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if args.deepspeed_plugin is not None:
-            raise ValueError(f"{self!r}: under DeepSpeed ZeRO, {self.refused_backends['zero']}. Leave it out.")
+            raise ValueError(
+                f"{self!r} does not support DeepSpeed ZeRO because {self.refused_backends['zero']}. Use DDP or FSDP2."
+            )
         self.convolutions_: list[Any] = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
         if not self.convolutions_:
-            raise ValueError(f"{self!r}: {type(model).__name__} has no convolutions of images. Leave it out.")
+            raise ValueError(
+                f"{self!r} needs convolutions of images; {type(model).__name__} has none. Remove ChannelsLast."
+            )
         self._lay_out(torch.channels_last, optimizer)
         self.hook_ = model.register_forward_pre_hook(images_last, with_kwargs=True)
 
@@ -65,7 +71,7 @@ class ChannelsLast(Technique):
         self._lay_out(torch.contiguous_format, optimizer)
 
     def _lay_out(self, memory_format: torch.memory_format, optimizer: Any) -> None:
-        """Put weights into an order, and their moments, which fused optimizers pair with them by address."""
+        """Put weights into an order, with their moments: fused optimizers pair them by address."""
         for convolution in self.convolutions_:
             convolution.to(memory_format=memory_format)
             moments = {} if optimizer is None else optimizer.state.get(convolution.weight, {})
@@ -74,7 +80,7 @@ class ChannelsLast(Technique):
                     moments[name] = value.to(memory_format=memory_format)
 
     def report(self) -> Mapping[str, Any]:
-        """Convolutions whose weights were reordered."""
+        """Report the number of convolutions with reordered weights."""
         return {"convolutions": len(self.convolutions_)}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -1,27 +1,29 @@
-"""Chunked cross-entropy: the loss of a language model without the logits of the whole batch.
+"""Compute the loss of a language model without the logits of the whole batch.
 
-N tokens and a vocabulary of V need N * V logits, their probabilities and a gradient as large again: gigabytes where
-hidden states are megabytes.  Here logits are made of a chunk of tokens at a time, turned into losses and gradients, and
-given up.  With h the hidden state of a token, y its target and W, b the last projection,
+N tokens and a vocabulary of V need N * V logits, their probabilities and a gradient of the same size.  These are
+gigabytes, beside megabytes of hidden states.  This technique makes the logits of one chunk of tokens at a time, turns
+them into losses and gradients, and frees them.  With h the hidden state of a token, y its target and W, b the last
+projection,
 
     z = W h + b        l = logsumexp(z) - z_y        dl/dz = softmax(z) - onehot(y)
     dl/dh = W^T dl/dz        dl/dW = sum over tokens of dl/dz h^T
 
-The gradients are made with the losses, for weights of 1, and multiplied in the backward pass; that of W is made again,
-from new logits, where tokens have different weights.  Tokens without a label (prompts, padding, all that is not masked
-in masked language modeling) are not projected at all.
+Gradients are made together with the losses, for weights of 1, and multiplied in the backward pass.  If tokens have
+different weights, the gradient of W is made again from new logits.  Tokens without a label (prompts, padding, unmasked
+positions) are not projected at all.
 
-Reference: Wijmans et al. (2024), Cut Your Losses in Large-Vocabulary Language Models,
+Recommendation: Use ChunkedCrossEntropy if the logits of a large vocabulary limit your batch.
+When to use: Language models with a large vocabulary.  Masked language modeling and answers to long prompts, where most
+positions have no label.  On one CPU thread, with 4096 tokens, a vocabulary of 50,257 and width 256, loss and gradient
+take 0.89 [0.87, 0.90] of the time of all logits at once.  With labels at 15 % of the tokens they take 0.14 [0.13,
+0.14].
+When not to use: Small vocabularies.  It refuses FSDP2, ZeRO, techniques that read the logits (distillation), and models
+that change their logits after the projection.
+Differences from the paper: It is plain PyTorch without a kernel.  Liger's kernel is not used because it makes all
+logits a second time for the losses of weighted tokens.
+References: Wijmans et al. (2024), Cut Your Losses in Large-Vocabulary Language Models,
 https://arxiv.org/abs/2411.09009; Hsu et al. (2024), Liger Kernel, https://arxiv.org/abs/2410.10989 (gradients with the
-losses).  Departure: plain PyTorch, no kernel of its own; and Liger's is not used, for it makes all logits a second time
-for losses of tokens, which may be weighted.
-
-When to use: language models with a large vocabulary, where the logits are what limits the batch; masked language
-modeling and answers to long prompts, where most positions have no label.
-On one CPU thread, of 4096 tokens, a vocabulary of 50,257 and width 256, loss and gradient take 0.89 [0.87, 0.90] of the
-time of all logits at once where all tokens have labels, and 0.14 [0.13, 0.14] where 15 % have.
-When not to use: small vocabularies; beside techniques that read the logits (distillation), which it refuses, as models
-that do something to their logits after the projection.
+losses).
 """
 
 from __future__ import annotations
@@ -45,17 +47,17 @@ if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
 
 LOGITS_OF_A_CHUNK = {"cpu": 2**23}
-"""Logits of a chunk by the type of a device, 32 MiB in float32: on CPU faster than half or twice as many."""
+"""Logits of a chunk by device type, 32 MiB in float32: on CPU faster than half or twice as many."""
 LOGITS_ELSEWHERE = 2**27
-"""Logits of a chunk on accelerators, which large matrices suit; not measured."""
+"""Logits of a chunk on accelerators, for large matrices; not measured."""
 
 
 def chunked_cross_entropy(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_N: Tensor, label_smoothing: float = 0.0
 ) -> Tensor:
-    """The cross-entropy of each token, (N,), in float32 or wider; 0 where the target is -100.
+    """Return the cross-entropy of each token, (N,), in float32 or wider; 0 if the target is -100.
 
-    The same as ``F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")``.
+    It equals ``F.cross_entropy(F.linear(hidden, weight, bias), targets, reduction="none")``.
     """
     counted_N = targets_N != IGNORED
     with_gradient = torch.is_grad_enabled()
@@ -120,7 +122,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 class _Tied(torch.autograd.Function):
-    """The hidden states themselves; DistributedDataParallel finds in their graph that the projection is used."""
+    """Pass hidden states through, so that DistributedDataParallel finds the projection in their graph."""
 
     @staticmethod
     def forward(ctx: Any, hidden, *parameters) -> Tensor:
@@ -133,7 +135,7 @@ class _Tied(torch.autograd.Function):
 
 
 def _chunks(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wide: torch.dtype):
-    """Where each chunk of the tokens is, and its logits, multiplied in the dtype of the weight."""
+    """Yield each chunk's place among the tokens, and its logits, multiplied in the dtype of the weight."""
     size = max(LOGITS_OF_A_CHUNK.get(hidden_NH.device.type, LOGITS_ELSEWHERE) // len(weight_VH), 1)
     for start in range(0, len(hidden_NH), size):
         part = slice(start, start + size)
@@ -142,7 +144,7 @@ def _chunks(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, wide: t
 
 
 def _slopes(logits_CV: Tensor, total_C1: Tensor, targets_C1: Tensor, smoothing: float) -> Tensor:
-    """The derivatives of the losses by the logits, in the place of these."""
+    """Overwrite logits with the derivatives of the losses."""
     slopes_CV = logits_CV.sub_(total_C1).exp_()
     slopes_CV.scatter_add_(1, targets_C1, slopes_CV.new_full(targets_C1.shape, smoothing - 1))
     return slopes_CV.sub_(smoothing / logits_CV.shape[1]) if smoothing else slopes_CV
@@ -160,7 +162,7 @@ def _add(grad_VH: Tensor | None, grad_V: Tensor | None, slopes_CV: Tensor, hidde
 
 @dataclass(frozen=True)
 class ChunkedTokenHead(TokenHead):
-    """A language model's loss from hidden states, which the model gives in the place of logits while it trains."""
+    """Loss of a language model that returns hidden states instead of logits while it trains."""
 
     projection: nn.Linear
     run: Any
@@ -169,10 +171,10 @@ class ChunkedTokenHead(TokenHead):
         self, outputs: Any, inputs: Mapping[str, Any], num_examples: int, label_smoothing: float = 0.0
     ) -> ExampleLosses:
         hidden_RLH = outputs["logits"]
-        if hidden_RLH.shape[-1] == self.projection.out_features:  # of a model in evaluation, or of another one
+        if hidden_RLH.shape[-1] == self.projection.out_features:  # of a model in evaluation, or of another model
             return super().losses(outputs, inputs, num_examples, label_smoothing)
         targets_RL = self._targets(inputs).to(hidden_RLH.device)
-        with self.run.accelerator.autocast():  # as around the forward pass, which the projection has left
+        with self.run.accelerator.autocast():  # as in the forward pass, which the projection left
             losses_N = chunked_cross_entropy(
                 hidden_RLH.flatten(0, -2),
                 self.projection.weight,
@@ -186,31 +188,36 @@ class ChunkedTokenHead(TokenHead):
 
 @dataclass(eq=False)
 class ChunkedCrossEntropy(Technique):
-    """Computes the loss of a language model, and its gradient, from a chunk of the logits at a time."""
+    """Compute the loss of a language model, and its gradient, from one chunk of the logits at a time."""
 
     fidelity: ClassVar = "exact"
     refused_backends: ClassVar = {
-        "fsdp2": "it needs the weight of the last projection after the forward pass, when it is sharded again",
-        "zero": "it needs the weight of the last projection after the forward pass, when it is partitioned again",
+        "fsdp2": "the weight of the last projection is sharded again after the forward pass",
+        "zero": "the weight of the last projection is partitioned again after the forward pass",
     }
     rank_counters: ClassVar = ("positions", "projected")
     claims: ClassVar = frozenset({"logits"})
 
     def loss_head(self, head: Head) -> Head:
-        """The model's own, from hidden states."""
+        """Return the model's own head, from hidden states."""
         run: Any = self.run_
         model = unwrapped(run.model)
         projection = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
         for backend, used in (("fsdp2", run.is_fsdp_enabled), ("zero", run.is_deepspeed_enabled)):
             if used:
-                raise ValueError(f"{self!r}: {self.refused_backends[backend]}. Leave it out.")
+                raise ValueError(
+                    f"{self!r} does not support {backend} because {self.refused_backends[backend]}. Use DDP."
+                )
         if not isinstance(head, TokenHead) or type(projection) is not nn.Linear:
             raise ValueError(
-                f"{self!r}: {type(model).__name__} does not end in one linear projection to a vocabulary. Leave it out."
+                f"{self!r} does not support {type(model).__name__} because it does not end in one linear projection "
+                "to a "
+                "vocabulary. Remove ChunkedCrossEntropy."
             )
         if projection.in_features == projection.out_features:
             raise ValueError(
-                f"{self!r}: hidden states as wide as the vocabulary cannot be told from logits. Leave it out."
+                f"{self!r} does not support hidden states as wide as the vocabulary because they look like logits. "
+                "Remove ChunkedCrossEntropy."
             )
         if "labels" in head.without_labels(model, {"labels": torch.zeros(1, 2, dtype=torch.long)}):
             raise ValueError(
@@ -227,7 +234,8 @@ class ChunkedCrossEntropy(Technique):
             ) from error
         if not ends:
             raise ValueError(
-                f"{self!r}: {type(model).__name__} does something to its logits after the projection. Leave it out."
+                f"{self!r} does not support {type(model).__name__} because it changes its logits after the projection. "
+                "Remove ChunkedCrossEntropy."
             )
         if readers := run.with_hook("extra_loss"):
             raise ValueError(f"{self!r} does not support {readers[0]!r}: it reads the logits. Remove one of the two.")
@@ -243,14 +251,14 @@ class ChunkedCrossEntropy(Technique):
         del unwrapped(model).get_output_embeddings().forward
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Counts positions, and those with a label."""
+        """Count positions, and those with a label."""
         for micro in batch.micro_batches:
             self.positions_ += micro.inputs["labels"].numel()
             self.projected_ += int(micro.inputs["labels"].ne(IGNORED).sum())
         return batch
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the positions that were projected to the vocabulary, on this rank."""
+        """Report the share of positions that were projected to the vocabulary, on this rank."""
         return {"projected": self.projected_ / self.positions_ if self.positions_ else 1.0}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:
@@ -266,7 +274,7 @@ def _nothing_in_training(projection: nn.Linear, hidden: Tensor) -> Tensor:
 
 @torch.no_grad()
 def _ends_in(model: Any, projection: nn.Module) -> bool:
-    """Whether the logits of a model are what its projection gives; tried with other logits in their place."""
+    """Return whether a model returns its projection's output unchanged, by a trial with other values."""
     given = []
 
     def replace(module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -1,26 +1,29 @@
-"""Random layerwise token dropping: each middle block computes some of the positions, and the others pass it by.
+"""Let each middle block compute some of the positions, while the others bypass it.
 
-At progress p a share k of an example's n tokens is kept, rising in steps of a sixteenth to all of them,
+At progress p a share k of an example's n tokens is kept, rising in steps of a sixteenth to all of them:
 
     k(p) = start + (1 - start) * min(p / end, 1)        m = floor(k n)
 
-Every block but the first and the last draws a set S of m positions anew, for each example.  It computes these as a
-sequence of their own, in their order, with their positions and their part of the attention mask; the others keep their
+Every block except the first and the last draws a new set S of m positions for each example.  It computes them as a
+sequence of their own, in order, with their positions and their part of the attention mask.  The others keep their
 hidden states:
 
     h'[S] = block(h[S])        h'[not S] = h[not S]
 
-so that attention costs k^2 and all else k of what it did.  An example's first position (the class token, the sink of
-attention) is always kept.  Padding fills up what examples of a batch differ by.
+So attention costs k^2, and everything else k, of the usual amount.  An example's first position (the class token, the
+sink of attention) is always kept.  Padding fills up shorter examples of a batch.
 
-Reference: Yao et al. (2022), Random-LTD, https://arxiv.org/abs/2211.11586.  Departures: examples draw for themselves;
-the layer-token learning rate is left out.
-
-When to use: pretraining of deep models on long sequences, and fine-tuning of vision transformers; the authors report
-1.5 to 2 times less computation at about equal quality, measured by metrics that hardly resolve it.
-When not to use: few blocks; short sequences, where gathering costs what is saved; with flash attention, which it
-refuses; under a FLOP or time budget so short that evaluation, which drops nothing, meets a model that has seen little
-but gaps.  Shapes change with the share: a compiled model is compiled again.
+Recommendation: Use RandomTokenDrop if you pretrain a deep model on long sequences.
+When to use: Pretraining of deep models on long sequences, and fine-tuning of vision transformers.  The authors report
+1.5 to 2 times less computation at about equal quality, with metrics that hardly resolve it.
+When not to use:
+- Few blocks, or short sequences, where gathering costs the savings.
+- Flash attention and models with several stacks: it refuses both.
+- Short budgets of FLOPs or time: evaluation sees full sequences after training almost only on dropped ones.
+- Compiled models, because every share is a new shape.
+Defaults: ``start`` is the authors' for BERT, 128 of 512 tokens.  ``end`` is theirs for GPT-3.
+Differences from the paper: Examples draw separately.  The layer-token learning rate is missing.
+References: Yao et al. (2022), Random-LTD, https://arxiv.org/abs/2211.11586.
 """
 
 from __future__ import annotations
@@ -44,14 +47,14 @@ from hf_accel.surgery.blocks import block_lists
 from hf_accel.technique import Technique
 
 LEVELS = 16
-"""Steps in which the share rises from 0 to 1: few enough that few shapes are compiled or counted."""
+"""Number of steps from a share of 0 to 1: few, so that few shapes are compiled or counted."""
 
 BY_POSITION = {"attention_mask", "position_ids", "position_embeddings"}
 """Arguments of blocks with an entry for each position."""
 
 
 def kept_share(progress: float, *, start: float, end: float) -> float:
-    """Share of the tokens that middle blocks compute; never falling."""
+    """Return the share of the tokens that middle blocks compute; it never falls."""
     if progress >= end:
         return 1.0
     share = start + (1 - start) * progress / end
@@ -59,11 +62,11 @@ def kept_share(progress: float, *, start: float, end: float) -> float:
 
 
 def places_of(examples_RL: Tensor, seen_RL: Tensor, num_examples: int) -> list[np.ndarray]:
-    """Where the tokens of each example are, ascending, as indices into all positions.
+    """Return the places of each example's tokens, ascending, as indices into all positions.
 
     Args:
-        examples_RL: which example each position belongs to, from 0.
-        seen_RL: which positions are tokens and not padding.
+        examples_RL: Example of each position, from 0.
+        seen_RL: True for tokens, False for padding.
     """
     places_N = seen_RL.flatten().nonzero().flatten()
     example_N = examples_RL.flatten()[places_N]
@@ -72,15 +75,16 @@ def places_of(examples_RL: Tensor, seen_RL: Tensor, num_examples: int) -> list[n
 
 
 def draw_kept(places: list[np.ndarray], seen_RL: Tensor, share: float, drawn: list[np.random.Generator]) -> Tensor:
-    """The positions that are kept, ascending, (R, K): of each example's tokens the share, its first among them.  Rows
-    in which these are fewer than in others keep some padding as well, or where there is none further tokens.
+    """Return the kept positions, ascending, (R, K): a share of each example's tokens, with the first one.
+
+    Rows with fewer of them than others also keep padding or, without padding, more tokens.
 
     Args:
-        places: where the tokens of each example are.
-        seen_RL: which positions are tokens and not padding.
-        drawn: a generator for each example.
+        places: Places of each example's tokens.
+        seen_RL: True for tokens, False for padding.
+        drawn: Generator of each example.
     """
-    rank_RL = np.where(seen_RL.numpy(), 2, 1)  # what is kept in any case has 0
+    rank_RL = np.where(seen_RL.numpy(), 2, 1)  # kept tokens get 0
     for own, generator in zip(places, drawn, strict=True):
         others = math.floor(share * len(own) + 1e-9) - 1
         chosen = [own[:1], own[1:][generator.permutation(max(len(own) - 1, 0))[: max(others, 0)]]]
@@ -91,7 +95,7 @@ def draw_kept(places: list[np.ndarray], seen_RL: Tensor, share: float, drawn: li
 
 
 def at_kept(value: Tensor, kept_RK: Tensor, dim: int) -> Tensor:
-    """The entries along a dimension at each row's kept positions; what is one for all rows is expanded."""
+    """Return the entries along a dimension at each row's kept positions; values shared by all rows are expanded."""
     shape = [len(kept_RK), *value.shape[1:]]
     index = kept_RK.view([len(kept_RK), *(-1 if d == dim else 1 for d in range(1, value.dim()))])
     shape[dim] = kept_RK.shape[1]
@@ -99,13 +103,13 @@ def at_kept(value: Tensor, kept_RK: Tensor, dim: int) -> Tensor:
 
 
 def argument_at_kept(name: str, value: Any, kept_RK: Tensor) -> Any:
-    """A block's argument for the kept positions alone."""
+    """Return a block's argument for the kept positions alone."""
     if isinstance(value, tuple) and name in BY_POSITION:
         return tuple(argument_at_kept(name, item, kept_RK) for item in value)
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value
     if name not in BY_POSITION:
-        raise ValueError(f"it is not known how the positions of {name} are told apart")
+        raise ValueError(f"the positions in its argument {name} are unknown")
     if name == "attention_mask" and value.dim() == 4:  # queries, then keys
         by_query = at_kept(value, kept_RK, 2) if value.shape[2] > 1 else value
         return at_kept(by_query, kept_RK, 3)
@@ -114,15 +118,15 @@ def argument_at_kept(name: str, value: Any, kept_RK: Tensor) -> Any:
 
 @dataclass(eq=False)
 class RandomTokenDrop(Technique):
-    """Lets some of the tokens pass by the middle blocks of a model; needs no more than a plain Trainer.
+    """Let some of the tokens bypass the middle blocks of a model; needs no more than a plain Trainer.
 
     Args:
-        start: Share of the tokens that is kept at first, in (0, 1].
-        end: Progress, in (0, 1], from which all are kept.
+        start: Share of the tokens that the first step keeps, in (0, 1].
+        end: Progress, in (0, 1], from which all tokens are kept.
     """
 
-    start: Annotated[float, at.Interval(gt=0, le=1)] = 0.25  # the authors' for BERT: 128 of 512
-    end: Annotated[float, at.Interval(gt=0, le=1)] = 0.7  # the authors' for GPT-3
+    start: Annotated[float, at.Interval(gt=0, le=1)] = 0.25
+    end: Annotated[float, at.Interval(gt=0, le=1)] = 0.7
     neutral: ClassVar = {"start": 1.0}
     rank_counters: ClassVar = ("counts",)
     claims: ClassVar = frozenset({"block_positions"})
@@ -132,14 +136,16 @@ class RandomTokenDrop(Technique):
         base = unwrapped(model)
         blocks = self._blocks(base)
         if (attention := base.config._attn_implementation or "").startswith(("flash", "flex", "paged")):
-            raise ValueError(f"{self!r}: {attention} attention cannot leave positions out. Use sdpa or eager.")
+            raise ValueError(
+                f"{self!r} does not support {attention} attention because it cannot skip positions. Use sdpa or eager."
+            )
         self.share_ = 1.0
         self.counts_ = {"kept": 0, "all": 0}
         self.batch_: tuple[Tensor | None, Tensor | None, list[int]] | None = None
         self.drawn_: dict[int, Tensor | None] = {}
         self.keys_: ExampleSeeds | None = None
         self.parameters_ = list(inspect.signature(blocks[0].forward).parameters)
-        # A function of its own, for copies of the model are not to copy the technique as well.
+        # Not a method: copies of the model would copy the technique as well.
         self.hook_ = model.register_forward_pre_hook(lambda _, args, inputs: self._see(model, inputs), with_kwargs=True)
         self.middle_ = range(1, len(blocks) - 1)
         self.ends_ = [wrap_block(blocks[i], functools.partial(self._call, i)) for i in self.middle_]
@@ -152,13 +158,18 @@ class RandomTokenDrop(Technique):
         blocks = next(iter(lists.values()))
         name = type(model).__name__
         if len(lists) > 1 or getattr(model.config, "is_encoder_decoder", False):
-            raise ValueError(f"{self!r}: {name} has several stacks of blocks. Leave it out for this model.")
+            raise ValueError(
+                f"{self!r} does not support {name} because it has several stacks of blocks. Remove RandomTokenDrop."
+            )
         if any(isinstance(module, nn.Conv2d) for module in blocks.modules()):
             raise ValueError(
-                f"{self!r}: the blocks of {name} are convolutions, which need all positions. Leave it out."
+                f"{self!r} does not support {name} because its blocks have convolutions, which need all positions. "
+                "Remove RandomTokenDrop."
             )
         if len(blocks) < 3:
-            raise ValueError(f"{self!r}: {name} has no block between its first and its last. Leave it out.")
+            raise ValueError(
+                f"{self!r} needs a block between the first and the last; {name} has none. Remove RandomTokenDrop."
+            )
         return blocks
 
     def on_step_begin(self, args, state, control, **kwargs):
@@ -174,8 +185,7 @@ class RandomTokenDrop(Technique):
             end()
 
     def _see(self, model: nn.Module, inputs: Mapping[str, Any]) -> None:
-        """Which examples are where in the batch that the model is given, and what they draw by: their ids where these
-        are known, else their places in the step."""
+        """Find the examples in the model's batch, and their keys: known ids, or else places in the step."""
         self.drawn_.clear()
         self.batch_ = None
         if self.keys_ is None or (keys := self.keys_.of_examples(model, inputs)) is None:
@@ -192,7 +202,7 @@ class RandomTokenDrop(Technique):
         self.batch_ = examples_RL.cpu(), seen_RL.cpu(), keys
 
     def _draw(self, num_rows: int, length: int, device: torch.device) -> None:
-        """Draw the positions that each block keeps; None for all.  In one copy, for each of them waits."""
+        """Draw the positions that each block keeps, None for all, and move them in one copy."""
         assert self.batch_ is not None and self.keys_ is not None
         examples_RL, seen_RL, keys = self.batch_
         if examples_RL is None or seen_RL is None:
@@ -201,7 +211,7 @@ class RandomTokenDrop(Technique):
         if seen_RL.shape != (num_rows, length):
             raise ValueError(
                 f"{self!r}: blocks see {num_rows} x {length} positions, the batch has {tuple(seen_RL.shape)}. "
-                "Leave out what adds positions (prompt tuning)."
+                "Remove techniques that add positions (prompt tuning)."
             )
         self.counts_["all"] += len(self.middle_) * num_rows * length
         if self.share_ == 1:
@@ -223,7 +233,7 @@ class RandomTokenDrop(Technique):
             return call(*args, **kwargs)
         hidden_states = self.parameters_[0]
         whole_RLH = args[0] if args else kwargs[hidden_states]
-        if not self.drawn_:  # once a pass, for checkpointing calls a block again
+        if not self.drawn_:  # once a pass: checkpointing calls a block again
             self._draw(whole_RLH.shape[0], whole_RLH.shape[1], whole_RLH.device)
         if (kept_RK := self.drawn_[i]) is None:
             return call(*args, **kwargs)
@@ -232,7 +242,7 @@ class RandomTokenDrop(Technique):
         try:
             few = {name: argument_at_kept(name, given[name], kept_RK) for name in given if name != hidden_states}
         except ValueError as error:
-            raise ValueError(f"{self!r}: {error}. Leave it out for this model.") from None
+            raise ValueError(f"{self!r} does not support this model because {error}. Remove RandomTokenDrop.") from None
         few[hidden_states] = at_kept(whole_RLH, kept_RK, 1)
         output = call(*(few[name] for name in self.parameters_[: len(args)]), **{name: few[name] for name in kwargs})
         new_RKH, *rest = output if isinstance(output, tuple) else (output,)
@@ -240,11 +250,11 @@ class RandomTokenDrop(Technique):
         return (mixed_RLH, *rest) if isinstance(output, tuple) else mixed_RLH
 
     def flops_key(self) -> Hashable:
-        """The share of the tokens that are kept."""
+        """Return the share of kept tokens."""
         return self.share_
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the positions that the middle blocks computed, on this rank."""
+        """Report the share of positions that the middle blocks computed, on this rank."""
         return {"kept": self.counts_["kept"] / self.counts_["all"] if self.counts_["all"] else 1.0}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -1,20 +1,21 @@
-"""Sparse masked head: a masked language model's projection to the vocabulary at masked positions only.
+"""Project a masked language model's hidden states to the vocabulary at masked positions only.
 
-Only masked positions have a label, about 15 % of them, but the last transform and the projection to the vocabulary are
-made everywhere.  With h_i the encoder's output at position i, y_i its label and M the positions that have one,
+Only masked positions have a label, about 15 % of them, but the model makes the last transform and the projection to the
+vocabulary everywhere.  With h_i the encoder's output at position i, y_i its label and M the positions with a label,
 
     loss = 1/|M| sum over i in M of CE(head(h_i), y_i)         head: transform, norm, projection
 
-so here only the rows of M leave the encoder.  Losses and gradients are the same; evaluation is left alone.
+so only the rows of M need to leave the encoder.  Losses and gradients are the same.  Evaluation is unchanged.
 
-Reference: Geiping & Goldstein (2022), Cramming, https://arxiv.org/abs/2212.14034 (sparse prediction); Warner et al.
-(2024), ModernBERT, https://arxiv.org/abs/2412.13663.  Departure: for any masked language model whose head treats each
-position by itself, which is tried before training.
-
-When to use: masked language models of small or medium width, where the vocabulary is a large share of the computation.
-When not to use: with ``torch.compile`` of the whole model, for the number of masked positions differs from batch to
-batch; where logits do not fit beside all else even so, take `ChunkedCrossEntropy`, which projects masked positions only
-as well, but in chunks.
+Recommendation: Use SparseMaskedHead if you pretrain a masked language model of small or medium width.
+When to use: Masked language models of small or medium width, where the vocabulary is a large share of the computation.
+When not to use:
+- ``torch.compile`` of the whole model, because the number of masked positions differs from batch to batch.
+- Logits that do not fit even so: `ChunkedCrossEntropy` also projects masked positions only, but in chunks.
+Differences from the paper: It works for any masked language model with a head that treats each position separately,
+which a trial before training confirms.
+References: Geiping & Goldstein (2022), Cramming, https://arxiv.org/abs/2212.14034 (sparse prediction); Warner et al.
+(2024), ModernBERT, https://arxiv.org/abs/2412.13663.
 """
 
 from __future__ import annotations
@@ -38,17 +39,17 @@ if TYPE_CHECKING:
 
 
 def rows_at(output: ModelOutput, chosen_BL: Tensor) -> ModelOutput:
-    """An encoder's output whose ``last_hidden_state`` has only the chosen positions of all examples, (1, N, H)."""
+    """Return an encoder's output with ``last_hidden_state`` at the chosen positions of all examples, (1, N, H)."""
     rows_1NH = output["last_hidden_state"][chosen_BL][None]
     return type(output)(**{**output, "last_hidden_state": rows_1NH})
 
 
 @dataclass(frozen=True)
 class SparseTokenHead(TokenHead):
-    """A masked language model's loss from logits at labeled positions, (1, N, V), which it gives while it trains."""
+    """Loss of a masked language model that returns logits at labeled positions, (1, N, V), while it trains."""
 
     def without_labels(self, model: nn.Module, inputs: Mapping[str, Any]) -> dict[str, Any]:
-        """With labels, which say where to project, and which the technique takes out at the model's door."""
+        """Keep the labels, which name the positions; the technique removes them before the model's forward."""
         return super().without_labels(model, inputs) | {"labels": inputs["labels"]}
 
     def losses(
@@ -57,7 +58,7 @@ class SparseTokenHead(TokenHead):
         targets_BL = self._targets(inputs)
         mask_BL = targets_BL.ne(IGNORED)
         logits_NV = outputs["logits"][0]
-        if outputs["logits"].shape[:2] == targets_BL.shape:  # of a model in evaluation, or of another one
+        if outputs["logits"].shape[:2] == targets_BL.shape:  # of a model in evaluation, or of another model
             logits_NV = outputs["logits"][mask_BL]
         logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
         losses_N = F.cross_entropy(logits_NV, targets_BL[mask_BL], reduction="none", label_smoothing=label_smoothing)
@@ -67,31 +68,35 @@ class SparseTokenHead(TokenHead):
 
 @dataclass(eq=False)
 class SparseMaskedHead(Technique):
-    """Projects a masked language model's hidden states to the vocabulary at masked positions only."""
+    """Project a masked language model's hidden states to the vocabulary at masked positions only."""
 
     fidelity: ClassVar = "exact"
     modality: ClassVar = "masked text"
     rank_counters: ClassVar = ("positions", "projected")
 
     def loss_head(self, head: Head) -> Head:
-        """The model's own, from logits at labeled positions."""
+        """Return the model's own head, from logits at labeled positions."""
         run: Any = self.run_
         model = unwrapped(run.model)
         if not isinstance(head, TokenHead) or head.kind != "masked LM":
             raise ValueError(
-                f"{self!r}: {type(model).__name__} is no masked language model ({head.kind}). Leave it out."
+                f"{self!r} needs a masked language model; {type(model).__name__} is none ({head.kind}). "
+                "Remove SparseMaskedHead."
             )
         for hook in ("loss_head", "extra_loss"):
             if others := [technique for technique in run.with_hook(hook) if technique is not self]:
-                raise ValueError(f"{self!r}: {others[0]!r} reads the outputs as well. Leave one of them out.")
+                raise ValueError(
+                    f"{self!r} does not support {others[0]!r} because both read the outputs. Remove one of the two."
+                )
         if any(hasattr(parameter, "ds_id") for parameter in model.parameters()):
             raise ValueError(
-                f"{self!r}: ZeRO-3 has cut the model's weights, with which its head is to be tried. Make the model "
+                f"{self!r} cannot try the head because ZeRO-3 has partitioned the model's weights. Make the model "
                 "before TrainingArguments."
             )
         if not _is_by_position(model):
             raise ValueError(
-                f"{self!r}: the head of {type(model).__name__} does not treat each position by itself. Leave it out."
+                f"{self!r} does not support {type(model).__name__} because its head mixes positions. "
+                "Remove SparseMaskedHead."
             )
         return SparseTokenHead(head.kind, head.shift)
 
@@ -100,7 +105,7 @@ class SparseMaskedHead(Technique):
         self.positions_, self.projected_ = 0, 0
         self.labels_: Tensor | None = None
         self.hooks_ = [
-            # Functions of their own, for copies of the model are not to copy the technique as well.
+            # Not methods: copies of the model would copy the technique as well.
             model.register_forward_pre_hook(
                 lambda module, args, inputs: self._take(module, args, inputs), with_kwargs=True
             ),
@@ -122,14 +127,14 @@ class SparseMaskedHead(Technique):
         return output if labels_BL is None else rows_at(output, labels_BL != IGNORED)
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Counts positions, and those with a label."""
+        """Count positions, and those with a label."""
         for micro in batch.micro_batches:
             self.positions_ += micro.inputs["labels"].numel()
             self.projected_ += int(micro.inputs["labels"].ne(IGNORED).sum())
         return batch
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the positions that was projected to the vocabulary, on this rank."""
+        """Report the share of positions that were projected to the vocabulary, on this rank."""
         return {"projected": self.projected_ / self.positions_ if self.positions_ else 1.0}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:
@@ -138,7 +143,7 @@ class SparseMaskedHead(Technique):
 
 @torch.no_grad()
 def _is_by_position(model: Any) -> bool:
-    """Whether a model's head gives of some positions' hidden states the logits that it gives of all; tried."""
+    """Return whether a trial at some positions gives the same logits as at all positions."""
     device = next(model.parameters()).device
     ids_BL = torch.arange(8, device=device).view(2, 4) % model.config.vocab_size
     chosen_BL = torch.tensor([[False, True, True, False], [True, False, False, False]], device=device)

@@ -1,25 +1,30 @@
-"""Lookahead: every few steps, go back part of the way to where the last look ahead began.
+"""Every few steps, move slow weights part of the way to the fast ones, and continue from there.
 
 Beside the weights w, which the optimizer trains ("fast"), there are slow weights s.  After every ``k`` steps both meet:
 
     s <- s + alpha (w - s),        w <- s,        s = w at the start
 
-so that the optimizer looks ``k`` steps ahead, of which ``alpha`` is kept.  Steps of opposite direction cancel, which
-lets a larger learning rate be stable, and lowers the variance of where the weights are.
+So the optimizer looks ``k`` steps ahead and keeps a share ``alpha`` of the way.  Steps of opposite direction cancel.
+This makes a larger learning rate stable, and lowers the variance of the weights.
 
-What is evaluated, saved and returned is s + alpha (w - s): the slow weights, as if both met at that moment, so that no
-step is lost.  As averages are, so no other average can be kept beside them.  The optimizer's state stays as it is.
+Evaluation, saving and the final model use s + alpha (w - s), the slow weights as if both met at that moment.  So no
+step is lost.  They are averaged weights, so no other average can be kept beside them.  A meeting leaves the optimizer's
+state unchanged.
 
-It costs one more copy of the trainable weights, sharded as these are, and a pass over both every ``k`` steps.
+Lookahead costs one more copy of the trainable weights, with their sharding, and a pass over both every ``k`` steps.
 
+Recommendation: Use Lookahead if your run is noisy and you cannot tune its learning rate.
+When to use: A noisy run with a learning rate that you cannot tune; the authors report that it matters less then.
+When not to use:
+- A tuned learning rate that decays to zero.
+- Runs for which an average of the weights is enough, because an average does not change training.
+Defaults: 5 steps and a share of 0.5 are the authors' values; they also use 10 and 0.8.
+Differences from the paper:
+- The slow weights of fp16 or bf16 weights are fp32.
+- Before each evaluation and checkpoint, up to 1,024 training examples give the slow weights their own statistics of
+  batch normalization (``batch norm`` in the receipt).
 Reference: Zhang, Lucas, Hinton, Ba (2019), Lookahead Optimizer: k steps forward, 1 step back,
-https://arxiv.org/abs/1907.08610.  Departures: slow weights of fp16 or bf16 weights are kept in fp32; statistics of
-batch normalization are computed anew for them, from up to 1,024 training examples before each evaluation and
-checkpoint (``batch norm`` in the receipt).
-
-When to use: a noisy run whose learning rate cannot be tuned; the authors report that it matters less then.
-When not to use: a tuned learning rate that decays to zero; where averages of weights alone will do, which leave
-training as it is.
+https://arxiv.org/abs/1907.08610.
 """
 
 from __future__ import annotations
@@ -36,27 +41,27 @@ from hf_accel.optim.averaging.running_average import RunningAverage, at_least_fl
 
 @dataclass(eq=False)
 class Lookahead(RunningAverage):
-    """Trains fast weights that return to slow ones; evaluates, saves and returns the slow ones.
+    """Train fast weights that return to slow ones; evaluate, save and return the slow ones.
 
     It covers the parameters that are trainable when training starts.
 
     Args:
-        k: Optimizer steps between two meetings, above 0; the authors take 5, or 10.
-        alpha: Share of the way to the fast weights that the slow ones go, in (0, 1]; the authors take 0.5, or 0.8.
+        k: Optimizer steps between two meetings, above 0.
+        alpha: Share of the way to the fast weights that the slow ones move, in (0, 1].
     """
 
-    k: Annotated[int, at.Gt(0)] = 5
-    alpha: Annotated[float, at.Interval(gt=0, le=1)] = 0.5
+    k: Annotated[int, at.Gt(0)] = 5  # the authors'; also 10
+    alpha: Annotated[float, at.Interval(gt=0, le=1)] = 0.5  # the authors'; also 0.8
 
     neutral: ClassVar = {"k": 1, "alpha": 1.0}
-    refused_backends: ClassVar = {"zero": "its optimizer would write its own masters over the weights"}
+    refused_backends: ClassVar = {"zero": "its optimizer overwrites the weights with its own master copies"}
     claims: ClassVar = frozenset({"early_weights", "slow_weights"})
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if self.run_.is_deepspeed_enabled:
             raise ValueError(
-                f"{self!r}: under DeepSpeed ZeRO, the optimizer writes copies of its own over the weights. Use FSDP."
+                f"{self!r} does not support DeepSpeed ZeRO because {self.refused_backends['zero']}. Use FSDP."
             )
         self.averages_ = at_least_float32(self.weights())
 
@@ -71,13 +76,13 @@ class Lookahead(RunningAverage):
         self.updates_ += 1
 
     def averaging(self) -> dict[str, Tensor] | None:
-        """The slow weights, as if they met the fast ones now; copies."""
+        """Return copies of the slow weights, as if they met the fast ones now."""
         weights = self.weights()
         met = {n: slow.lerp(weights[n].to(slow.dtype), self.alpha) for n, slow in self.averages_.items()}
         return {name: weight.to(weights[name].dtype) for name, weight in met.items()} or None
 
     def report(self):
-        """How often slow and fast weights have met."""
+        """Report how often slow and fast weights have met."""
         return {"meetings": self.updates_}
 
     def took_effect(self, report):

@@ -1,4 +1,4 @@
-"""What techniques share that keep one average of the weights beside them and move it as training goes on."""
+"""Keep one average of the weights beside them, and update it during training."""
 
 from __future__ import annotations
 
@@ -16,15 +16,18 @@ Tensors = Mapping[str, Tensor]
 
 
 def at_least_float32(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Copies; in float32 where they are in fp16 or bf16, whose 8 to 11 bits are too few for small changes."""
+    """Copy tensors; fp16 and bf16 become float32, because 8 to 11 bits are too few for small changes."""
     return {
         name: tensor.to(torch.promote_types(tensor.dtype, torch.float32), copy=True) for name, tensor in tensors.items()
     }
 
 
 def move(update: Callable[..., None], averages: Tensors, weights: Tensors, updates: int | None = None) -> None:
-    """Call ``update(averages, weights, updates)`` on lists, for all tensors at once where the dtypes are the same, and
-    one by one where each weight is converted first."""
+    """Call ``update(averages, weights, updates)`` on lists of tensors.
+
+    One call updates all averages that have the dtype of their weight.  Others are updated one by one, so that only one
+    converted weight exists at a time.
+    """
     alike = [name for name, average in averages.items() if weights[name].dtype == average.dtype]
     if alike:
         update([averages[name] for name in alike], [weights[name] for name in alike], updates)
@@ -34,9 +37,9 @@ def move(update: Callable[..., None], averages: Tensors, weights: Tensors, updat
 
 @dataclass(eq=False)
 class RunningAverage(Technique):
-    """Evaluates, saves and returns ``averages_``, of the parameters that are trainable when training starts.
+    """Evaluate, save and return ``averages_``, which cover the parameters that are trainable when training starts.
 
-    A subclass fills them and moves them, and counts this in ``updates_``.
+    A subclass creates and updates them, and counts the updates in ``updates_``.
     """
 
     fidelity: ClassVar = "lossy"
@@ -49,19 +52,19 @@ class RunningAverage(Technique):
         self.names_ = list(local_parameters(self.model_))
 
     def weights(self) -> dict[str, Tensor]:
-        """The weights as they are now: also those that were frozen since the start."""
+        """Return the current weights, including those frozen since the start."""
         weights = local_parameters(self.model_, trainable_only=False)
         return {name: weights[name] for name in self.names_}
 
     def averaging(self) -> dict[str, Tensor] | None:
-        """The averages themselves, or copies of them where the weights have another dtype."""
+        """Return the averages, converted to the dtype of the weights, or None before there are any."""
         if not self.averages_:
             return None
         weights = self.weights()
         return {name: average.to(weights[name].dtype) for name, average in self.averages_.items()}
 
     def state_dict(self, scope):
-        """``global``: full averages, of which ranks other than 0 have none, and how often they were moved."""
+        """Save the full averages (on rank 0 only) and the number of updates, both with scope ``global``."""
         if scope == "rank":
             return {}
         return {"averages": gather(self.model_, self.averages_), "updates": self.updates_}

@@ -1,4 +1,4 @@
-"""How many examples a step takes, and optimizers for very many."""
+"""Choose how many examples a step has, and train with very large step batches."""
 
 from hf_accel.optim.large_batch.batch_size_ramp import BatchSizeRamp
 from hf_accel.optim.large_batch.gradient_noise_scale import GradientNoiseScale

@@ -1,23 +1,24 @@
-"""Batch-size ramp: begin with small steps, and grow them to the nominal batch size.
+"""Start with small step batches, and grow them to the nominal batch size.
 
 Early gradients are large against their noise, so a small batch shows the direction as well as a large one:
 
     B(p) = batch_size * (start + (1 - start) * min(p / end, 1))            shape "linear"
     B(p) = batch_size * min(start * 2^floor(n * p / end), 1)               shape "doubling",  n = ceil(log2(1 / start))
 
-rounded down to whole examples, at least one, which the ranks share out.  Per example a step costs what it always costs,
-so FLOPs are saved only in that fewer examples are spent where they teach little; what is saved for certain are *serial
+B is rounded down to whole examples, at least one, which the ranks share out.  The cost of a step per example does not
+change.  So FLOPs fall only because fewer examples are spent where they teach little.  The certain saving is *serial
 steps* against a run of small batches: with many devices, a large step takes no longer than a small one.
 
-Reference: Smith et al. (2018), Don't decay the learning rate, increase the batch size,
+Recommendation: Use BatchSizeRamp if you pre-train data-parallel with a nominal batch near the critical one.
+When to use: Data-parallel pre-training with a nominal batch near the critical one.  If devices idle in small steps,
+gains of up to a third in wall-clock time are reported.
+When not to use:
+- One saturated GPU, because the same FLOPs take the same time; record runs gained 1 to 2 %.
+- Short fine-tuning.  There, the smallest batch that fills the device is the better choice for the whole run.
+Differences from the paper: The ramp follows progress instead of a count of tokens.  The learning rate stays that of the
+schedule, because the warm-up covers most of the ramp.
+References: Smith et al. (2018), Don't decay the learning rate, increase the batch size,
 https://arxiv.org/abs/1711.00489; Merrill et al. (2025), https://arxiv.org/abs/2505.23971 (43 % fewer steps, OLMo 1B).
-Departures: progress in place of a count of tokens; the learning rate stays that of the schedule, as the warm-up covers
-most of the ramp.
-
-When to use: data-parallel pre-training with a nominal batch near the critical one; gains in wall-clock time there are
-reported up to a third where devices are idle in small steps.
-When not to use: one saturated GPU, where the same FLOPs take the same time (record runs gained 1 to 2 %); short
-fine-tuning.  There, the smallest batch that fills the device is the better choice for the whole run.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ def ramped_batch_size(
     end: float,
     shape: Literal["linear", "doubling"] = "linear",
 ) -> int:
-    """Examples of a step at ``progress``: never falling, and ``batch_size`` from ``end`` on."""
+    """Return the examples of a step at ``progress``: never falling, and ``batch_size`` from ``end`` on."""
     if progress >= end:
         return batch_size
     if shape == "linear":
@@ -56,7 +57,7 @@ def ramped_batch_size(
 
 @dataclass(eq=False)
 class BatchSizeRamp(Technique):
-    """Grows the number of examples of a step from a share of the nominal batch size to the whole.
+    """Grow the number of examples of a step from a share of the nominal batch size to the whole.
 
     Args:
         start: First batch size as a share of the nominal one, in (0, 1].
@@ -66,7 +67,7 @@ class BatchSizeRamp(Technique):
 
     start: Annotated[float, at.Interval(gt=0, le=1)] = 0.25  # evidence: a quarter of the best batch size
     end: Annotated[float, at.Interval(gt=0, le=1)] = 0.5  # between Cramming's 60 % of the budget and OLMo's doublings
-    shape: Literal["linear", "doubling"] = "linear"
+    shape: Literal["linear", "doubling"] = "linear"  # not taken from a paper
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"start": 1.0}
     counters: ClassVar = ("steps", "examples", "first")
@@ -76,20 +77,20 @@ class BatchSizeRamp(Technique):
         self.steps_, self.examples_, self.first_ = 0, 0, 0
 
     def batch(self, upcoming_ids_N: Tensor, batch_size: int) -> int:
-        """The batch size of the present progress, over all ranks."""
+        """Return the batch size at the current progress, over all ranks."""
         assert self.run_ is not None
         progress = self.run_.clock.progress
         return ramped_batch_size(progress, batch_size, start=self.start, end=self.end, shape=self.shape)
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Counts what is trained on; ``batch`` is asked ahead of it, by loader workers' prefetching."""
+        """Count the trained examples; `batch` cannot, because loader workers call it ahead of training."""
         self.steps_ += 1
         self.examples_ += batch.num_examples
         self.first_ = self.first_ or batch.num_examples
         return batch
 
     def report(self) -> Mapping[str, Any]:
-        """The first and the mean number of examples of a step."""
+        """Report the first and the mean number of examples of a step."""
         return {"first_batch": self.first_, "mean_batch": self.examples_ / max(self.steps_, 1)}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

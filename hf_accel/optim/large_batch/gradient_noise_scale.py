@@ -1,71 +1,51 @@
-"""Gradient noise scale: the batch size above which larger steps waste examples, measured while training.
+"""Measure the batch size above which larger steps waste examples, while the run trains.
 
 The gradient of a step is the true gradient G plus noise that shrinks with the batch.  With the covariance Sigma of the
 gradient of one example, a batch of
 
     B_simple = tr(Sigma) / |G|^2
 
-examples has as much noise as signal.  Far below it, a step of twice as many examples saves half of the steps; far
-above, it saves none, and the examples are wasted.  Both terms are estimated from what a step computes anyway: the
-gradients h_i of its micro-batches, on all ranks, and their sum, the gradient of the step.  A micro-batch that has the
-share w_i of the step's items has the mean w_i G, and micro-batches are independent, so without bias
+examples has as much noise as signal.  Far below it, a step of twice as many examples saves half of the steps.  Far
+above, it saves none, and the examples are wasted.
+
+Both terms are estimated from quantities that a step computes anyway.  They are the gradients h_i of its micro-batches,
+on all ranks, and their sum, the gradient of the step.  A micro-batch with the share w_i of the step's items has the
+mean w_i G, and micro-batches are independent.  So without bias
 
     |G|^2     = (|sum_i h_i|^2 - sum_i |h_i|^2) / (1 - sum_i w_i^2)
     tr(Sigma) = batch_size * (|sum_i h_i|^2 - |G|^2)
 
-One step says little; both are averaged, first over all steps and then with a half life, before they are divided.
+One step says little; both are averaged, first over all steps and then with a half-life, before they are divided.
 
-The gradients of micro-batches are seen by hooks on the parameters, as they are added up and before the ranks exchange
-them: there is no further pass, and training is the same bit for bit.  A step of one micro-batch on one rank cannot be
-measured; if all are, it is said before training.
+Hooks on the parameters see the gradients of micro-batches before the ranks exchange them.  So there is no further pass,
+and training is the same bit for bit.  A step of one micro-batch on one rank cannot be measured.  If all steps are like
+that, a warning says so before training.
 
+Recommendation: Use GradientNoiseScale if you have to choose a batch size for many devices or for gradient accumulation.
+When to use: The choice of a batch size for many devices, or of gradient accumulation.  The noise scale grows while the
+loss falls, often by an order, so look at the values over the run.
+When not to use:
+- As an exact number.  Adam's best batch may be larger or smaller by an order, because Adam scales each coordinate.
+- Data sets of N examples without replacement, if B_simple is near N: it is too large by a share of about B_simple / N.
+- FSDP or ZeRO, which exchange gradients before hooks can see them.
+Defaults: The half-life is not taken from a paper.
+Differences from the paper: Micro-batches may have different numbers of items.
 Reference: McCandlish et al. (2018), An Empirical Model of Large-Batch Training, https://arxiv.org/abs/1812.06162, with
-its appendix A.1.  Departure: micro-batches may have different numbers of items.
-
-When to use: to choose a batch size for many devices, or gradient accumulation.  It grows while the loss falls, often by
-an order: look at the values over the run.
-When not to use: as an exact number. Adam's best batch may be larger or smaller by an order, for it scales each
-coordinate; of N examples without replacement, it comes out too large by a share of about B_simple / N. Where FSDP or
-ZeRO exchange gradients before they can be seen.
+its appendix A.1.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from torch import Tensor, nn
-from transformers.utils import logging
-
-from hf_accel.batch import MicroBatch
-from hf_accel.technique import Positive, Technique
-
-logger = logging.get_logger(__name__)
-
-POINTS = 10
-"""Parts of the run after each of which the value is kept for the report."""
-
-
-def signal_and_noise(
-    squared_norm: Tensor, squared_norms_of_parts: Tensor, squared_shares: Tensor, batch_size: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Unbiased estimates of |G|^2 and of tr(Sigma) for one example.
-
-    Args:
-        squared_norm: Of the gradient of a step of ``batch_size`` examples.
-        squared_norms_of_parts: Sum over the parts of the step, whose gradients add up to its own.
-        squared_shares: Sum over the parts of the square of each part's share, all of which add up to 1.
-    """
-    signal = (squared_norm - squared_norms_of_parts) / (1 - squared_shares)
-    return signal, batch_size * (squared_norm - signal)
+from hf_accel.optim.large_batch.noise_scale import NoiseScaleMeasurement
+from hf_accel.technique import Positive
 
 
 @dataclass(eq=False)
-class GradientNoiseScale(Technique):
-    """Measures the gradient noise scale, in examples, and changes nothing.
+class GradientNoiseScale(NoiseScaleMeasurement):
+    """Measure the gradient noise scale, in examples, and change nothing.
 
     Args:
         half_life: Steps after which a measurement counts half, above 0.
@@ -73,145 +53,3 @@ class GradientNoiseScale(Technique):
 
     half_life: Positive = 50
     fidelity: ClassVar = "exact"
-    probe_micro_batch_size: ClassVar = 2
-    variations: ClassVar = {"half_life": 1.0}
-    refused_backends: ClassVar = {
-        "fsdp2": "it exchanges gradients before they can be seen",
-        "zero": "it exchanges gradients before they can be seen",
-    }
-    counters: ClassVar = ("means", "values")
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        run: Any = self.run_
-        if run.is_deepspeed_enabled or run.is_fsdp_enabled:
-            raise ValueError(
-                f"{self!r}: FSDP and DeepSpeed exchange gradients before they can be seen. Use DDP, or leave it out."
-            )
-        if run.owner("synchronize") is not None and args.world_size > 1:
-            raise ValueError(
-                f"{self!r}: {run.owner('synchronize')!r} lets ranks differ, and there is no gradient of a step. "
-                "Leave one out."
-            )
-        self.means_ = torch.zeros(3, device=args.device)  # of the signal, of the noise; number of measurements
-        self.values_: dict[str, float | None] = {}
-        size = run.nominal_batch_size
-        if args.world_size == 1 and run.micro_batch_size >= size:
-            remedy = f"micro_batch_size={size // 2} or less" if size > 1 else "gradient_accumulation_steps=2 or more"
-            self._cannot_measure(
-                f"{self!r}: a step of {size} examples is one micro-batch, and its noise cannot be measured. "
-                f"Set {remedy}."
-            )
-
-    def _cannot_measure(self, sentence: str) -> None:
-        logger.warning(sentence)
-
-    def objective(self, model: nn.Module, backward: Callable[[], Tensor]) -> Tensor:
-        """The plain gradient; the micro-batches' own are looked at on the way."""
-        run: Any = self.run_
-        squares: list[Tensor] = []
-        seen: dict[int, MicroBatch] = {}
-        size = run.micro_batch_size
-
-        def look(gradient: Tensor) -> None:
-            nonlocal size
-            if run.micro_batch_size != size:  # memory ran out, and the step is done again in smaller micro-batches
-                size = run.micro_batch_size
-                squares.clear()
-                seen.clear()
-            seen[id(run.micro_batch)] = run.micro_batch
-            squares.append(_squared_norm(gradient))
-
-        trainable = [p for p in run.model.parameters() if p.requires_grad]
-        handles = [p.register_hook(look) for p in trainable]
-        try:
-            loss = backward()
-        finally:
-            for handle in handles:
-                handle.remove()
-        with torch.no_grad():
-            whole = torch.stack([_squared_norm(p.grad) for p in trainable if p.grad is not None]).sum()
-            self._measure(whole, torch.stack(squares).sum(), list(seen.values()))
-        return loss
-
-    def _measure(self, whole: Tensor, parts: Tensor, micros: list[MicroBatch]) -> None:
-        """Add a step to the means."""
-        run: Any = self.run_
-        examples = sum(int((micro.ids_B >= 0).sum()) for micro in micros)
-        items_MK = torch.stack([self._items(micro) for micro in micros]).double()
-        if not run.args.average_tokens_across_devices:
-            items_MK = items_MK / items_MK.sum(0)  # each rank's own mean, and the mean of these
-        terms = items_MK.shape[1]
-        local = torch.cat([items_MK.sum(0), (items_MK.T @ items_MK).flatten(), torch.tensor([float(examples)])])
-        local = torch.cat([parts.reshape(1) / run.args.world_size**2, local.to(parts)])
-        total = run.accelerator.reduce(local, "sum") if run.args.world_size > 1 else local
-        items_K, products_KK = total[1 : 1 + terms], total[1 + terms : -1].view(terms, terms)
-        squared_shares = (products_KK / items_K.outer(items_K)).mean()
-        scaler = run.accelerator.scaler
-        scale = 1.0 if scaler is None else scaler.get_scale()
-        signal, noise = signal_and_noise(whole, total[0], squared_shares, total[-1])
-        now = torch.stack([signal / scale**2, noise / scale**2])
-        means, number = self.means_.to(now)[:2], self.means_[2] + 1
-        weight = (1 / number).clamp(min=1 - 2 ** (-1 / self.half_life))
-        after = torch.cat([means + weight * (now - means), number.reshape(1).to(now)])
-        self.means_ = torch.where(now.isfinite().all(), after, self.means_.to(now))
-
-    def _items(self, micro: MicroBatch) -> Tensor:
-        """What the loss of a micro-batch counts, (K,); examples where that is not known."""
-        num_examples = int((micro.ids_B >= 0).sum())
-        head = self.run_.head  # type: ignore[union-attr]
-        if head is None:
-            return torch.tensor([num_examples])
-        items_K = head.count(micro.inputs, len(micro.ids_B))
-        return items_K if num_examples else torch.zeros_like(items_K)
-
-    def noise_scale(self) -> float | None:
-        """B_simple, in examples; infinite where the noise hides the signal, None before the first measurement."""
-        signal, noise, number = self.means_.tolist()
-        if number == 0:
-            return None
-        return max(noise, 0.0) / signal if signal > 0 else math.inf
-
-    def on_step_end(self, args, state, control, **kwargs):
-        part = math.floor(self.run_.clock.progress * POINTS)  # type: ignore[union-attr]
-        if part > len(self.values_):
-            for i in range(len(self.values_) + 1, part + 1):
-                self.values_[f"noise_scale_at_{i / POINTS:g}"] = _written(self.noise_scale())
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if logs is not None and "loss" in logs and (value := _written(self.noise_scale())) is not None:
-            logs["accel/noise_scale"] = state.log_history[-1]["accel/noise_scale"] = value
-
-    def report(self) -> Mapping[str, Any]:
-        """The noise scale at tenths of the run and at its end, and what that means for the batch."""
-        run: Any = self.run_
-        value, measured = self.noise_scale(), int(self.means_[2])
-        numbers = {"noise_scale": _written(value), "measured_steps": measured, **self.values_}
-        return numbers | {"advice": advice(value, run.nominal_batch_size)}
-
-    def took_effect(self, report: Mapping[str, Any]) -> bool:
-        return report["measured_steps"] > 0
-
-
-def advice(noise_scale: float | None, batch_size: int) -> str:
-    """What a noise scale says of a batch size, in a sentence."""
-    if noise_scale is None:
-        return "The noise scale was not measured: no step had two micro-batches."
-    if math.isinf(noise_scale):
-        return f"The noise hides the signal: steps of {batch_size} examples may be many times larger."
-    above = f"Above about {noise_scale:.2g} examples a step, compute is wasted"
-    if batch_size > 2 * noise_scale:
-        return f"{above}; the present {batch_size} are too many."
-    if batch_size > noise_scale / 2:
-        return f"{above}; the present {batch_size} are about right."
-    return f"{above}; the present {batch_size} leave room for more devices."
-
-
-def _written(noise_scale: float | None) -> float | None:
-    """What stands in files, which know no infinity."""
-    return noise_scale if noise_scale is not None and math.isfinite(noise_scale) else None
-
-
-def _squared_norm(gradient: Tensor) -> Tensor:
-    wide = torch.promote_types(gradient.dtype, torch.float32)
-    return torch.linalg.vector_norm(gradient.detach(), dtype=wide).square()

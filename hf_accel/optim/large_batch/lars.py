@@ -1,21 +1,23 @@
-"""LARS: momentum SGD whose rate for each layer is proportional to the length of its weights.
+"""Train with momentum SGD and a rate for each layer that is proportional to the length of its weights.
 
-In very large batches few, long steps have to do, and one rate for all layers is too high for some: where the gradient
-is long against the weights, an update may exceed them.  For each weight w with gradient g,
+Runs with very large batches have few, long steps, and one rate for all layers is too high for some.  If the gradient is
+long against the weights, an update may exceed them.  For each weight w with gradient g,
 
     v = momentum * v + lr * trust_coefficient * |w| / (|g| + weight_decay * |w|) * (g + weight_decay * w)
     w = w - v
 
 so that an update is at most about lr * trust_coefficient of the weight's length.  Biases and the parameters of norms,
-which is what the trainer does not decay, have v = momentum * v + lr * g, and so have weights that are all zero, whose
-length says nothing.
+which the trainer does not decay, have v = momentum * v + lr * g.  So do weights that are all zero, because their length
+says nothing.
 
+Recommendation: Use LARS if you train convolutional networks in batches of more than about 8,000 images on many devices.
+When to use: Convolutional networks in batches of more than about 8,000 images on many devices.  The trainer's learning
+rate is multiplied by the trust coefficient, so its order is 1 to 30, with a warm-up.
+When not to use:
+- Smaller batches, because tuned momentum SGD or AdamW is as good.
+- Transformers; use `LAMB`.
+Differences from the paper: Biases and norms have no layer-wise rate, as in all later use.
 Reference: You et al. (2017), Large Batch Training of Convolutional Networks, https://arxiv.org/abs/1708.03888.
-Departure: biases and norms are left out, as in all later use.
-
-When to use: convolutional networks in batches of more than about 8,000 images on many devices.  The trainer's learning
-rate is multiplied by the trust coefficient: it is of the order of 1 to 30, with a warm-up.
-When not to use: smaller batches, where tuned momentum SGD or AdamW is as good; transformers (LAMB).
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from hf_accel.technique import Positive, Technique
 
 
 class LarsSGD(torch.optim.Optimizer):
-    """LARS in groups whose ``adapted`` is True, momentum SGD in the others."""
+    """Apply LARS to groups with ``adapted=True``, and momentum SGD to the others."""
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.9, trust_coefficient: float = 1e-3):
         options = {"momentum": momentum, "trust_coefficient": trust_coefficient, "weight_decay": 0.0, "adapted": True}
@@ -41,7 +43,7 @@ class LarsSGD(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Any:
-        """One update of all groups."""
+        """Update all groups once."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -66,7 +68,7 @@ class LarsSGD(torch.optim.Optimizer):
 
 @dataclass(eq=False)
 class LARS(Technique):
-    """Trains with LARS.
+    """Train with LARS.
 
     Args:
         momentum: Decay of the velocity per step, in [0, 1).
@@ -78,6 +80,6 @@ class LARS(Technique):
     refused_backends: ClassVar = {"zero": "it flattens parameters, and LARS needs the norm of each"}
 
     def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Each group divided into what is decayed and what is not; the trainer's betas are not read."""
+        """Build the optimizer, with a layer-wise rate for decayed parameters only; the trainer's betas are not read."""
         parts, args = groups_for(self, model, groups), self.run_.args
         return LarsSGD(parts, args.learning_rate, self.momentum, self.trust_coefficient)

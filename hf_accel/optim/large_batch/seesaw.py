@@ -1,25 +1,31 @@
-"""Seesaw: where the schedule would halve the learning rate, divide it by sqrt(2) and double the batch.
+"""Divide the learning rate by sqrt(2) and double the batch at each point where the schedule halves the rate.
 
-A decay of the learning rate removes the noise of the gradient from the weights; a larger batch has less of it to begin
-with, and makes fewer steps of the same examples.  With the value s(p) of a schedule that falls from 1 to 0 after the
-warm-up, k = floor(log2(1 / s)) and at most log2(factor),
+A decay of the learning rate removes the noise of the gradient from the weights.  A larger batch has less noise to begin
+with, and needs fewer steps for the same examples.  The schedule's value s(p) falls from 1 to 0 after the warm-up.  With
+k = floor(log2(1 / s)), at most log2(factor),
 
     B(p)  = batch_size * 2^k
     lr(p) = peak * 2^(-k / 2)                   while k < log2(factor)
-            peak * 2^(-k / 2) * 2^k * s(p)      when the batch grows no more: the schedule goes on
+            peak * 2^(-k / 2) * 2^k * s(p)      when the batch grows no more: the schedule continues
 
-For normalized SGD, and so about for Adam, this is the schedule's own path of the loss as long as the noise dominates
-the gradient.  FLOPs stay the same; of N / batch_size serial steps, a linear decay with ``factor`` 8 leaves 67 %.  Give
-the budget in epochs, samples or tokens: a budget of steps would be spent on more examples.
+As long as the noise dominates the gradient, the loss of normalized SGD follows the same path as under the schedule.
+For Adam this holds approximately.  FLOPs stay the same; of N / batch_size serial steps, a linear decay with ``factor``
+8 leaves 67 %.  Give the budget in epochs, samples or tokens: a budget of steps would be spent on more examples.
 
-Reference: Meterez et al. (2025), Seesaw, https://arxiv.org/abs/2510.14717 (36 % less time for 150M to 600M parameters,
-where a step takes no longer for its size).  Departures: the batch has a largest size, from which the schedule goes on;
-progress in place of steps.
-
-When to use: data-parallel pre-training with Adam, with devices that idle at the nominal batch, whose noise scale is
+Recommendation: Use Seesaw if you pre-train data-parallel with Adam and your devices idle at the nominal batch size.
+When to use: Data-parallel pre-training with Adam, on devices that idle at the nominal batch.  The noise scale has to be
 near that batch (`GradientNoiseScale`).
-When not to use: one saturated GPU, where larger steps take as much longer; plain SGD, for which the batch may double
-without the factor sqrt(2); fine-tuning."""
+When not to use:
+- One saturated GPU, because larger steps take proportionally longer.
+- Plain SGD, for which the batch may double without the factor sqrt(2).
+- Fine-tuning.
+Defaults: A cosine is the paper's schedule.  The other values are not taken from a paper.
+Differences from the paper:
+- The batch has a largest size, and from there on the schedule continues.
+- The schedule follows progress instead of steps.
+Reference: Meterez et al. (2025), Seesaw, https://arxiv.org/abs/2510.14717 (36 % less time for 150M to 600M parameters,
+in a setting in which a larger step takes no longer).
+"""
 
 from __future__ import annotations
 
@@ -38,13 +44,13 @@ if TYPE_CHECKING:
 
 
 def decay(progress: float, *, warmup: float, shape: Literal["cosine", "linear"]) -> float:
-    """The schedule's value after the warm-up, from 1 to 0; 1 before."""
+    """Return the schedule's value: 1 before the end of the warm-up, then falling to 0."""
     share = max(progress - warmup, 0.0) / (1 - warmup)
     return 1 - share if shape == "linear" else (1 + math.cos(math.pi * share)) / 2
 
 
 def seesaw(value: float, max_doublings: int) -> tuple[float, int]:
-    """The factor on the peak learning rate, and how often the batch is doubled, where the schedule is at ``value``."""
+    """Return the factor on the peak rate and the number of doublings of the batch at a ``value`` of the schedule."""
     doublings = min(math.floor(-math.log2(value)), max_doublings) if value > 0 else max_doublings
     rest = 1.0 if doublings < max_doublings else value * 2**doublings
     return 2 ** (-doublings / 2) * rest, doublings
@@ -52,12 +58,12 @@ def seesaw(value: float, max_doublings: int) -> tuple[float, int]:
 
 @dataclass(eq=False)
 class Seesaw(Technique):
-    """Trades the decay of the learning rate for larger steps.
+    """Trade the decay of the learning rate for larger steps.
 
     Args:
-        factor: Largest batch as a multiple of the nominal one, at least 1; a power of 2 is reached.
+        factor: Largest batch as a multiple of the nominal one, at least 1, rounded down to a power of 2.
         warmup: Share of the budget, in [0, 1), in which the learning rate rises.
-        shape: Schedule whose decay is traded: ``"cosine"`` to zero, the paper's, or ``"linear"`` to zero.
+        shape: Schedule with the decay that is traded: ``"cosine"`` or ``"linear"``, both to zero.
     """
 
     factor: Annotated[int, at.Ge(1)] = 8
@@ -77,19 +83,19 @@ class Seesaw(Technique):
         return progress / self.warmup if progress < self.warmup else self._now(progress)[0]
 
     def batch(self, upcoming_ids_N: Tensor, batch_size: int) -> int:
-        """The batch size of the present progress, over all ranks."""
+        """Return the batch size at the current progress, over all ranks."""
         assert self.run_ is not None
         return batch_size * 2 ** self._now(self.run_.clock.progress)[1]
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Counts what is trained on."""
+        """Count the trained steps and examples."""
         self.steps_ += 1
         self.examples_ += batch.num_examples
         self.largest_ = max(self.largest_, batch.num_examples)
         return batch
 
     def report(self) -> Mapping[str, Any]:
-        """The mean and the largest number of examples of a step."""
+        """Report the mean and the largest number of examples of a step."""
         return {"mean_batch": self.examples_ / max(self.steps_, 1), "largest_batch": self.largest_}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""The learning rate: its shape over the budget, and its size by batch and by layer."""
+"""Set the learning rate: its shape over the budget, and its size by batch and by layer."""
 
 from hf_accel.optim.learning_rate.cosine import Cosine
 from hf_accel.optim.learning_rate.layerwise_decay import LayerwiseDecay

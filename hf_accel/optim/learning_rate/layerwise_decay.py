@@ -1,24 +1,28 @@
-"""Layer-wise decay: the further a block is from the head, the lower its learning rate.
+"""Lower the learning rate of each block by its distance from the head.
 
-Early layers of a pretrained model hold what most tasks have in common, and want small changes; the head is new.  In a
+Early layers of a pretrained model hold what most tasks have in common, and need small changes; the head is new.  In a
 stack of L blocks, with d the distance of a parameter from the head,
 
     lr = peak * decay^d       d = 0 for the head, 1 for the last block, L for the first, L + 1 for the embeddings
 
-Blocks are the modules, in lists, that the model declares in ``_no_split_modules`` not to be split; the inner ones where
-lists are nested.  Lists that lie in one outer list (the stages of a ConvNeXt) are one stack, and what lies between its
-blocks goes with the next one.  Each other list is a stack of its own, counted from its own end: encoder and decoder,
-text and image tower.  Outside the stacks, embeddings are all that the model registers before its first block or calls
-"embed", with d = L + 1 of the deepest stack; the rest is the head, final norms and poolers included.  A head that
-shares its weights with the embeddings has their rate.
+Blocks are modules in lists that the model declares in ``_no_split_modules``; of nested lists, the inner ones count.
+Lists inside one outer list (the stages of a ConvNeXt) are one stack, and layers between its blocks belong to the next
+block.  Each other list is a stack of its own, counted from its own end: encoder and decoder, text and image tower.
 
-Reference: Clark et al. (2020), ELECTRA, https://arxiv.org/abs/2003.10555, which has decay 0.8 for Base and 0.9 for
-Large; Bao et al. (2022), BEiT, https://arxiv.org/abs/2106.08254, whose counting this is: in ELECTRA's, the last block
-has d = 2.
+Outside the stacks, embeddings are all parameters that the model registers before its first block or calls "embed".
+They have d = L + 1 of the deepest stack.  The rest is the head, final norms and poolers included.  A head that shares
+its weights with the embeddings has their rate.
 
-When to use: full fine-tuning of pretrained encoders for text or images on little data; for images, 0.65 to 0.75 is
+Recommendation: Use LayerwiseDecay if you fine-tune a pretrained encoder for text or images on little data.
+When to use: Full fine-tuning of pretrained encoders for text or images on little data; for images, 0.65 to 0.75 is
 usual.
-When not to use: training from scratch; adapters such as LoRA; heads tied to the embeddings, which then hardly learn.
+When not to use:
+- Training from scratch.
+- Adapters such as LoRA.
+- Heads tied to the embeddings, which then hardly learn.
+Differences from the paper: Distances are counted as in BEiT; in ELECTRA, the last block has d = 2.
+References: Clark et al. (2020), ELECTRA, https://arxiv.org/abs/2003.10555, with decay 0.8 for Base and 0.9 for Large;
+Bao et al. (2022), BEiT, https://arxiv.org/abs/2106.08254.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ from hf_accel.technique import Technique
 
 
 def distances_from_head(model: Any) -> dict[str, int]:
-    """How many blocks lie between the head and each parameter, by name, its own block included."""
+    """Count the blocks between the head and each parameter, by name, its own block included."""
     stacks = stacks_of(model)
     head = model.get_output_embeddings()
     of_head = set() if head is None else {id(p) for p in head.parameters()}
@@ -61,7 +65,7 @@ def _distance_within(stack: str, blocks: list[str], name: str) -> int:
 
 @dataclass(eq=False)
 class LayerwiseDecay(Technique):
-    """Multiplies the learning rate of each parameter by a power of its distance from the head.
+    """Multiply the learning rate of each parameter by ``decay`` to the power of its distance from the head.
 
     Args:
         decay: Learning rate of a block as a share of that of the next one, in (0, 1].
@@ -72,7 +76,7 @@ class LayerwiseDecay(Technique):
     distances_ = None
 
     def parameter_rules(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
-        """The power of ``decay``."""
+        """Return the factor of a parameter."""
         assert self.run_ is not None
         if self.distances_ is None:
             try:
@@ -84,10 +88,10 @@ class LayerwiseDecay(Technique):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         self.furthest_ = max(distances_from_head(model).values())
-        self.distances_ = None  # the next run may be of another model
+        self.distances_ = None  # the next run may train another model
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the peak learning rate that the embeddings have."""
+        """Report the rate of the embeddings, as a share of the peak learning rate."""
         return {"lowest_rate": self.decay**self.furthest_}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

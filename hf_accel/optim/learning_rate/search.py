@@ -1,10 +1,11 @@
-"""The search of a peak learning rate: a range test, then successive halving of short runs.
+"""Search the peak learning rate by a range test, then by successive halving of short runs.
 
 The range test is one short run in which the rate grows exponentially; it tells where to look.  The sweep trains for
-short horizons, with the schedule of the run inside each: some rates a factor of 2 apart, then the best of them and its
-neighbors, a factor of sqrt(2) away, for twice as long.  The best of these is good for its own horizon; for the whole
-one it is scaled by (short / whole)^0.32.  Rates are those of the lattice 1e-3 x 2^(i/2), with whole i; the scaled one
-is that of the lattice which is nearest on the side of the best.
+short horizons, each with the whole schedule of the run.  Its first rates are a factor of 2 apart.  Then the best of
+them and its neighbors, a factor of sqrt(2) away, train for twice as long.
+
+The best of these fits its own horizon; for the whole one it is scaled by (short / whole)^0.32.  Rates lie on the
+lattice 1e-3 x 2^(i/2), with whole i.  The scaled rate is rounded to the lattice toward the best.
 """
 
 from __future__ import annotations
@@ -28,51 +29,54 @@ from hf_accel.host.view import TrainerView
 from hf_accel.technique import Technique
 
 LOWEST, HIGHEST = 1e-6, 10.0
-"""The rates of the range test."""
+"""Lowest and highest rate of the range test."""
 BRACKET = 4
-"""Rates of the sweep, a factor of 2 apart, from that of the range test's lowest loss downwards."""
+"""Number of first rates of the sweep, a factor of 2 apart, from the range test's lowest loss downwards."""
 EXTENSIONS = 2
-"""How many more rates are tried where the best one lies at an end of the bracket."""
+"""Number of rates that may be added while the best one lies at an end of the bracket."""
 LENGTHS = (1, 2)
-"""Of the runs of the two rounds, in shortest runs."""
+"""Lengths of the runs of the two rounds, in shortest runs."""
 MOST_RUNS = (BRACKET + 1 + EXTENSIONS, 3)
-"""Of each round."""
+"""Most runs of each round."""
 RUNS_COST = sum(number * length for number, length in zip(MOST_RUNS, LENGTHS, strict=True))
-"""Of the whole sweep, in shortest runs, evaluations aside."""
+"""Cost of the whole sweep, in shortest runs, without evaluations."""
 EXPONENT = 0.32
-"""How the best rate falls with the horizon."""
+"""Exponent with which the best rate falls with the horizon."""
 EVALUATED = 0.5
 """Examples of an evaluation, as a share of those that the run before it trained on."""
 FORWARD = 1 / 3
-"""What an evaluated example costs, as a share of one that is trained on."""
+"""Cost of an evaluated example, as a share of a trained one."""
 
 
 def rate_at(index: int) -> float:
-    """The rate of a place of the lattice, to three digits."""
+    """Return the rate at a place of the lattice, to three digits."""
     return float(f"{1e-3 * 2 ** (index / 2):.3g}")
 
 
 def index_of(rate: float) -> int:
-    """The place of the lattice that is nearest to a rate."""
+    """Return the place of the lattice that is nearest to a rate."""
     return round(2 * math.log2(rate / 1e-3))
 
 
 def divergence(losses: Sequence[float]) -> int | None:
-    """The first step whose loss is not finite, or more than twice that of the beginning."""
+    """Return the first step with a loss that is not finite, or more than twice that of the beginning."""
     start = smoothed(losses)[0]
     return next((i for i, loss in enumerate(losses) if not math.isfinite(loss) or loss > 2 * start), None)
 
 
 def smoothed(losses: Sequence[float]) -> list[float]:
-    """Means over a window of an eighth of the losses around each."""
+    """Return means over a window of an eighth of the losses around each."""
     reach = len(losses) // 16 + 1
     parts = [losses[max(i - reach, 0) : i + reach + 1] for i in range(len(losses))]
     return [sum(part) / len(part) for part in parts]
 
 
 def bracket(rates: Sequence[float], losses: Sequence[float], given: float) -> list[int]:
-    """Where the sweep begins, as places of the lattice: below the rate at which the range test's loss is lowest, and
-    at the rate as given, where the range test did not diverge before it."""
+    """Return the first rates of the sweep, as places of the lattice.
+
+    They start at the rate with the lowest loss of the range test and go down.  The given rate is added unless the range
+    test diverged before it.
+    """
     end = divergence(losses)
     means = smoothed(losses[:end])
     top = index_of(rates[min(range(len(means)), key=means.__getitem__)]) if means else index_of(LOWEST)
@@ -83,13 +87,16 @@ def bracket(rates: Sequence[float], losses: Sequence[float], given: float) -> li
 
 
 def best(losses: Mapping[int, float]) -> int:
-    """The place of the lowest loss; of equal ones, of the lowest rate."""
+    """Return the place of the lowest loss; of equal ones, the lowest rate."""
     return min(losses, key=lambda index: (losses[index], index))
 
 
 def halve(loss: Callable[[int, int], float], start: Sequence[int]) -> list[dict[int, float]]:
-    """The two rounds of the sweep, from places of the lattice; ``loss(index, length)`` is that of a run, ``length``
-    times as long as the shortest.  Their losses, infinite where they were not finite."""
+    """Run the two rounds of the sweep from places of the lattice, and return their losses.
+
+    ``loss(index, length)`` trains a run that is ``length`` times as long as the shortest, and returns its loss.  Losses
+    that are not finite become infinite.
+    """
 
     def tried(index: int, length: int) -> float:
         value = loss(index, length)
@@ -106,27 +113,29 @@ def halve(loss: Callable[[int, int], float], start: Sequence[int]) -> list[dict[
 
 
 def at_whole_horizon(index: int, share: float) -> int:
-    """The place of the lattice for a whole run, of the best one for runs of a share of its horizon: lower by the whole
-    places that the exponent asks for."""
+    """Return the place for a whole run, given the best one for a share of its horizon.
+
+    It is lower by the whole number of places that the exponent asks for.
+    """
     return index + math.trunc(min(2 * EXPONENT * math.log2(share), 0))
 
 
 @dataclass
 class FoundRate:
-    """What a search of a learning rate found.
+    """Hold the result of a search for a learning rate.
 
     Args:
         learning_rate: The proposed peak.
-        given: The rate as it was.
-        diverged_at: Where the range test diverged; None: nowhere.
+        given: The rate before the search.
+        diverged_at: Rate at which the range test diverged, or None.
         range_test: Rates, and the loss of the step at each.
-        rounds: Of the sweep: the ``share`` of the horizon that its runs have, and the ``losses``, by rate.
+        rounds: Rounds of the sweep, each with the ``share`` of the horizon of its runs and the ``losses`` by rate.
         steps: Updates of all runs.
         samples: Examples that they trained on.
         evaluated: Examples that were evaluated.
-        flops: As Trainer counts them, without those of evaluations.
+        flops: FLOPs of training as Trainer counts them.
         seconds: Wall seconds.
-        horizon_steps: Updates of the run that the rate is for.
+        horizon_steps: Updates of the run that will use the rate.
     """
 
     learning_rate: float = math.nan
@@ -143,17 +152,17 @@ class FoundRate:
 
     @property
     def cost(self) -> float:
-        """What the search took, as a share of the run that the rate is for, in updates and evaluations."""
+        """Return the cost of updates and evaluations, as a share of the run that will use the rate."""
         evaluations = FORWARD * self.evaluated * self.steps / self.samples
         return (self.steps + evaluations) / self.horizon_steps
 
     @property
     def runs(self) -> int:
-        """Short runs, the range test among them."""
+        """Return the number of short runs, with the range test."""
         return 1 + sum(len(round_["losses"]) for round_ in self.rounds)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data; what is not finite is None."""
+        """Return plain data, with None instead of numbers that are not finite."""
         return _plain(asdict(self) | {"cost": self.cost})
 
     def save(self, path: str | Path) -> None:
@@ -196,7 +205,7 @@ def _figure(size: tuple[float, float]) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise ValueError("matplotlib: is not installed. Install it with: pip install 'hf-accel[compare]'.") from None
+        raise ValueError("The plot needs matplotlib. Install it with pip install 'hf-accel[compare]'.") from None
     return Figure(size, layout="constrained")
 
 
@@ -210,9 +219,9 @@ def _plain(value: Any) -> Any:
 
 @dataclass(eq=False)
 class _RangeTest(Technique):
-    """The rate grows exponentially to the peak, `HIGHEST`; the run ends where the loss diverges.
+    """Raise the rate exponentially to the peak, `HIGHEST`, and end the run when the loss diverges.
 
-    A rate of its own, as Muon's, so grows to itself and not above.
+    A separate rate, such as Muon's, grows to its own peak and not above.
     """
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -220,7 +229,7 @@ class _RangeTest(Technique):
         self.rates_: list[float] = []
 
     def on_step_begin(self, args, state, control, **kwargs):
-        self.rates_.append(HIGHEST * self.schedule(self.progress(state)))  # as before where an update was refused
+        self.rates_.append(HIGHEST * self.schedule(self.progress(state)))  # repeated if an update was refused
 
     def schedule(self, progress: float) -> float:
         return (LOWEST / HIGHEST) ** (1 - progress)
@@ -244,13 +253,13 @@ def search(
     """Search the peak rate of a trainer's run.
 
     Args:
-        engine: Of the trainer, before or at the start of its training.
-        share: What the search may cost, as a share of the limits.
-        limits: What the run may spend.
-        kept: Whether the share must be kept; otherwise, the shortest run is of one update at least.
-        asking: Who asks, for messages.
-        without: Techniques that are no part of the short runs.
-        follow: Is told of every run that ended.
+        engine: Engine of the trainer, before or at the start of its training.
+        share: Cost of the search, as a share of the limits.
+        limits: Limits of the run, by unit.
+        kept: True if the share must not be exceeded; otherwise, the shortest run has at least one update.
+        asking: Name of the caller, for messages.
+        without: Techniques that the short runs do without.
+        follow: Function that receives a line for every run that ended.
     """
     _refuse(engine.host, asking)
     host, clock = engine.host, engine.meter.clock
@@ -271,12 +280,12 @@ def search(
     steps = 48 if known is None else min(max(round(share * known / 15), 24), 192)
 
     def shortest(whole: float, lost: float) -> int:
-        """Updates of the shortest run, where a whole run has so many, and so many are lost to other things."""
+        """Return the updates of the shortest run, given those of a whole run and those lost to other work."""
         updates = math.floor((share * whole - lost) / (RUNS_COST * (1 + EVALUATED * FORWARD)))
         if kept and updates < 1:
             raise ValueError(
                 f"{asking}: {share:g} of the budget is about {share * whole:.0f} updates, and a search needs "
-                f"{lost + RUNS_COST * (1 + EVALUATED * FORWARD):.0f}. Give a larger share, or a larger budget."
+                f"{lost + RUNS_COST * (1 + EVALUATED * FORWARD):.0f}. Set a larger share or a larger budget."
             )
         return max(updates, 1)
 
@@ -302,10 +311,10 @@ def search(
         f"range test, {len(rates)} updates: " + ("no divergence" if end is None else f"diverged at {rates[end]:.2g}")
     )
 
-    # The horizon in updates, judging from those of the range test where the limits do not say it.
+    # The horizon in updates, extrapolated from the range test if the limits do not tell it.
     pace = {u: run.step_seconds if u == "seconds" else run.spent[u] / run.steps for u in limits}
     whole, lost = known or min(limit / max(pace[u], 1e-12) for u, limit in limits.items()), float(steps)
-    if any(u in limits for u in CONTINUOUS):  # beside its updates, every run has a beginning and an end
+    if any(u in limits for u in CONTINUOUS):  # every run has a start and an end besides its updates
         passed = clock.now() - began
         lost = (passed + sum(MOST_RUNS) * (passed - run.steps * run.step_seconds)) / max(run.step_seconds, 1e-12)
     whole, lost = engine.ranks.share([float(whole), lost])
@@ -328,25 +337,30 @@ def search(
         for length, losses in zip(LENGTHS, rounds, strict=True)
     ]
     if math.isinf(min(rounds[-1].values())):
-        raise ValueError(f"{asking}: no learning rate from {rate_at(min(rounds[0])):g} on trained. Look at the model.")
+        raise ValueError(
+            f"{asking}: no learning rate from {rate_at(min(rounds[0])):g} up gives a finite loss. Check the model."
+        )
     found.learning_rate = rate_at(at_whole_horizon(best(rounds[-1]), found.rounds[-1]["share"]))
     found.seconds = clock.now() - began
     return found
 
 
 def _refuse(host: TrainerView, asking: str) -> None:
-    """Raise ValueError where short runs are not possible, or would not tell."""
+    """Raise ValueError if short runs are impossible or would not tell anything."""
     if host.is_deepspeed_enabled or host.is_fsdp_enabled:
-        raise ValueError(f"{asking}: the model's weights are in parts. Search on one device, and give the rate.")
+        raise ValueError(f"{asking} does not support sharded weights. Search on one device, and set learning_rate.")
     if host.train_dataset is None:
-        raise ValueError(f"{asking}: the trainer has no train_dataset. Give one.")
+        raise ValueError(f"{asking} needs data. Pass train_dataset= to the trainer.")
     kind = SchedulerType(host.args.lr_scheduler_type)
     if kind in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
-        raise ValueError(f"{asking}: lr_scheduler_type={kind.value!r} follows the metric. Choose another.")
+        raise ValueError(
+            f"{asking} does not support lr_scheduler_type={kind.value!r} because it follows the metric. "
+            "Choose another schedule."
+        )
     if host.optimizer is not None or host.lr_scheduler is not None:
         raise ValueError(
-            f"{asking}: the trainer has an optimizer already, of its own model. Leave optimizers= out, "
-            "or where it is that of an earlier run, make a new trainer."
+            f"{asking} does not support a trainer that has an optimizer already because short runs train a copy of the "
+            "model. Remove optimizers=. After a run, create a new trainer."
         )
     if host.optimizer_cls_and_kwargs is not None and "lr" in host.optimizer_cls_and_kwargs[1]:
-        raise ValueError(f"{asking}: optimizer_cls_and_kwargs says lr. Say it as learning_rate.")
+        raise ValueError(f"{asking} does not support lr in optimizer_cls_and_kwargs. Set learning_rate instead.")

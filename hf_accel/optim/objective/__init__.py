@@ -1,4 +1,4 @@
-"""Objectives: what the loss of a step is, and how its gradient is found."""
+"""Change the loss of a step, or how its gradient is computed."""
 
 from hf_accel.optim.objective.distillation import Distillation
 from hf_accel.optim.objective.mask_rate_schedule import MaskRateSchedule

@@ -1,6 +1,6 @@
-"""What a teacher says of every example of a training set, in a folder.
+"""Store a teacher's answers for every example of a training set in a folder.
 
-    cache.json               what the answers are of, and the number of parts; written last
+    cache.json               the source of the answers, and the number of parts; written last
     part{r}.safetensors      of one rank's examples, in order: ``counts``, items of each example; ``log``, log-
                              probabilities of each item; ``classes``, of which classes, unless of all
 
@@ -27,7 +27,7 @@ Answer = tuple[Tensor, "Tensor | None", Tensor]
 
 @dataclass
 class Answers:
-    """A teacher's answers, in memory."""
+    """Hold a teacher's answers in memory."""
 
     counts_N: Tensor
     classes_NK: Tensor | None
@@ -37,19 +37,19 @@ class Answers:
         self.ends_N = self.counts_N.cumsum(0)
 
     def of(self, ids_B: Tensor, num_items: int, technique: Technique) -> tuple[Tensor | None, Tensor]:
-        """Classes and log-probabilities of some examples, item by item."""
+        """Return classes and log-probabilities of some examples, item by item."""
         pairs = zip(self.ends_N[ids_B].tolist(), self.counts_N[ids_B].tolist(), strict=True)
         rows_N = torch.cat([torch.arange(end - count, end) for end, count in pairs])
         if len(rows_N) != num_items:
             raise ValueError(
                 f"{technique!r}: the cache has {len(rows_N)} items of the examples {ids_B.tolist()}, which have "
-                f"{num_items} now: something changes them. Leave that out, or the cache."
+                f"{num_items} now: another technique or an augmentation changes them. Remove it, or set cache=None."
             )
         return None if self.classes_NK is None else self.classes_NK[rows_N].long(), self.log_NK[rows_N]
 
 
 def write_answers(technique: Technique, folder: Path, answers: Iterable[Answer], said: Mapping[str, Any]) -> None:
-    """Write what the teacher says of this rank's examples; all ranks write together."""
+    """Write the teacher's answers for this rank's examples; all ranks write together."""
     run: Any = technique.run_
     counts, classes, log = zip(*answers, strict=True)
     tensors = {"counts": torch.cat(counts).cpu(), "log": torch.cat([values.cpu() for values in log])}
@@ -64,18 +64,18 @@ def write_answers(technique: Technique, folder: Path, answers: Iterable[Answer],
 
 
 def has_answers(folder: Path) -> bool:
-    """Whether a folder holds all of a teacher's answers."""
+    """Return whether a folder holds all of a teacher's answers."""
     return (folder / "cache.json").is_file()
 
 
 def read_answers(technique: Technique, folder: Path, said: Mapping[str, Any]) -> Answers:
-    """The answers in a folder; ValueError unless they are of what is said."""
+    """Read the answers in a folder; raise ValueError unless they come from the teacher and data in ``said``."""
     found = json.loads((folder / "cache.json").read_text())
     for name, value in said.items():
         if found[name] != value:
             raise ValueError(
                 f"{technique!r}: {str(folder)!r} was written with {name}={found[name]!r}, and this run has {value!r}. "
-                "Name another folder."
+                "Set cache to another folder."
             )
     parts = [load_file(folder / f"part{rank}.safetensors") for rank in range(found["parts"])]
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}

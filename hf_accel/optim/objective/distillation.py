@@ -1,28 +1,38 @@
-"""Distillation: learn from a teacher's distribution over the classes, and not from the labels alone.
+"""Train on a teacher's distribution over the classes besides the labels.
 
-The answer of a better model says of each class how likely it is, which is more than a label says.  Of every item that
-counts (a text's class, a token), with logits z of the model and z_t of the teacher, the loss is
+A better model gives the probability of each class, which tells more than a label.  The items are classes of texts, or
+tokens.  With logits z of the model and z_t of the teacher, the loss of every item that counts is
 
     (1 - weight) * CE(z, label) + weight * T^2 * KL(softmax(z_t / T) || softmax(z / T)) + hidden * MSE(h, h_t)
 
-with T the ``temperature``.  With ``top_k``, the teacher's k most likely classes are kept, and all others count as one
-more class that has the rest of the probability, on both sides; so the divergence stays one and is 0 where the two
-agree.  MSE compares hidden states of equal width at the items, for a class those at all tokens of the text: embeddings
-with embeddings, and block s of S with the teacher's block round(s * T_blocks / S).
+with T the ``temperature``.  With ``top_k``, the teacher's k most likely classes are kept.  All others count as one more
+class that has the rest of the probability, on both sides.  So the divergence stays one, and is 0 if the two agree.
 
-Where vocabularies of one tokenizer are padded to different lengths, the classes are those that both have.  The teacher
-answers at every step, or once before training: with ``cache``, one pass over the training set writes what
-it says of each example (``top_k`` log-probabilities an item), which later epochs and runs read.  Either way its
-operations are among those of the run, and its seconds in the receipt.  It is no part of the model or of a checkpoint.
+MSE compares hidden states of equal width: at the items or, for the class of a text, at all its tokens.  Embeddings are
+compared with embeddings, and block s of S with the teacher's block round(s * T_blocks / S).  If vocabularies of one
+tokenizer are padded to different lengths, the classes are those that both have.
 
-Reference: Hinton et al. (2015), Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531; hidden
-states as in Jiao et al. (2020), TinyBERT, https://arxiv.org/abs/1909.10351, without their projection; without a teacher
-Li and Hoiem (2016), Learning without Forgetting, https://arxiv.org/abs/1606.09282.  Departure: one constant weight.
+The teacher answers at every step, or once before training.  With ``cache``, one pass over the training set writes its
+answers (``top_k`` log-probabilities per item), and later epochs and runs read them.  Either way its FLOPs count for the
+run, and its seconds appear in the receipt.  The model and its checkpoints do not contain the teacher.
 
-When to use: a small model, and a teacher that is better at the same task with the same labels or vocabulary.
-When not to use: no such teacher; with label smoothing, which blurs what the teacher says; where the teacher's forward
-pass, 2 to 20 times the model's, is not paid back by the steps saved: compare with that time in the budget.  The cache
-does not know augmentations, and is refused for masked language models, whose masks differ each time.
+Recommendation: Use Distillation if you have a teacher that is better at the same task with the same labels or
+vocabulary.
+When to use: A small model, and a teacher that is better at the same task with the same labels or vocabulary.
+When not to use:
+- No such teacher.
+- Label smoothing, which blurs the teacher's answers.
+- A teacher with a forward pass, 2 to 20 times the model's, that the saved steps do not pay back.  Compare with that
+  time in the budget.
+- A cache with augmentations, which it does not know, or with masked language models, because their masks differ each
+  time.
+Defaults: The values are not taken from a paper.
+Differences from the paper: The weight is constant.  Hidden states are compared as in TinyBERT, but without its
+projection.
+Example: Distillation(teacher="path/to/teacher")
+References: Hinton et al. (2015), Distilling the Knowledge in a Neural Network, https://arxiv.org/abs/1503.02531; Jiao
+et al. (2020), TinyBERT, https://arxiv.org/abs/1909.10351, for hidden states; Li and Hoiem (2016), Learning without
+Forgetting, https://arxiv.org/abs/1606.09282, for training without a teacher.
 """
 
 from __future__ import annotations
@@ -56,9 +66,9 @@ if TYPE_CHECKING:
 
 
 def most_likely(logits_NV: Tensor, top_k: int | None, temperature: float) -> tuple[Tensor | None, Tensor]:
-    """The classes that are kept, (N, K), and their log-probabilities with that of all others last, (N, K + 1).
+    """Return the kept classes, (N, K), and their log-probabilities with that of all others last, (N, K + 1).
 
-    Where all classes are kept: None, and their log-probabilities, (N, V).
+    If all classes are kept, return None and their log-probabilities, (N, V).
     """
     log_NV = (logits_NV / temperature).log_softmax(-1)
     if top_k is None or top_k >= log_NV.shape[-1]:
@@ -68,7 +78,7 @@ def most_likely(logits_NV: Tensor, top_k: int | None, temperature: float) -> tup
 
 
 def divergence(logits_NV: Tensor, classes_NK: Tensor | None, log_teacher_NK: Tensor, temperature: float) -> Tensor:
-    """T^2 KL(teacher || softmax(logits / T)) of each item, (N,); the teacher as `most_likely` gives it."""
+    """Return T^2 KL(teacher || softmax(logits / T)) of each item, (N,), given the result of `most_likely`."""
     log_NK = (logits_NV / temperature).log_softmax(-1)
     if classes_NK is not None:
         log_NK = _grouped(log_NK, classes_NK)
@@ -81,7 +91,7 @@ def _grouped(log_NV: Tensor, classes_NK: Tensor) -> Tensor:
 
 
 def hidden_difference(student: Sequence[Tensor], teacher: Sequence[Tensor]) -> Tensor:
-    """Mean squared difference of hidden states, over width and blocks; (B, L) for states of (B, L, width)."""
+    """Return the mean squared difference over width and blocks; (B, L) for states of (B, L, width)."""
     blocks, teachers_blocks = len(student) - 1, len(teacher) - 1
     layers = [(_wide(student[s]), _wide(teacher[round(s * teachers_blocks / blocks)])) for s in range(blocks + 1)]
     return torch.stack([(ours - theirs).square().mean(-1) for ours, theirs in layers]).mean(0)
@@ -93,17 +103,17 @@ def _wide(values: Tensor) -> Tensor:
 
 @dataclass(eq=False)
 class Distillation(Technique):
-    """Trains on a teacher's answers and the labels.
+    """Train on a teacher's answers and the labels.
 
     Args:
-        teacher: Folder or id of a model for the same classes, or ``package.module:function`` that gives one; None: the
-            model itself as it was given, which keeps a fine-tuned model near what it was.
-        temperature: What both logits are divided by, above 0.
+        teacher: Folder or id of a model for the same classes, or ``package.module:function`` that returns one.  None
+            uses the initial model, which keeps a fine-tuned model near it.
+        temperature: Divisor of both logits, above 0.
         weight: Share, in [0, 1], of the teacher's answers in the loss; the labels have the rest.
         hidden: Weight of the hidden states, at least 0; the widths of both models must be equal.
-        top_k: Classes that are kept of an answer, at least 1; None: all.
-        cache: Folder for the teacher's answers, below ``output_dir`` unless it is absolute; where it holds them
-            already, the teacher is not needed.  It takes 8 * ``top_k`` bytes an item, and is read into memory.
+        top_k: Number of classes to keep per answer, at least 1; None keeps all.
+        cache: Folder for the teacher's answers, below ``output_dir`` unless it is absolute.  If it holds them already,
+            the teacher is not needed.  It takes 8 * ``top_k`` bytes per item, and is read into memory.
     """
 
     teacher: str | None = None
@@ -114,8 +124,8 @@ class Distillation(Technique):
     cache: str | None = None
     neutral: ClassVar = {"weight": 0.0}
     expected_failed_checks: ClassVar = {
-        "check_neutral_is_trainer": "the loss of a step is summed in another order than the model sums it: the "
-        "losses that are logged differ in the last digit"
+        "check_neutral_is_trainer": "the loss of a step is summed in another order than in the model, so logged losses "
+        "differ in the last digit"
     }
     variations: ClassVar = {"teacher": "hf_accel.testing:tiny_teacher", "top_k": 4, "cache": "answers"}
     rank_counters: ClassVar = ("divergence", "items")
@@ -126,11 +136,11 @@ class Distillation(Technique):
         return self.weight == 0 and self.hidden == 0
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """Remember the model as it is given."""
+        """Keep a frozen copy of the initial model if it is the teacher."""
         if self.teacher is None and not self._idle:
             initial = copy.deepcopy(model)
             for module in initial.modules():
-                module._forward_pre_hooks.clear()  # who watches the model's passes is not to see those of the copy
+                module._forward_pre_hooks.clear()  # they must not see the passes of the copy
                 module._forward_hooks.clear()
             self.initial_ = freeze(initial)
         return model
@@ -151,7 +161,7 @@ class Distillation(Technique):
         if self.hidden and (widths[0] is None or widths[0] != widths[1]):
             raise ValueError(
                 f"{self!r}: the model's hidden states have a width of {widths[0]}, and the teacher's of {widths[1]}. "
-                "Leave out hidden, or give a teacher of the same width."
+                "Set hidden=0, or use a teacher of the same width."
             )
 
     def _check_head(self) -> None:
@@ -162,23 +172,23 @@ class Distillation(Technique):
             one_of_several = (head.problem or head.config.problem_type or usual) == "single_label_classification"
         if not one_of_several:
             raise ValueError(
-                f"{self!r}: {type(self.run_.model).__name__} ({head.kind}) does not choose one of several classes. "
-                "Leave it out."
+                f"{self!r} does not support {type(self.run_.model).__name__} ({head.kind}) because it does not choose "
+                "one of several classes. Remove Distillation."
             )
         if self.cache is not None and self.hidden:
-            raise ValueError(f"{self!r}: hidden states are not kept in a cache. Leave out one of the two.")
+            raise ValueError(f"{self!r}: the cache does not hold hidden states. Set cache=None or hidden=0.")
         if self.cache is not None and head.kind == "masked LM":
-            raise ValueError(f"{self!r}: masks differ each time, and a cache would not fit them. Leave out cache.")
+            raise ValueError(f"{self!r}: masks differ each time, so a cache does not fit them. Set cache=None.")
 
     def _load_teacher(self) -> Any:
         if self.teacher is not None:
             return load_frozen(self, self.teacher)
         if getattr(self.initial_, "is_quantized", False):
-            return self.initial_  # cannot be moved, and was loaded to where it is
+            return self.initial_  # cannot be moved, and is on its device already
         return self.initial_.to(self.run_.args.device)  # FSDP and others move the model after it was copied
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """The same examples; the model is asked for its hidden states where they are compared."""
+        """Ask the model for its hidden states if they are compared."""
         if not self.hidden:
             return batch
         asking: Any = {"output_hidden_states": True}
@@ -186,14 +196,14 @@ class Distillation(Technique):
         return dataclasses.replace(batch, micro_batches=micros)
 
     def example_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor | None:
-        """The labels' share, for all examples alike."""
+        """Return the labels' share, the same for all examples."""
         if self._idle:
             return None
-        self.mask_BL_, self.example_BL_ = losses.mask_BL, losses.example_BL  # `extra_loss` is asked next
+        self.mask_BL_, self.example_BL_ = losses.mask_BL, losses.example_BL  # for `extra_loss`, which is called next
         return losses.losses_BL.new_full((len(ids_B),), 1 - self.weight)
 
     def extra_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor | None:
-        """The teacher's share, summed over the items of a micro-batch."""
+        """Return the teacher's share, summed over the items of a micro-batch."""
         run: Any = self.run_
         micro = run.micro_batch
         if self._idle or micro.ids_B[0] < 0:
@@ -221,10 +231,10 @@ class Distillation(Technique):
         return loss_N.sum()
 
     def _hidden_losses(self, inputs: Mapping[str, Tensor], outputs: Any, answers: Any) -> Tensor:
-        """Of each item, shaped as the mask: at a token, or the mean over an example's tokens."""
+        """Return the loss of each item in the shape of the mask: at a token, or the mean over an example's tokens."""
         for states in (getattr(outputs, "hidden_states", None), getattr(answers, "hidden_states", None)):
             if states is None:
-                raise ValueError(f"{self!r}: a model gives no hidden_states. Leave out hidden.")
+                raise ValueError(f"{self!r}: a model returns no hidden_states. Set hidden=0.")
         losses_BL = hidden_difference(outputs.hidden_states, answers.hidden_states)
         if losses_BL.shape == self.mask_BL_.shape:
             return losses_BL
@@ -233,7 +243,7 @@ class Distillation(Technique):
         return (losses_BL * seen_BL).flatten(1).sum(1, keepdim=True) / seen_BL.flatten(1).sum(1, keepdim=True)
 
     def _cached(self, dataset: Any) -> Answers:
-        """The teacher's answers, from the cache; written first where there are none."""
+        """Read the teacher's answers from the cache, and write them first if it has none."""
         run: Any = self.run_
         assert self.cache is not None
         check_indexable(dataset, self)
@@ -249,7 +259,7 @@ class Distillation(Technique):
 
     @torch.no_grad()
     def _answer(self, dataset: Any) -> Iterator[Answer]:
-        """One pass of the teacher over this rank's part of the training set."""
+        """Yield the teacher's answers over this rank's part of the training set."""
         run: Any = self.run_
         args, teacher = run.args, self._load_teacher()
         reader = reader_for(run, dataset)
@@ -266,7 +276,7 @@ class Distillation(Technique):
             yield counts_B, *most_likely(logits_NV, self.top_k, self.temperature)
 
     def report(self) -> Mapping[str, Any]:
-        """The mean divergence from the teacher over the items of the run, on this rank; examples in the cache."""
+        """Report this rank's mean divergence from the teacher per item, and the examples in the cache."""
         cached = 0 if self.answers_ is None else len(self.answers_.counts_N)
         return {"divergence": float(self.divergence_) / max(self.items_, 1), "cached": cached}
 
@@ -275,13 +285,13 @@ class Distillation(Technique):
 
 
 def _logits_of(outputs: Any, mask_BL: Tensor, items_N: Tensor, technique: Technique) -> Tensor:
-    """The logits of the items that count, (N, V), float32 or wider."""
+    """Return the logits of the items that count, (N, V), in float32 or wider."""
     logits = getattr(outputs, "logits", None)
     if logits is None or logits[..., 0].numel() != mask_BL.numel():
         given = "no logits" if logits is None else f"logits{tuple(logits.shape)}"
         raise ValueError(
-            f"{technique!r}: {type(outputs).__name__} has {given}, and each of the labels{tuple(mask_BL.shape)} needs "
-            "a distribution. Turn off what leaves out logits or adds positions."
+            f"{technique!r} does not support {type(outputs).__name__} with {given} because each of the "
+            f"labels{tuple(mask_BL.shape)} needs a distribution. Disable prompt tuning or sparse prediction."
         )
     rows = logits.flatten(0, -2)
     return _wide(rows[items_N])

@@ -1,22 +1,25 @@
-"""MaskRateSchedule: mask many tokens of a masked language model's texts at first, and fewer later.
+"""Mask many tokens of a masked language model's texts at first, and fewer later.
 
-Many masks give many predictions a text, few leave the text whole; a run profits from both, in this order:
+Many masks give many predictions per text, few leave the text whole; a run profits from both, in this order:
 
     rate(p) = start + (end - start) * p        at progress p
 
-Every token that is no special one is drawn with this chance.  Of those drawn, 80 % become the mask token, 10 % another
-token of the vocabulary, and 10 % stay; their labels are the tokens themselves, and nothing else has a label.  The draws
-are keyed by seed, epoch and example, so that neither ranks, workers nor micro-batches change anything, and a resumed
-run goes on with the same masks.
+Every token except special ones is drawn with this chance.  A drawn token becomes the mask token with 80 %, and another
+token of the vocabulary with 10 %; otherwise it stays.  Its label is the token itself, and no other token has a label.
 
-Masks that the collator has set are undone first.  An ordinary ``DataCollatorForLanguageModeling`` can stay, and
-evaluation keeps its masks and their rate.
+The draws are keyed by seed, epoch and example.  So ranks, workers and micro-batches change nothing, and a resumed run
+continues with the same masks.  Masks from the collator are undone first.  An ordinary
+``DataCollatorForLanguageModeling`` can stay, and evaluation keeps its masks and their rate.
 
+Recommendation: Use MaskRateSchedule if you pre-train an encoder by masked language modeling.
+When to use: Pre-training of encoders.  The authors report 0.46 points on GLUE for BERT-base over a constant rate, or
+the same quality 1.89 times as fast.
+When not to use:
+- Without a comparison: a constant rate of 0.3 (``start`` = ``end``) is the rival to beat.
+- Fine-tuning of a few hundred steps.
+- Masks of whole words or spans, which it would undo.
+Differences from the paper: None.
 Reference: Ankner et al. (2024), Dynamic Masking Rate Schedules for MLM Pretraining, https://arxiv.org/abs/2305.15096.
-
-When to use: pre-training of encoders; the authors report 0.46 points on GLUE for BERT-base over a constant rate, or the
-same quality 1.89 times as fast.  A constant rate of 0.3 (``start`` = ``end``) is the rival that it has to beat.
-When not to use: fine-tuning of a few hundred steps; masks of whole words or spans, which it would undo.
 """
 
 from __future__ import annotations
@@ -51,13 +54,13 @@ def draw_masks(
     mask_id: int,
     vocabulary: int,
 ) -> tuple[Tensor, Tensor]:
-    """Inputs with masks, and labels where there are masks.
+    """Return inputs with masks, and labels at the masks.
 
     Args:
-        ids_RL: the whole text.
-        maskable_RL: which positions may be masked.
-        examples_RL: which example each position belongs to, from 0.
-        drawn: a generator for each example.
+        ids_RL: Tokens of the whole text.
+        maskable_RL: True at positions that may be masked.
+        examples_RL: Index from 0 of the example that each position belongs to.
+        drawn: Random generator of each example.
     """
     masked_RL, labels_RL = ids_RL.clone(), torch.full_like(ids_RL, IGNORED)
     for example, generator in enumerate(drawn):
@@ -75,15 +78,15 @@ def draw_masks(
 
 @dataclass(eq=False)
 class MaskRateSchedule(Technique):
-    """Masks a share of the tokens that changes, linearly in progress.
+    """Mask a share of the tokens that changes linearly in progress.
 
     Args:
-        start: Share of the tokens that is masked at the start, in (0, 1).
-        end: The same at the end.
+        start: Share of the tokens to mask at the start, in (0, 1).
+        end: Share of the tokens to mask at the end, in (0, 1).
     """
 
     start: Rate = 0.3  # the paper's
-    end: Rate = 0.15
+    end: Rate = 0.15  # the paper's
     modality: ClassVar = "masked text"
     rank_counters: ClassVar = ("masked", "maskable")
 
@@ -91,18 +94,24 @@ class MaskRateSchedule(Technique):
         super().on_train_begin(args, state, control, **kwargs)
         run: Any = self.run_
         if kind_of(unwrapped(model)) != "masked LM":
-            raise ValueError(f"{self!r}: {type(model).__name__} is no masked language model. Leave it out.")
+            raise ValueError(
+                f"{self!r} does not support {type(model).__name__} because it is no masked language model. "
+                "Remove MaskRateSchedule."
+            )
         if getattr(run.data_collator, "whole_word_mask", False):
-            raise ValueError(f"{self!r}: the collator masks whole words, which it would undo. Leave one of them out.")
+            raise ValueError(
+                f"{self!r} does not support {type(run.data_collator).__name__} because the collator masks whole words, "
+                "which MaskRateSchedule would undo. Remove one of the two."
+            )
         tokenizer: Any = processing_class or getattr(run.data_collator, "tokenizer", None)
         if getattr(tokenizer, "mask_token_id", None) is None:
-            raise ValueError(f"{self!r}: no mask token is known. Give a tokenizer that has one as processing_class=.")
+            raise ValueError(f"{self!r} needs a mask token. Pass a tokenizer that has one as processing_class=.")
         self.mask_id_, self.vocabulary_ = tokenizer.mask_token_id, len(tokenizer)
         self.special_ids_ = torch.tensor(tokenizer.all_special_ids)
         self.masked_, self.maskable_ = 0, 0
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Each text with masks of the present rate."""
+        """Mask each text at the current rate."""
         run: Any = self.run_
         rate = self.start + (self.end - self.start) * run.clock.progress
         micros = [self._masked(micro, rate, generators(self, batch.plan, micro)) for micro in batch.micro_batches]
@@ -111,7 +120,7 @@ class MaskRateSchedule(Technique):
     def _masked(self, micro: MicroBatch, rate: float, drawn: list[np.random.Generator]) -> MicroBatch:
         ids_RL = micro.inputs["input_ids"]
         if (labels_RL := micro.inputs.get("labels")) is not None:
-            ids_RL = torch.where(labels_RL != IGNORED, labels_RL, ids_RL)  # as before the collator's masks
+            ids_RL = torch.where(labels_RL != IGNORED, labels_RL, ids_RL)  # undo the collator's masks
         examples_RL = examples_of({**micro.inputs, "labels": ids_RL}, len(micro.ids_B))
         maskable_RL = ~torch.isin(ids_RL, self.special_ids_)
         if "attention_mask" in micro.inputs:
@@ -124,7 +133,7 @@ class MaskRateSchedule(Technique):
         return micro._replace(inputs={**micro.inputs, "input_ids": masked_RL, "labels": labels_RL})
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the tokens that was masked, the mean over the run, on this rank."""
+        """Report this rank's share of masked tokens, the mean over the run."""
         return {"masked": self.masked_ / max(self.maskable_, 1)}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

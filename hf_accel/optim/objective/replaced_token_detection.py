@@ -1,25 +1,33 @@
-"""ReplacedTokenDetection (ELECTRA): pre-train an encoder to tell which tokens of a text a small model has replaced.
+"""Pre-train an encoder to tell which tokens of a text a small generator has replaced (ELECTRA).
 
-A masked language model learns from the masked tokens only; this one learns from all.  Of each text the share ``rate``
-of the tokens is masked, a generator, a narrower encoder that trains beside the model, fills the gaps with tokens drawn
-from its prediction, and the model says of every token x' whether it is the original x:
+A masked language model learns from the masked tokens only; this one learns from all.  In each text, a share ``rate`` of
+the tokens is masked.  A generator, a narrower encoder that trains beside the model, fills the gaps with tokens drawn
+from its prediction.  The model predicts for every token x' whether it is the original x:
 
     loss = weight * mean over tokens of CE(model(x'), x' != x) + mean over masked tokens of CE(generator(x_masked), x)
 
-A token that the generator hits upon is an original.  The generator has the model's depth and ``width`` times its
-width; it shares the model's token embeddings, as input and as output.  The model is one for token classification with
-two labels, 0 original and 1 replaced, and stays an ordinary one: the saved model has no generator, only the checkpoints
-of the run have it.  Training needs texts without masks or labels; for evaluation, texts with some tokens replaced and
-their labels.  All draws are keyed by seed, epoch and example.
+A drawn token that equals the original counts as original.  The generator has the model's depth and ``width`` times its
+width.  It shares the model's token embeddings, as input and as output.
 
+The model is one for token classification with two labels, 0 original and 1 replaced.  The saved model has no generator;
+only the checkpoints of the run have it.  Training needs texts without masks or labels.  Evaluation needs texts with
+some tokens replaced, and their labels.  All draws are keyed by seed, epoch and example.
+
+Recommendation: Use ReplacedTokenDetection if you pre-train a small encoder and do not need masked prediction.
+When to use: Pre-training of small encoders; the authors report the quality of RoBERTa at a quarter of its compute.
+When not to use:
+- Fine-tuning.
+- Models that have to predict masked tokens.
+- Without a comparison with masked language modeling: later comparisons at equal compute found smaller gains.  Recent
+  encoders (MosaicBERT, ModernBERT) are masked language models with a rate of 0.3.
+Defaults: The authors take a width of 1/4 to 1/2.  Weight and rate are theirs, too.
+Differences from the paper:
+- A softmax over two labels replaces the sigmoid, and equals the sigmoid of their difference.
+- The mean over masked tokens divides by `rate` times the number of all tokens, so it does not depend on micro-batches.
+- Replacements are drawn without dropout, in a second pass of the generator.
+- Only token embeddings are shared.
 Reference: Clark et al. (2020), ELECTRA: Pre-training Text Encoders as Discriminators Rather Than Generators,
-https://arxiv.org/abs/2003.10555.  Departures: a softmax over two labels, which is the sigmoid of their difference; the
-mean over masked tokens divides by `rate` times the number of all tokens, so that micro-batches change nothing;
-replacements are drawn without dropout, in a second pass of the generator; only token embeddings are shared.
-
-When to use: pre-training of small encoders; the authors report the quality of RoBERTa at a quarter of its compute.
-When not to use: fine-tuning; where masked prediction is what the model is for.  Later comparisons at equal compute
-found smaller gains, and recent encoders (MosaicBERT, ModernBERT) are masked language models with a rate of 0.3.
+https://arxiv.org/abs/2003.10555.
 """
 
 from __future__ import annotations
@@ -47,18 +55,18 @@ if TYPE_CHECKING:
     from hf_accel.losses import ExampleLosses
 
 FAMILIES = ("bert", "electra", "roberta")
-OTHER_BACKENDS = "the generator reads the model's embeddings outside of the model's own pass, when they are shards"
+OTHER_BACKENDS = "the generator reads the model's embeddings outside of the model's forward pass, when they are sharded"
 
 
 def draw_from(logits_NV: Tensor, points_N: Tensor) -> Tensor:
-    """A class of each row, by its probability: where the cumulated ones pass a point, which is uniform in [0, 1)."""
+    """Draw a class of each row by its probability: where the cumulated ones pass a uniform point in [0, 1)."""
     cumulated_NV = logits_NV.to(widest(logits_NV.device)).softmax(-1).cumsum(-1)
     points_N1 = points_N.to(cumulated_NV)[:, None] * cumulated_NV[:, -1:]
     return torch.searchsorted(cumulated_NV, points_N1, right=True).squeeze(1).clamp(max=logits_NV.shape[-1] - 1)
 
 
 class Generator(nn.Module):
-    """A narrow encoder that predicts masked tokens with the embeddings of another model."""
+    """Predict masked tokens by a narrow encoder with the embeddings of another model."""
 
     def __init__(self, model: Any, width: float):
         super().__init__()
@@ -82,19 +90,19 @@ class Generator(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
 
     def forward(self, embeddings: nn.Embedding, ids_BL: Tensor, mask_BL: Tensor, chosen_BL: Tensor) -> Tensor:
-        """Logits of the chosen tokens, (N, V)."""
+        """Return the logits of the chosen tokens, (N, V)."""
         states = self.encoder(inputs_embeds=embeddings(ids_BL), attention_mask=mask_BL).last_hidden_state
         return F.linear(self.predictions(states[chosen_BL]), embeddings.weight, self.bias)
 
 
 @dataclass(eq=False)
 class ReplacedTokenDetection(Technique):
-    """Trains a model to tell replaced tokens from original ones, and the generator that replaces them.
+    """Train a model to tell replaced tokens from original ones, and the generator that replaces them.
 
     Args:
-        width: Width of the generator, as a share of the model's, in (0, 1]; the authors take 1/4 to 1/2.
-        weight: Weight of the model's loss beside the generator's, above 0; lambda in the paper.
-        rate: Share of the tokens that is masked, in (0, 1).
+        width: Width of the generator, as a share of the model's, in (0, 1].
+        weight: Weight of the model's loss beside the generator's, above 0; the paper's lambda.
+        rate: Share of the tokens to mask, in (0, 1).
     """
 
     width: Annotated[float, at.Interval(gt=0, le=1)] = 0.25
@@ -105,12 +113,12 @@ class ReplacedTokenDetection(Technique):
     rank_counters: ClassVar = ("replaced", "tokens")
 
     def prepare_args(self, args):
-        """DDP would take the generator for unused, as the model's own pass does without it."""
+        """Stop DDP from looking for unused parameters: the model's forward pass does not use the generator."""
         args.ddp_find_unused_parameters = False
         return args
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """The model, with a generator beside its own parts."""
+        """Add a generator to the model."""
         config: Any = getattr(unwrapped(model), "config", None)
         if (
             kind_of(unwrapped(model)) != "token classification"
@@ -130,24 +138,24 @@ class ReplacedTokenDetection(Technique):
         return model
 
     def inspect_dataset(self, dataset: Any) -> None:
-        """Find the mask token; refuse what shards the model."""
+        """Find the mask token; raise if the model is sharded."""
         run: Any = self.run_
         if run.is_fsdp_enabled or run.is_deepspeed_enabled:
-            raise ValueError(f"{self!r}: {OTHER_BACKENDS}. Use DDP.")
+            raise ValueError(f"{self!r} does not support FSDP or DeepSpeed because {OTHER_BACKENDS}. Use DDP.")
         if run.requested_micro_batch_size == "auto":
             raise ValueError(
-                f"{self!r}: tokens are replaced before the largest micro-batch is looked for, and may be what does not "
-                "fit. Give micro_batch_size a number."
+                f"{self!r} does not support micro_batch_size='auto' because tokens are replaced before the search for "
+                "the largest micro-batch, and that may run out of memory. Set micro_batch_size to a number."
             )
         tokenizer = run.processing_class
         if getattr(tokenizer, "mask_token_id", None) is None:
-            raise ValueError(f"{self!r}: no mask token is known. Give a tokenizer that has one as processing_class=.")
+            raise ValueError(f"{self!r} needs a mask token. Pass a tokenizer that has one as processing_class=.")
         self.mask_id_, self.special_ids_ = tokenizer.mask_token_id, torch.tensor(tokenizer.all_special_ids)
         self.texts_: list[tuple[Tensor, Tensor, Tensor]] = []
         self.replaced_, self.tokens_ = 0, 0
 
     def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Each text with tokens of the generator's, and labels that say which."""
+        """Replace tokens of each text by the generator's, and label them."""
         self.texts_ = []
         micros = [self._replaced(micro, batch) for micro in batch.micro_batches]
         return dataclasses.replace(batch, micro_batches=micros)
@@ -174,7 +182,7 @@ class ReplacedTokenDetection(Technique):
         return micro._replace(inputs={**micro.inputs, "input_ids": new_RL, "labels": labels_RL})
 
     def _predict(self, ids_RL: Tensor, seen_RL: Tensor, chosen_RL: Tensor, learns: bool) -> Tensor:
-        """The generator's logits at the chosen positions, masked."""
+        """Return the generator's logits at the chosen positions, which are masked."""
         run: Any = self.run_
         generator = run.model.generator
         masked_RL = ids_RL.masked_fill(chosen_RL, self.mask_id_)
@@ -184,15 +192,17 @@ class ReplacedTokenDetection(Technique):
             return generator(run.model.get_input_embeddings(), *tensors)
 
     def example_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor:
-        """The weight of the model's own loss, for all examples alike."""
+        """Return the weight of the model's loss, the same for all examples."""
         return losses.losses_BL.new_full((len(ids_B),), self.weight)
 
     def extra_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor:
-        """The generator's loss, a sum over its masked tokens, divided by `rate`; the step divides by its tokens."""
+        """Return the generator's loss summed over masked tokens, divided by `rate`; the step divides by its tokens."""
         micro = self.run_.micro_batch
         found = next((rest for new_RL, *rest in self.texts_ if new_RL is micro.inputs["input_ids"]), None)
         if found is None:
-            raise ValueError(f"{self!r}: another technique has changed the texts after it. List it last.")
+            raise ValueError(
+                f"{self!r}: another technique has changed the texts after it. List ReplacedTokenDetection last."
+            )
         ids_RL, chosen_RL = found
         seen_RL = micro.inputs.get("attention_mask", torch.ones_like(ids_RL))
         logits_NV = self._predict(ids_RL, seen_RL, chosen_RL, learns=True)
@@ -206,7 +216,7 @@ class ReplacedTokenDetection(Technique):
 
     @contextlib.contextmanager
     def saving(self, model: nn.Module):
-        """Without the generator."""
+        """Save the model without the generator."""
         generator = model._modules.pop("generator")
         try:
             yield
@@ -214,7 +224,7 @@ class ReplacedTokenDetection(Technique):
             model.add_module("generator", generator)
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the tokens that was replaced, on this rank."""
+        """Report this rank's share of replaced tokens."""
         return {"replaced": self.replaced_ / max(self.tokens_, 1)}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

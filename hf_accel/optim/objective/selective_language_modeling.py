@@ -1,22 +1,27 @@
-"""SelectiveLanguageModeling (Rho-1): of each text, learn the tokens that are worth it, and read the others only.
+"""Train only on the tokens of each text that are most worth learning, and read the others.
 
-Many tokens are known already, and some never will be.  Of the n tokens of a text that count, the share ``keep`` is
-trained on, k = round(``keep`` * n) and at least one, whose
+Many tokens are known already, and some never will be.  If n tokens of a text count, k = round(``keep`` * n) are
+trained on, and at least one.  They are those with the highest
 
     excess loss_i = loss_i - reference loss_i
 
-is highest, each with weight n / k; so the loss is a mean over the tokens that are kept.  The reference is a model that
-was trained on text of the wanted kind; without one, the tokens of highest loss are kept.
+each with weight n / k, so the loss is a mean over the kept tokens.  The reference is a model that was trained on text
+of the wanted kind.  Without one, the tokens of highest loss are kept.
 
-Reference: Lin et al. (2024), Rho-1: Not All Tokens Are What You Need, https://arxiv.org/abs/2404.07965.  Departure:
-the tokens of a text compete with each other, and not with those of the whole batch, so that neither ranks nor
-micro-batches change anything; a text counts in proportion to its length.
+Every token is still computed, and the reference adds a pass.  The receipt has the FLOPs and seconds of that pass.  On
+an accelerator, the seconds end when the work is handed over.
 
-When to use: continued pre-training on mixed web text with a reference for what is wanted (the authors report up to 30
-points on mathematics); it is mostly an adaptation to the reference's kind of text.
-When not to use: to save time in a step, for every token is still computed and the reference's pass comes on top (its
-operations are in the receipt, and its seconds, on an accelerator those until the work was handed over); noisy text
-without a reference, whose noise has the highest loss.  We know of no independent replication.
+Recommendation: Use SelectiveLanguageModeling if you continue pre-training on mixed web text and have a reference model
+of the wanted kind.
+When to use: Continued pre-training on mixed web text with a reference for the wanted kind; the authors report up to 30
+points on mathematics.  It is mostly an adaptation to the reference's kind of text.
+When not to use:
+- To save time in a step, because every token is still computed and the reference's pass comes on top.
+- Noisy text without a reference, because its noise has the highest loss.
+- Without a comparison: we know of no independent replication.
+Differences from the paper: The tokens of a text compete with each other instead of those of the whole batch.  So ranks
+and micro-batches change nothing, and a text counts in proportion to its length.
+Reference: Lin et al. (2024), Rho-1: Not All Tokens Are What You Need, https://arxiv.org/abs/2404.07965.
 """
 
 from __future__ import annotations
@@ -38,11 +43,13 @@ if TYPE_CHECKING:
 
 
 def select_tokens(scores_BL: Tensor, mask_BL: Tensor, example_BL: Tensor, keep: float) -> Tensor:
-    """Weights of items: of each example's n, the k of highest score have n / k, the others 0; of equal ones, the first.
+    """Return weights of items: n / k for the k of highest score of each example's n, and 0 for the others.
+
+    Of equal scores, the first ones are chosen.
 
     Args:
-        mask_BL: which items count.
-        example_BL: which example an item belongs to, from 0.
+        mask_BL: True for items that count.
+        example_BL: Index from 0 of the example that an item belongs to.
     """
     items_N = mask_BL.flatten().nonzero().squeeze(1)
     example_N = example_BL.flatten()[items_N]
@@ -60,20 +67,20 @@ def select_tokens(scores_BL: Tensor, mask_BL: Tensor, example_BL: Tensor, keep: 
 
 @dataclass(eq=False)
 class SelectiveLanguageModeling(Technique):
-    """Trains on the share of each text's tokens whose loss exceeds most what a reference model reaches.
+    """Train on the share of each text's tokens with the largest loss above that of a reference model.
 
     Args:
-        keep: Share of a text's tokens that is trained on, in (0, 1].
-        reference: Folder or id of a model with the same vocabulary, or ``package.module:function`` that gives one;
-            None: no reference, the tokens of highest loss are kept.
+        keep: Share of a text's tokens to train on, in (0, 1].
+        reference: Folder or id of a model with the same vocabulary, or ``package.module:function`` that returns one.
+            None keeps the tokens of highest loss.
     """
 
     keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.6  # the paper's for 1B parameters; 0.7 for 7B
     reference: str | None = None
     neutral: ClassVar = {"keep": 1.0}
     expected_failed_checks: ClassVar = {
-        "check_neutral_is_trainer": "the loss of a step is summed in another order than the model sums it: the "
-        "losses that are logged differ in the last digit"
+        "check_neutral_is_trainer": "the loss of a step is summed in another order than in the model, so logged losses "
+        "differ in the last digit"
     }
     variations: ClassVar = {"reference": "hf_accel.testing:tiny_teacher"}
     rank_counters: ClassVar = ("kept", "items")
@@ -83,13 +90,14 @@ class SelectiveLanguageModeling(Technique):
         run: Any = self.run_
         if not isinstance(run.head, TokenHead):
             raise ValueError(
-                f"{self!r}: {type(run.model).__name__} ({run.head.kind}) has no loss for each token. Leave it out."
+                f"{self!r} does not support {type(run.model).__name__} ({run.head.kind}) because it has no loss for "
+                "each token. Remove SelectiveLanguageModeling."
             )
         self.reference_ = None if self.reference is None or self.keep == 1 else load_frozen(self, self.reference)
         self.kept_, self.items_ = torch.zeros((), dtype=torch.long), 0
 
     def token_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor | None:
-        """0 for tokens that are passed over."""
+        """Return the weights of tokens, 0 for skipped ones."""
         if self.keep == 1 or ids_B[0] < 0:
             return None
         scores_BL = losses.losses_BL.detach()
@@ -101,7 +109,7 @@ class SelectiveLanguageModeling(Technique):
         return weights_BL
 
     def _reference_losses(self) -> Tensor:
-        """The reference's losses of the micro-batch that the trainer is at."""
+        """Return the reference's losses of the current micro-batch."""
         run: Any = self.run_
         assert self.reference_ is not None
         micro = run.micro_batch
@@ -109,11 +117,11 @@ class SelectiveLanguageModeling(Technique):
         if len(inputs.get("attention_mask", micro.ids_B)) < len(micro.ids_B):
             del inputs["attention_mask"]  # packed rows, as the model sees them
         outputs = judge(self, self.reference_, inputs)
-        head = TokenHead(run.head.kind, run.head.shift)  # of logits, whatever the model's own head reads
+        head = TokenHead(run.head.kind, run.head.shift)  # of logits, even if the model's own head reads hidden states
         return head.losses(outputs, inputs, len(micro.ids_B), run.args.label_smoothing_factor).losses_BL
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the tokens that was trained on, on this rank."""
+        """Report this rank's share of trained tokens."""
         return {"kept": int(self.kept_) / self.items_ if self.items_ else 1.0}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

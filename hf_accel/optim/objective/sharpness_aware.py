@@ -1,26 +1,32 @@
-"""Sharpness-aware minimization: step with the gradient of the worst point nearby, for flatter minima.
+"""Update with the gradient at the worst point nearby, to find flatter minima.
 
-Every ``every``-th step takes the gradient twice, of the whole step batch both times:
+In image classification, flatter minima may be worth some epochs.  Every ``every``-th step
+computes the gradient twice, both times over the whole step batch:
 
     g = grad L(w)        g_s = grad L(w + rho * g / |g|)        update with g_s
 
-The steps between reuse what was new in g_s, its part orthogonal to g, which changes slowly (LookSAM):
+The steps between reuse the new part of g_s, orthogonal to g, which changes slowly (LookSAM):
 
     h = g_s - (g_s . g / |g|^2) g        update with g + reuse * |g| * h / |h|
 
 |g| is the norm over all parameters, micro-batches and ranks.  The second pass draws the same dropout masks as the
-first, so that both are of one function; losses, and buffers such as the statistics of batch normalization, are those of
-the first pass.  The weights come back bit for bit, from a copy.  A step whose gradient is not finite, in either pass,
-is left out; ten such steps in a row end the run.
+first, so both evaluate one function.  Losses and buffers, such as the statistics of batch normalization, are those of
+the first pass.  A copy restores the weights bit for bit.  If a gradient is not finite, in either pass, the step is
+skipped; ten such steps in a row end the run.
 
-Reference: Foret et al. (2021), Sharpness-Aware Minimization for Efficiently Improving Generalization,
-https://arxiv.org/abs/2010.01412; Liu et al. (2022), Toward Efficient and Scalable Sharpness-Aware Minimization,
-https://arxiv.org/abs/2203.02714.  ``every=1`` is the first, ``reuse=0`` without what the second adds.
+A step with two passes costs twice the time, and memory for a copy of the weights; with ``reuse``, for three.
 
-When to use: image classification, from scratch or with small data, where it may be worth some epochs: Composer's card
+Recommendation: Use SharpnessAware if you classify images from scratch or on small data.
+When to use: Image classification, from scratch or with small data, where it may be worth some epochs.  Composer's card
 reports 0.7 points for 7 % more time with ``every=10``, ``reuse=0`` and ``rho=0.5``.
-When not to use: language models; data that are seen once or twice.  A step with two passes costs twice the time, and
-memory for a copy of the weights, with ``reuse`` three.
+When not to use:
+- Language models.
+- Data that are seen once or twice.
+Differences from the paper: None.  ``every=1`` is the method of Foret et al.; ``reuse=0`` omits the addition of Liu et
+al.
+References: Foret et al. (2021), Sharpness-Aware Minimization for Efficiently Improving Generalization,
+https://arxiv.org/abs/2010.01412; Liu et al. (2022), Toward Efficient and Scalable Sharpness-Aware Minimization,
+https://arxiv.org/abs/2203.02714.
 """
 
 from __future__ import annotations
@@ -45,14 +51,14 @@ from hf_accel.weights import gather, local_parameters, scatter
 logger = logging.get_logger(__name__)
 
 PATIENCE = 10
-"""Steps in a row with a gradient that is not finite after which the run ends."""
+"""Number of steps in a row without a finite gradient that ends the run."""
 
 Vector = dict[str, Tensor]
-"""This rank's part of something that has the shape of the parameters, by name."""
+"""This rank's part of a vector in the shape of the parameters, by name."""
 
 
 def dot(a: Vector, b: Vector, sharded: bool) -> Tensor:
-    """The inner product, over all ranks where these have shards."""
+    """Return the inner product, over all ranks if they have shards."""
     wide = {name: torch.promote_types(value.dtype, torch.float32) for name, value in a.items()}
     total = torch.stack([(a[name].to(wide[name]) * b[name]).sum() for name in a]).sum()
     if sharded:
@@ -61,7 +67,7 @@ def dot(a: Vector, b: Vector, sharded: bool) -> Tensor:
 
 
 def orthogonal_direction(second: Vector, first: Vector, sharded: bool) -> Vector:
-    """The part of ``second`` that is orthogonal to ``first``, of length 1."""
+    """Return the part of ``second`` that is orthogonal to ``first``, scaled to length 1."""
     share = dot(second, first, sharded) / dot(first, first, sharded).clamp(min=1e-30)
     apart = {name: second[name] - (share * first[name]).to(second[name]) for name in second}
     length = dot(apart, apart, sharded).sqrt().clamp(min=1e-30)
@@ -70,28 +76,30 @@ def orthogonal_direction(second: Vector, first: Vector, sharded: bool) -> Vector
 
 @dataclass(eq=False)
 class SharpnessAware(Technique):
-    """Looks for flat minima.
+    """Train toward flat minima.
 
     Args:
         rho: Length of the ascent, above 0.
-        every: Steps from one that takes the gradient twice to the next, at least 1.
-        reuse: Length, relative to the gradient's, of the direction that is added in the steps between; 0: none.
+        every: Steps from one that computes the gradient twice to the next, at least 1.
+        reuse: Length, relative to the gradient's, of the direction that the steps between add; 0 adds none.
     """
 
     rho: Positive = 0.05  # Foret et al.
     every: Annotated[int, at.Ge(1)] = 5  # Liu et al.
     reuse: Annotated[float, at.Ge(0)] = 0.7  # Liu et al., alpha
-    refused_backends: ClassVar = {"zero": "DeepSpeed keeps the gradient to itself"}
+    refused_backends: ClassVar = {"zero": "its gradients are not accessible to techniques"}
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if self.run_.is_deepspeed_enabled:
-            raise ValueError(f"{self!r}: DeepSpeed keeps the gradient to itself. Use DDP or FSDP2.")
+            raise ValueError(
+                f"{self!r} does not support DeepSpeed ZeRO because {self.refused_backends['zero']}. Use DDP or FSDP2."
+            )
         narrow = {p.dtype for p in self.run_.model.parameters() if p.requires_grad} & {torch.float16, torch.bfloat16}
         if narrow:
             raise ValueError(
-                f"{self!r}: weights in {narrow.pop()} round the ascent away. Load the model with dtype=torch.float32 "
-                "and set bf16=True."
+                f"{self!r} does not support weights in {narrow.pop()} because they round the ascent away. Load the "
+                "model with dtype=torch.float32 and set bf16=True."
             )
         self.model_: nn.Module = self.run_.model
         self.direction_: Vector = {}
@@ -101,7 +109,7 @@ class SharpnessAware(Technique):
         self.buffers_ = copies_of_buffers(self.model_)
 
     def objective(self, model: nn.Module, backward: Callable[[], Tensor]) -> Tensor:
-        """The gradient at the worst point nearby, or the plain one with what is reused."""
+        """Compute the gradient at the worst point nearby, or the plain one with the reused direction."""
         run: Any = self.run_
         self.steps_ += 1
         if run.state.global_step % self.every:
@@ -138,7 +146,7 @@ class SharpnessAware(Technique):
 
     @torch.no_grad()
     def _ascend(self, gradient: Vector) -> Vector:
-        """Move the weights by rho along the gradient; gives what they were."""
+        """Move the weights by rho along the gradient, and return copies from before."""
         scale = self.rho / dot(gradient, gradient, self._sharded).sqrt().clamp(min=1e-30)
         weights = local_parameters(self.model_)
         before = {name: weights[name].clone() for name in gradient}
@@ -156,7 +164,7 @@ class SharpnessAware(Technique):
             gradient[name].add_((length * self.direction_[name]).to(gradient[name]))
 
     def accept_step(self, grad_norm: Tensor | float) -> bool:
-        """Leaves out what is not finite, and what would be reused of it."""
+        """Skip a step without a finite gradient, and drop its direction."""
         if math.isfinite(grad_norm):
             self.in_a_row_ = 0
             return True
@@ -167,14 +175,14 @@ class SharpnessAware(Technique):
         if self.in_a_row_ == PATIENCE:
             raise Diverged(
                 f"{self!r}: the gradients of {PATIENCE} steps in a row were not finite. Lower learning_rate or rho, or "
-                "look at the data of these steps."
+                "check the data of these steps."
             )
         step = self.run_.state.global_step + 1  # type: ignore[union-attr]
-        logger.warning(f"{self!r}: the gradient of step {step} is not finite, and the step is left out.")
+        logger.warning(f"{self!r}: the gradient of step {step} is not finite, so the step is skipped.")
         return False
 
     def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        """``global``: counts, and the direction where the next step reuses it."""
+        """Save counts, and the direction if the next step reuses it, both with scope ``global``."""
         if scope == "rank":
             return {}
         due = self.run_.state.global_step % self.every == 0  # type: ignore[union-attr]
@@ -189,7 +197,7 @@ class SharpnessAware(Technique):
             self.steps_, self.extra_passes_, self.left_out_, self.in_a_row_ = state["counts"]
 
     def report(self) -> Mapping[str, Any]:
-        """Additional passes over the data relative to the ordinary ones, and steps that were left out."""
+        """Report additional passes over the data relative to the ordinary ones, and skipped steps."""
         return {"extra_passes": self.extra_passes_ / max(self.steps_, 1), "left_out_steps": self.left_out_}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:

@@ -1,4 +1,4 @@
-"""How gradients become updates."""
+"""Turn gradients into updates."""
 
 from hf_accel.optim.optimizers.gradient_spike_guard import GradientSpikeGuard
 from hf_accel.optim.optimizers.muon import Muon

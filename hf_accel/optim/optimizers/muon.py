@@ -1,7 +1,7 @@
-"""Muon: orthogonal updates for the weight matrices of the blocks, AdamW for the rest.
+"""Train the weight matrices of the blocks with orthogonal updates, and the rest with AdamW.
 
-The momentum of a weight matrix is dominated by a few directions.  Muon gives all of them the same length, and so learns
-the rare ones as fast; with matrices M, gradient G and weights W of shape (out, in),
+A few directions dominate the momentum of a weight matrix.  Muon gives all of them the same length, and so learns the
+rare ones as fast.  With matrices M, gradient G and weights W of shape (out, in),
 
     M = momentum * M + (1 - momentum) * G
     U = NewtonSchulz5((1 - momentum) * G + momentum * M)           all singular values near 1
@@ -9,29 +9,35 @@ the rare ones as fast; with matrices M, gradient G and weights W of shape (out, 
     s = sqrt(max(1, out / in))            scale "spectral"
     s = 0.2 * sqrt(max(out, in))          scale "match_rms": an element moves as far as under AdamW, so its rate fits
 
-It takes up to 1.4 times fewer steps than well-tuned AdamW at 0.1B parameters, 1.1 times at 1.2B.  Embeddings, output
-heads, norms, biases and all else that is no matrix inside a block have AdamW with the trainer's learning rate; the
-schedule multiplies both rates.  With ``cautious``, the weights of the matrices decay only where U has their sign.  With
+It takes up to 1.4 times fewer steps than well-tuned AdamW at 0.1B parameters, 1.1 times at 1.2B (Wen et al.).  All
+other parameters have AdamW with the trainer's learning rate: embeddings, output heads, norms and biases.  The schedule
+multiplies both rates.  With ``cautious``, matrices decay only at elements with the same sign in U and W.  With
 ``momentum_warmup``, the momentum rises linearly from 0.85 while progress goes from 0 to it.
 
-Parameters are classified by module type.  Matrices are the weights of linear layers, of convolutions without groups and
-of experts; tables in two dimensions, such as the decay rates of a state-space model (``A_log``) or the position biases
-of a Swin, are not.  Query, key and value in one layer are three matrices: a ``Conv1D`` called ``c_attn``,
-or a ``Linear`` with ``qkv`` in its name, with three times as many outputs as inputs, is split into thirds, in which
-order they may be; with fewer keys than queries, or under another name, it is one.  The weight of a convolution without
-groups is flattened to (out, rest); a stack of experts is many matrices.  Matrices of one shape are iterated together:
-in bfloat16 on GPUs that have it, otherwise in float32, and in float64 where weights are.  Under FSDP2 every rank
-gathers each matrix and iterates it whole.
+The module type decides which parameters are matrices.  These are the weights of linear layers, of convolutions without
+groups and of experts.  Other tables in two dimensions are not, such as the decay rates of a state-space model
+(``A_log``) or the position biases of a Swin.
 
-Reference: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon/; Liu et al. (2025), Muon is scalable for LLM
-training, https://arxiv.org/abs/2502.16982; the numbers: Wen et al. (2025), https://arxiv.org/abs/2509.02046; cautious
-weight decay: Chen et al. (2025), https://arxiv.org/abs/2510.12402.
+Query, key and value in one layer are three matrices.  Such a layer is a ``Conv1D`` called ``c_attn``, or a ``Linear``
+with ``qkv`` in its name, and has three times as many outputs as inputs.  It is split into thirds, in any order of the
+three.  With fewer keys than queries, or under another name, it is one matrix.
 
-When to use: pre-training of transformers.  Tune both ``lr`` and the trainer's learning rate, which may be above that of
-AdamW alone: it is only that of embeddings, heads and norms.
-When not to use: full fine-tuning of models that were pre-trained with Adam, which it degrades
-(https://arxiv.org/abs/2605.10468); convolutional networks; small models or steps, where the iteration costs 10 to 40 %
-more time.
+The weight of a convolution without groups is flattened to (out, rest); a stack of experts is many matrices.  Matrices
+of one shape are iterated together: in bfloat16 on GPUs that have it, otherwise in float32, and in float64 for float64
+weights.  Under FSDP2 every rank gathers each matrix and iterates it whole.
+
+Recommendation: Use Muon if you pre-train a transformer.
+When to use: Pre-training of transformers.  Tune both ``lr`` and the trainer's learning rate.  The latter may be above
+that of AdamW alone, because only embeddings, heads and norms use it.
+When not to use:
+- Full fine-tuning of models that were pre-trained with Adam, which it degrades (https://arxiv.org/abs/2605.10468).
+- Convolutional networks.
+- Small models or steps, because the iteration costs 10 to 40 % more time.
+Defaults: Rate, momentum and scale are Jordan's.  Cautious decay and the warm-up of the momentum are off.
+Differences from the paper: None.  The scale "match_rms" is that of Liu et al.
+References: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon/; Liu et al. (2025), Muon is scalable for
+LLM training, https://arxiv.org/abs/2502.16982; the numbers: Wen et al. (2025), https://arxiv.org/abs/2509.02046;
+cautious weight decay: Chen et al. (2025), https://arxiv.org/abs/2510.12402.
 """
 
 from __future__ import annotations
@@ -49,6 +55,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
+from hf_accel.adapters import is_adapted
 from hf_accel.optim.optimizers.newton_schulz import orthogonalized
 from hf_accel.surgery.blocks import embedding_layers
 from hf_accel.technique import Fraction, Positive, Technique
@@ -56,7 +63,7 @@ from hf_accel.technique import Fraction, Positive, Technique
 logger = logging.get_logger(__name__)
 
 BATCH = 2**24
-"""Elements that are iterated together, at most, unless one parameter has more."""
+"""Most elements that are iterated together, unless one parameter has more."""
 
 TRANSPOSED_EXPERTS = frozenset({"Llama4TextExperts"})
 """Classes that store experts as (in, out) without transformers' mark for it, ``is_transposed``."""
@@ -65,10 +72,10 @@ Scale = Literal["spectral", "match_rms"]
 
 
 class Matrices(NamedTuple):
-    """How a parameter consists of matrices."""
+    """Describe how a parameter consists of matrices."""
 
     transposed: bool
-    """Whether it is stored as (in, out)."""
+    """True if it is stored as (in, out)."""
     shape: tuple[int, int, int]
     """Number of matrices, their outputs and inputs."""
 
@@ -76,14 +83,14 @@ class Matrices(NamedTuple):
         return (tensor.mT if self.transposed else tensor).reshape(self.shape)
 
     def back(self, matrices_KOI: Tensor, shape: torch.Size) -> Tensor:
-        """The inverse of `of`, for a parameter of the shape."""
+        """Invert `of` for a parameter of this shape."""
         if self.transposed:
             return matrices_KOI.reshape((*shape[:-2], shape[-1], shape[-2])).mT
         return matrices_KOI.reshape(shape)
 
 
 def matrices_in(model: Any) -> dict[str, Matrices]:
-    """The parameters that Muon updates, by name: matrices in repeated blocks, without embeddings and heads."""
+    """Find the parameters that Muon updates, by name: matrices in blocks, without embeddings and heads."""
     blocks = [m for m in model.modules() if isinstance(m, nn.ModuleList)]
     outside = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()}
     outside |= {id(p) for layer in embedding_layers(model) for p in layer.parameters()}
@@ -97,11 +104,11 @@ def matrices_in(model: Any) -> dict[str, Matrices]:
 
 
 def _matrices(path: str, module: nn.Module, name: str, shape: tuple[int, ...]) -> Matrices | None:
-    if "bias" in name:  # those of experts are stacked in two dimensions
+    if "bias" in name:  # the biases of experts are stacked in two dimensions
         return None
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return Matrices(False, (1, shape[0], math.prod(shape[1:]))) if module.groups == 1 else None
-    kinds = {cls.__name__ for cls in type(module).__mro__}  # FSDP2 puts a subclass in the place of the class
+    kinds = {cls.__name__ for cls in type(module).__mro__}  # FSDP2 replaces the class by a subclass
     if len(shape) == 3 and any("Experts" in kind for kind in kinds):
         transposed = bool(getattr(module, "is_transposed", kinds & TRANSPOSED_EXPERTS))
         return Matrices(transposed, (shape[0], shape[2], shape[1]) if transposed else shape)
@@ -119,11 +126,11 @@ def _matrices(path: str, module: nn.Module, name: str, shape: tuple[int, ...]) -
 
 
 class MuonAdamW(torch.optim.Optimizer):
-    """Muon for the groups whose ``algorithm`` is ``"muon"``, AdamW for those with ``"adamw"``.
+    """Apply Muon to groups with ``algorithm="muon"``, and AdamW to those with ``"adamw"``.
 
-    One optimizer with an ordinary state; `torch.optim.AdamW` works on its own groups and state.  A group of Muon has
-    the keys ``lr``, ``weight_decay``, ``cautious``, ``momentum``, ``scale`` and, as of `Matrices`, ``transposed`` and
-    ``shape``.
+    It is one optimizer with an ordinary state; `torch.optim.AdamW` works on its own groups in that state.  A group of
+    Muon has the keys ``lr``, ``weight_decay``, ``cautious``, ``momentum``, ``scale`` and, from `Matrices`,
+    ``transposed`` and ``shape``.
     """
 
     def __init__(self, groups: list[dict[str, Any]]):
@@ -138,7 +145,7 @@ class MuonAdamW(torch.optim.Optimizer):
         self._link()
 
     def _link(self) -> None:
-        """Let AdamW work on its groups and the state as they are now; groups get its default options."""
+        """Let AdamW work on its current groups and the state; groups get its default options."""
         groups = [group for group in self.param_groups if group["algorithm"] == "adamw"]
         self._adamw = torch.optim.AdamW(groups) if groups else None
         if self._adamw is not None:
@@ -146,7 +153,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None) -> Any:
-        """One update of all groups."""
+        """Update all groups once."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -162,7 +169,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return loss
 
     def _update(self, group: dict[str, Any], parameters: list[Any]) -> None:
-        """Parameters whose matrices have the same shape."""
+        """Update parameters that have matrices of one shape."""
         matrices, momentum = Matrices(group["transposed"], group["shape"]), group["momentum"]
         _, num_out, num_in = matrices.shape
         lr, decay = group["lr"], group["lr"] * group["weight_decay"]
@@ -188,27 +195,27 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def update_scale(num_out: int, num_in: int, scale: Scale) -> float:
-    """The factor on the orthogonal update of a matrix."""
+    """Return the factor on the orthogonal update of a matrix."""
     return 0.2 * math.sqrt(max(num_out, num_in)) if scale == "match_rms" else math.sqrt(max(1, num_out / num_in))
 
 
 def warmed_up(momentum: float, share: float) -> float:
-    """The momentum after a share of its warm-up."""
+    """Return the momentum after a share of its warm-up."""
     first = min(0.85, momentum)
     return first + (momentum - first) * min(share, 1.0)
 
 
 @dataclass(eq=False)
 class Muon(Technique):
-    """Trains the matrices of the blocks with Muon and everything else with AdamW.
+    """Train the matrices of the blocks with Muon and everything else with AdamW.
 
     Args:
-        lr: Peak learning rate of the matrices, above 0; None: 0.02 with scale "spectral", and ``args.learning_rate``
-            with "match_rms".  The rest has ``args.learning_rate``, and only that is what a search finds.
+        lr: Peak learning rate of the matrices, above 0.  None means 0.02 with scale "spectral", and
+            ``args.learning_rate`` with "match_rms".  The rest has ``args.learning_rate``; a search sets only that.
         momentum: Decay of the momentum per step, in [0, 1).
         momentum_warmup: Progress, in [0, 1], at which the momentum has risen from 0.85 to ``momentum``.
-        cautious: Whether weight decay passes over what the update enlarges; of the matrices only.
-        scale: How long the update of a matrix is, by its shape.
+        cautious: True if weight decay skips elements of the matrices that the update enlarges.
+        scale: Rule for the length of an update, by the shape of the matrix.
     """
 
     lr: Positive | None = None  # Jordan's 0.02, for scale "spectral"
@@ -220,10 +227,12 @@ class Muon(Technique):
     refused_backends: ClassVar = {"zero": "it flattens parameters, and Muon needs matrices"}
 
     def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """Each group divided by the shape of its matrices; weight decay and factors on the rate hold for all."""
+        """Divide each group by the shape of its matrices; weight decay and factors on the rate hold for all."""
         run: Any = self.run_
         if run.is_deepspeed_enabled:
-            raise ValueError(f"{self!r}: under DeepSpeed ZeRO, parameters are no matrices. Use DDP or FSDP.")
+            raise ValueError(
+                f"{self!r} does not support DeepSpeed ZeRO because {self.refused_backends['zero']}. Use DDP or FSDP."
+            )
         args, matrices = run.args, matrices_in(model)
         if args.learning_rate == 0:
             raise ValueError(
@@ -253,9 +262,10 @@ class Muon(Technique):
             count[group["algorithm"]] += sum(p.numel() for p in group["params"])
         if count["muon"] == 0:
             raise ValueError(
-                f"{self!r}: {type(model).__name__} has no trainable matrix in a block. Use another optimizer."
+                f"{self!r} does not support this model because {type(model).__name__} has no trainable matrix in a "
+                "block. Use another optimizer."
             )
-        if self.scale == "spectral" and hasattr(model, "peft_config"):
+        if self.scale == "spectral" and is_adapted(model):
             logger.warning(
                 f"{self!r}: with scale='spectral', a step of a tall adapter (out x rank) is sqrt(out / rank) times as "
                 "long as that of a square matrix. Set scale='match_rms' to train adapters at AdamW's rate."
@@ -264,7 +274,7 @@ class Muon(Technique):
         if (source := getattr(model, "name_or_path", "")) and not matrices.keys() & frozen:
             logger.warning(
                 f"{self!r}: {source!r} looks pre-trained, and Muon degrades the full fine-tuning of models that were "
-                "pre-trained with Adam. Use AdamW or train adapters, unless this one is new or Muon has trained it."
+                "pre-trained with Adam. Use AdamW or train adapters, unless the model is new or Muon trained it."
             )
         self.share_ = count["muon"] / sum(count.values())
         return MuonAdamW(list(divided.values()))
@@ -278,5 +288,5 @@ class Muon(Technique):
                 group["momentum"] = momentum
 
     def report(self) -> Mapping[str, Any]:
-        """The share of the trainable parameters that Muon updates."""
+        """Report the share of the trainable parameters that Muon updates."""
         return {"muon_share": self.share_}

@@ -1,33 +1,37 @@
-"""NamedOptimizer: any optimizer of torch, pytorch_optimizer or schedulefree, with rules for parameters by pattern.
+"""Train with any optimizer of torch, pytorch_optimizer or schedulefree, with rules for parameters by pattern.
 
     NamedOptimizer("SOAP", options={"precondition_frequency": 10}, rules={"embed": {"lr": 0.5, "weight_decay": 0.0}})
 
-A name without a package is looked for in ``torch.optim``, ``pytorch_optimizer`` and ``schedulefree``, in this order;
-``package:Class`` names any class.  The peak learning rate and the weight decay are the trainer's; ``args.adam_beta1``
-and the like are not read, and ``args.optim`` may not name another one.
+``package:Class`` names any class.  A name without a package is searched in ``torch.optim``, ``pytorch_optimizer`` and
+``schedulefree``, in this order.  The trainer sets the peak learning rate and the weight decay.  ``args.adam_beta1`` and
+the like are not read, and ``args.optim`` may not name another optimizer.
 
-The keys of ``rules`` are regular expressions that are searched for in the names of parameters.  ``lr`` and
-``weight_decay`` are factors, which multiply where several rules match.  Any other key is an option of the optimizer for
-these parameters, or a key of its parameter groups that its code reads; the last rule that matches decides:
+The keys of ``rules`` are regular expressions that are searched in the names of parameters.  ``lr`` and ``weight_decay``
+are factors, which multiply if several rules match.  Any other key is an option of the optimizer for these parameters,
+or a key of its parameter groups that its code reads.  The last rule that matches decides:
 
     projected = {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"}
     NamedOptimizer("GaLore", rules={"proj": projected})
     NamedOptimizer("NorMuon", rules={"": {"use_muon": False}, r"layers.*proj": {"use_muon": True, "lr": 20.0}})
 
-Before the first step, the optimizer updates a small copy of the parameters, so that what it cannot do is said there.
+Before the first step, the optimizer updates a small copy of the parameters, so that failures show then.
 
-Optimizers whose weights differ between training and evaluation (schedule-free ones) are switched around evaluation and
-saving; when training goes on, the weights are those from before, bit for bit.  The checkpoints of a run hold the
+Schedule-free optimizers have different weights for training and evaluation.  They are switched around evaluation and
+saving.  When training continues, the weights are those from before, bit for bit.  The checkpoints of a run hold the
 weights of training, and the trained model those of evaluation.
 
-Reference: https://github.com/kozistr/pytorch_optimizer; Defazio et al. (2024), The Road Less Scheduled,
+Recommendation: Use NamedOptimizer if you want an optimizer that args.optim does not know, or rules for groups of
+parameters.
+When to use: To try an optimizer that the trainer's ``optim`` does not know, or to give groups of parameters their own
+rates.  Tune the learning rate again, because scales differ.
+When not to use:
+- An optimizer that ``optim`` knows, without rules.
+- FSDP2 or ZeRO with optimizers that work on whole matrices (SOAP, Shampoo): they see shards, and act differently.
+- Optimizers that need a closure, which are refused, or second derivatives, which they do not find.
+Differences from the paper: None.
+Example: NamedOptimizer("SOAP")
+References: https://github.com/kozistr/pytorch_optimizer; Defazio et al. (2024), The Road Less Scheduled,
 https://arxiv.org/abs/2405.15682.
-
-When to use: to try an optimizer that the trainer's ``optim`` does not know, or to give groups of parameters their own
-rates.  Tune the learning rate anew: their scales differ.
-When not to use: where ``optim`` knows it and no rules are needed.  Under FSDP2 and ZeRO an optimizer sees shards: one
-that works on whole matrices (SOAP, Shampoo) is another one there.  Optimizers that need a closure are refused; those
-that need second derivatives find none.
 """
 
 from __future__ import annotations
@@ -58,11 +62,11 @@ SWITCHES = {
     "sn": {"sn": True},
     "use_muon": {"use_muon": True},
 }
-"""Keys of parameter groups without which an optimizer that reads them is another one, with an example."""
+"""Keys of parameter groups that change the algorithm of an optimizer that reads them, with an example."""
 
 
 def optimizers_in(package: str) -> dict[str, type[torch.optim.Optimizer]]:
-    """The optimizers that a package exports, by name."""
+    """Return the optimizers that a package exports, by name."""
     members = vars(importlib.import_module(package))
     return {
         name: member
@@ -74,7 +78,7 @@ def optimizers_in(package: str) -> dict[str, type[torch.optim.Optimizer]]:
 
 
 def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
-    """The class with the name, ``package:Class`` or ``Class``; ValueError, in one sentence, where there is none."""
+    """Return the class with the name, ``package:Class`` or ``Class``; raise ValueError if there is none."""
     package, colon, member = name.rpartition(":")
     places = (package,) if colon else PACKAGES
     known: dict[str, type[torch.optim.Optimizer]] = {}
@@ -83,7 +87,7 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
             found = optimizers_in(place)
         except (ImportError, ValueError) as error:
             remedy = "pip install 'hf-accel[optim]'" if place in PACKAGES else "Check the name"
-            raise ValueError(f"{member!r} is looked for in {place!r}: {error}. {remedy}.") from None
+            raise ValueError(f"{member!r} cannot be searched in {place!r}: {error}. {remedy}.") from None
         if member in found:
             return found[member]
         known |= found
@@ -91,16 +95,16 @@ def find_optimizer(name: str) -> type[torch.optim.Optimizer]:
 
 
 def options_of(kind: type[torch.optim.Optimizer]) -> set[str]:
-    """Names of the arguments that the class and its bases take."""
+    """Return the names of the arguments that the class and its bases take."""
     named = {name for base in kind.__mro__ for name in inspect.signature(base.__init__).parameters}
     return named - {"self", "params", "args", "kwargs", "defaults"}
 
 
 def group_keys_of(kind: type[torch.optim.Optimizer]) -> set[str]:
-    """Names in the code of the class that it may read from parameter groups, beside its arguments."""
+    """Return names in the code of the class that it may read from parameter groups."""
     try:
         source = inspect.getsource(kind)
-    except OSError:  # torch's own that is defined in another module than it says
+    except OSError:  # a class of torch with a wrong __module__
         return set()
     return set(re.findall(r"""['"]([A-Za-z_]\w*)['"]""", source))
 
@@ -108,14 +112,13 @@ def group_keys_of(kind: type[torch.optim.Optimizer]) -> set[str]:
 def failure(
     kind: type[torch.optim.Optimizer], groups: list[dict[str, Any]], options: Mapping[str, Any], saved: bool
 ) -> str | None:
-    """Return what goes wrong when the optimizer updates small copies of the parameters, and is saved and loaded.
+    """Return an error of the optimizer when it updates small copies of the parameters, and is saved and loaded.
 
     Args:
-        saved: Whether it must be possible to load its state as Trainer does, without running what is in it.
+        saved: True if its state must load as Trainer loads it, with ``weights_only``.
     """
-
     sizes = sorted({size for group in groups for p in group["params"] for size in p.shape if size > 1})
-    smaller = {size: min(size, 2 + i) for i, size in enumerate(sizes)} | {0: 0, 1: 1}  # what differs, differs still
+    smaller = {size: min(size, 2 + i) for i, size in enumerate(sizes)} | {0: 0, 1: 1}  # different sizes stay different
 
     def small(parameter: Tensor) -> nn.Parameter:
         copy = nn.Parameter(torch.rand([smaller[size] for size in parameter.shape], dtype=parameter.dtype))
@@ -143,7 +146,7 @@ def failure(
     except pickle.UnpicklingError:
         if saved:
             return (
-                f"{kind.__name__} cannot resume, for its state holds more than tensors and numbers. "
+                f"{kind.__name__} cannot resume, because its state holds more than tensors and numbers. "
                 "Set save_strategy='no'."
             )
     return None
@@ -151,12 +154,12 @@ def failure(
 
 @dataclass(eq=False)
 class NamedOptimizer(Technique):
-    """Trains with the named optimizer.
+    """Train with the named optimizer.
 
     Args:
         name: ``Class`` or ``package:Class``.
         options: Arguments of the class, without the parameters, ``lr`` and ``weight_decay``.
-        rules: For a regular expression on the names of parameters, factors ``lr`` and ``weight_decay`` and options.
+        rules: Factors ``lr`` and ``weight_decay`` and options, by regular expression on the names of parameters.
     """
 
     name: str = "AdamW"  # Trainer's
@@ -184,7 +187,7 @@ class NamedOptimizer(Technique):
                 raise ValueError(f"{self!r}: {pattern!r} is no regular expression: {error}. Correct it.") from None
 
     def parameter_rules(self, name: str, parameter: nn.Parameter) -> Mapping[str, Any]:
-        """The product of the factors of the rules that match."""
+        """Multiply the factors of the rules that match."""
         answer: dict[str, Any] = {}
         for pattern in self._matching(name):
             answer["group"] = f"{answer.get('group', '')}[{pattern}]"
@@ -196,7 +199,7 @@ class NamedOptimizer(Technique):
         return [pattern for pattern in self.rules if re.search(pattern, name)]
 
     def optimizer(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The named optimizer, with the groups that the rules make."""
+        """Build the named optimizer, with the groups that the rules make."""
         run: Any = self.run_
         names = [name for group in groups for name in group["names"]]
         for pattern in self.rules:
@@ -209,7 +212,7 @@ class NamedOptimizer(Technique):
             raise ValueError(f"{self!r}: {error}") from None
         if (first := next(iter(inspect.signature(kind).parameters))) != "params":
             raise ValueError(
-                f"{self!r}: {kind.__name__} takes a {first}, where Trainer has groups of parameters. Choose another."
+                f"{self!r}: {kind.__name__} takes a {first}, but Trainer passes groups of parameters. Choose another."
             )
         known = options_of(kind)
         of_groups = group_keys_of(kind)
@@ -218,12 +221,12 @@ class NamedOptimizer(Technique):
             raise ValueError(f"{self!r}: {kind.__name__} has no option {unknown[0]!r}. {nearest(unknown[0], known)}")
         for key in (SWITCHES.keys() & of_groups) - known - ruled:
             raise ValueError(
-                f"{self!r}: {kind.__name__} works as meant only in groups with {key!r}. Set rules, for example "
+                f"{self!r}: {kind.__name__} needs groups with {key!r}. Set rules, for example "
                 f"{{'proj': {SWITCHES[key]}}}."
             )
         closure = inspect.signature(kind.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
-            raise ValueError(f"{self!r}: {kind.__name__} needs a closure, which Trainer does not give. Choose another.")
+            raise ValueError(f"{self!r}: {kind.__name__} needs a closure, which Trainer does not pass. Choose another.")
         if "weight_decay" not in known and any(group["weight_decay"] for group in groups):
             raise ValueError(f"{self!r}: {kind.__name__} has no weight decay. Set args.weight_decay to 0.")
         kept = []
@@ -250,20 +253,23 @@ class NamedOptimizer(Technique):
             scheduled = f"lr_scheduler_type={named!r}"
         if scheduled is not None:
             raise ValueError(
-                f"{self!r}: its averaging takes the place of a decay, and {scheduled} decays the learning rate. "
+                f"{self!r}: its averaging replaces a decay, and {scheduled} decays the learning rate. "
                 "Use lr_scheduler_type='constant' or 'constant_with_warmup'."
             )
         if run.args.load_best_model_at_end:
             raise ValueError(
                 f"{self!r}: checkpoints hold the weights of training, and load_best_model_at_end would return them. "
-                "Set it to False."
+                "Set load_best_model_at_end=False."
             )
         if run.is_deepspeed_enabled:
-            raise ValueError(f"{self!r}: DeepSpeed does not switch between training and evaluation. Use DDP or FSDP2.")
+            raise ValueError(
+                f"{self!r} does not support DeepSpeed ZeRO because it does not switch between training and evaluation. "
+                "Use DDP or FSDP2."
+            )
 
     @contextlib.contextmanager
     def _switched(self, model: nn.Module) -> Iterator[None]:
-        """The weights of evaluation, while training; after it the model has them anyway."""
+        """Use the weights of evaluation during training; after it, the model has them anyway."""
         run: Any = self.run_
         if not run.is_in_train or not self.switched_:
             yield
@@ -290,5 +296,5 @@ def _in_words(error: Exception) -> str:
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:
-    """YAML has lists only."""
+    """Convert lists to tuples, which YAML does not have."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in options.items()}

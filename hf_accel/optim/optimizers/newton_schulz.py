@@ -1,16 +1,16 @@
-"""Newton-Schulz iteration: a matrix with the same singular vectors and all singular values near 1.
+"""Compute a matrix with the same singular vectors and all singular values near 1, by Newton-Schulz iteration.
 
-With X = M / |M| and the coefficients (a, b, c) of a quintic whose slope at zero is steep, five times
+With X = M / |M| and the coefficients (a, b, c) of a quintic that is steep at zero, five times
 
     X = a X + b (X X^T) X + c (X X^T)^2 X
 
-takes each singular value s of X to p(p(p(p(p(s))))), p(s) = a s + b s^3 + c s^5: to between 0.68 and 1.21 where s is at
-least 0.002 before.  A wide matrix is iterated through its small Gram matrix A = X X^T alone,
+takes each singular value s of X to p(p(p(p(p(s))))), p(s) = a s + b s^3 + c s^5.  A value of at least 0.002 ends
+between 0.68 and 1.21.  A wide matrix is iterated through its small Gram matrix A = X X^T alone,
 
     Q = a I + b A + c A^2        P = Q P        A = Q A Q
 
-with the result P X, which takes fewer operations from twice as many columns as rows on; in bfloat16 its rounding errors
-would grow.
+with the result P X.  This takes fewer operations if there are at least twice as many columns as rows.  In bfloat16, its
+rounding errors would grow.
 
 Reference: Jordan et al. (2024), https://kellerjordan.github.io/posts/muon/.
 
@@ -27,7 +27,7 @@ STEPS = 5
 
 
 def iteration_dtype(tensor: Tensor) -> torch.dtype:
-    """bfloat16 where the device computes in it natively; emulated, it is slower than float32.  float64 is kept."""
+    """Return float64 for float64, bfloat16 if the device computes in it natively, and else float32, which is faster."""
     if tensor.dtype == torch.float64:
         return torch.float64
     native = tensor.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -35,7 +35,7 @@ def iteration_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def orthogonalized(matrices_KOI: Tensor) -> Tensor:
-    """All matrices of a stack, each near the orthogonal one that is nearest to it; in the dtype of the iteration."""
+    """Return approximations of the nearest orthogonal matrices of a stack, in the dtype of the iteration."""
     x = matrices_KOI.to(iteration_dtype(matrices_KOI))
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     if x.size(-2) > x.size(-1):

@@ -1,4 +1,4 @@
-"""What ranks exchange, and when."""
+"""Choose what ranks exchange, and when."""
 
 from hf_accel.system.synchronize.diloco import DiLoCo
 from hf_accel.system.synchronize.gradient_compression import GradientCompression

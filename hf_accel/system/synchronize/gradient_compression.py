@@ -1,22 +1,26 @@
-"""Gradient compression: ranks exchange less than whole gradients.
+"""Send less than whole gradients between ranks.
 
-``fp16`` and ``bf16`` halve what is sent.  ``powersgd`` sends a factorization of low rank of each matrix of the gradient
-instead, from one step of a power iteration that goes on from the last one; with gradient G of shape (n, m),
+``fp16`` and ``bf16`` halve the bytes sent.  ``powersgd`` sends a low-rank factorization of each matrix of the gradient
+instead.  It takes one step of a power iteration, which starts from the last one.  With gradient G of shape (n, m),
 
-    M = G + E                                        what was not sent before is not lost
+    M = G + E                                        the unsent part from before is not lost
     P = orthogonal(mean over ranks of M Q)           (n, rank)
     Q = mean over ranks of M^T P                     (m, rank)
     gradient = P Q^T,    E = M - P Q^T
 
-which is (n + m) rank numbers for n m.  Vectors, and matrices that it would not make smaller, are sent whole; so is
-everything while progress is below ``start``, when gradients change fast.
+which is (n + m) rank numbers for n m.  Vectors, and matrices that it would not make smaller, are sent whole.  While
+progress is below ``start``, gradients change fast, and everything is sent whole.
 
+Recommendation: Use GradientCompression if you train with DDP over a slow network and most of a step waits for
+gradients.
+When to use: DDP over a slow network, if waiting for gradients takes most of a step.  Try a half precision first.
+When not to use:
+- A fast interconnect, because compressing takes longer than sending.
+- One process, which sends nothing.
+Differences from the paper: E and Q are kept by parameter instead of DDP's bucket, because a resumed run forms new
+buckets.
 Reference: Vogels, Karimireddy, Jaggi (2019), PowerSGD: Practical low-rank gradient compression for distributed
-optimization, https://arxiv.org/abs/1905.13727.  Departure: E and Q are kept by parameter, not by DDP's bucket, since
-buckets are formed anew when a run is resumed.
-
-When to use: DDP over a slow network, where most of a step is spent on waiting for gradients; a half precision first.
-When not to use: a fast interconnect, where compressing takes longer than sending; one process, which sends nothing.
+optimization, https://arxiv.org/abs/1905.13727.
 """
 
 from __future__ import annotations
@@ -39,9 +43,9 @@ logger = logging.get_logger(__name__)
 
 
 def low_rank(matrix_NM: Tensor, query_MR: Tensor, mean: Any = lambda tensor: tensor) -> tuple[Tensor, Tensor]:
-    """An approximation P Q^T of the mean of the ranks' matrices, and Q, the query of the next one.
+    """Return an approximation P Q^T of the mean of the ranks' matrices, and Q, the query of the next step.
 
-    ``mean`` gives the mean of a tensor over the ranks.
+    ``mean`` averages a tensor over the ranks.
     """
     basis_NR = torch.linalg.qr(mean(matrix_NM @ query_MR))[0]
     query_MR = mean(matrix_NM.T @ basis_NR)
@@ -49,22 +53,22 @@ def low_rank(matrix_NM: Tensor, query_MR: Tensor, mean: Any = lambda tensor: ten
 
 
 def is_smaller(shape: torch.Size, rank: int) -> bool:
-    """Whether factors of a rank are at most half of a matrix, of which the first dimension are the rows."""
+    """Return whether factors of a rank are at most half as large as a matrix with its rows in the first dimension."""
     rows, columns = shape[0] if len(shape) else 1, math.prod(shape[1:])
     return len(shape) > 1 and 2 * (rows + columns) * rank <= rows * columns
 
 
 @dataclass(eq=False)
 class GradientCompression(Technique):
-    """Compresses what DistributedDataParallel sends.
+    """Compress the gradients that DistributedDataParallel sends.
 
     Args:
-        method: How gradients are sent.
-        rank: Of PowerSGD's factors, above 0.
+        method: Format of the gradients that are sent.
+        rank: Rank of PowerSGD's factors, above 0.
         start: Progress, in [0, 1], from which PowerSGD compresses.
     """
 
-    method: Literal["fp16", "bf16", "powersgd"] = "fp16"
+    method: Literal["fp16", "bf16", "powersgd"] = "fp16"  # not taken from a paper
     rank: Annotated[int, at.Gt(0)] = 4  # table 3 of the paper: ranks of 2 and 4 keep the quality
     start: Fraction = 0.1  # torch's own waits for 1,000 steps
     refused_backends: ClassVar = {
@@ -72,8 +76,8 @@ class GradientCompression(Technique):
         "zero": "it reduces gradients itself",
     }
     expected_failed_checks: ClassVar = {
-        "check_every_option_matters": "on the one process of that check nothing is sent",
-        "two_ranks_equal_one[ddp]": "what is sent is rounded",
+        "check_every_option_matters": "the one process of that check sends nothing",
+        "two_ranks_equal_one[ddp]": "gradients are rounded before they are sent",
     }
     claims: ClassVar = frozenset({"synchronization"})
 
@@ -81,29 +85,32 @@ class GradientCompression(Technique):
         super().on_train_begin(args, state, control, **kwargs)
         run: Any = self.run_
         if run.is_deepspeed_enabled or run.is_fsdp_enabled:
-            raise ValueError(f"{self!r}: FSDP and DeepSpeed exchange gradients themselves. Use DDP, or leave it out.")
-        if self.method == "powersgd" and args.fp16:  # what was not sent would be kept at the loss scale of its step
+            raise ValueError(
+                f"{self!r} does not support FSDP or DeepSpeed because they exchange gradients themselves. Use DDP, or "
+                "remove GradientCompression."
+            )
+        if self.method == "powersgd" and args.fp16:  # the unsent part would keep the loss scale of its step
             raise ValueError(f"{self!r}: PowerSGD does not follow the loss scale of fp16. Use bf16=True.")
         self.errors_: dict[str, Tensor] = {}
         self.queries_: dict[str, Tensor] = {}
         self.sent_, self.whole_ = 0, 0
         wrapped = getattr(run.model_wrapped, "_orig_mod", run.model_wrapped)  # torch_compile wraps DDP
         if not isinstance(wrapped, DistributedDataParallel):
-            logger.warning(f"{self!r}: one process sends no gradients, and nothing is compressed.")
+            logger.warning(f"{self!r}: one process sends no gradients, so nothing is compressed.")
             return
         if self.method == "bf16" and dist.get_backend() == "gloo":
             raise ValueError(f"{self!r}: gloo does not send bfloat16. Use method='fp16'.")
         self.names_ = {parameter: name for name, parameter in wrapped.module.named_parameters()}
-        if getattr(self, "hooked_", None) is not wrapped:  # a second train() goes on with the same
+        if getattr(self, "hooked_", None) is not wrapped:  # a second train() keeps the hook
             wrapped.register_comm_hook(None, lambda _, bucket: self._exchange(bucket))
             self.hooked_ = wrapped
 
     def synchronize(self) -> bool:
-        """Always."""
+        """Return True: ranks exchange gradients at every step."""
         return True
 
     def _exchange(self, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
-        """DDP's hook: the mean gradient of one bucket."""
+        """Average the gradients of one bucket, as DDP's hook."""
         run: Any = self.run_
         self.whole_ += bucket.buffer().numel() * bucket.buffer().element_size()
         if self.method != "powersgd":
@@ -117,7 +124,7 @@ class GradientCompression(Technique):
         return done
 
     def _exchange_as(self, dtype: torch.dtype, buffer: Tensor) -> torch.futures.Future[Tensor]:
-        """The mean of a buffer, sent in a type while the backward pass goes on."""
+        """Average a buffer, sent in a dtype during the backward pass."""
         total = buffer.to(dtype) / dist.get_world_size()
         self.sent_ += total.numel() * total.element_size()
         work: Any = dist.all_reduce(total, async_op=True)
@@ -142,7 +149,7 @@ class GradientCompression(Technique):
         gradient.copy_(sent_NM.view_as(gradient))
 
     def _mean(self, tensor: Tensor) -> Tensor:
-        total = tensor / dist.get_world_size()  # before the sum, which may be too large for half precision
+        total = tensor / dist.get_world_size()  # before the sum, which may overflow in half precision
         dist.all_reduce(total)
         self.sent_ += total.numel() * total.element_size()
         return total
@@ -161,5 +168,5 @@ class GradientCompression(Technique):
             self.errors_ = {name: error.to(device) for name, error in state.get("errors", {}).items()}
 
     def report(self) -> Mapping[str, Any]:
-        """Bytes that each rank gave to all others, and what share of the whole gradients they are."""
+        """Report the bytes that each rank sent, and their share of the whole gradients."""
         return {"bytes": self.sent_, "share": self.sent_ / self.whole_ if self.whole_ else 1.0}

@@ -1,19 +1,22 @@
-"""Local SGD: each rank takes steps of its own, and every few steps all take the mean of their weights.
+"""Train each rank by itself, and average the weights of all ranks every few steps.
 
-With data parallelism every step waits for an exchange of gradients as large as the model.  Here a rank k trains on its
-own part of each step batch with its own optimizer, and after every H steps
+With data parallelism, every step waits for an exchange of gradients as large as the model.  Here, a rank k trains on
+its own part of each step batch with its own optimizer, and after every H steps
 
     w_k <- 1/K sum_j w_j
 
-so that 1/H as much is sent.  Gradients of a step are no longer those of the whole batch: each rank's updates are as
-noisy as its part of the batch.  Evaluations and checkpoints that fall due between two meetings wait for the next one.
+so that 1/H as much is sent.  The gradients of a step are no longer those of the whole batch.  Each rank's updates are
+as noisy as its part of the batch.  Evaluations and checkpoints that are due between two meetings wait for the next one.
 
-Reference: Stich (2019), Local SGD converges fast and communicates little, https://arxiv.org/abs/1805.09767; Lin et al.
+Recommendation: Use LocalSGD if your ranks have a slow network between them and most of a step is waiting.
+When to use: Ranks with a slow network between them, if waiting takes most of a step.
+When not to use:
+- One machine with a fast interconnect.
+- Techniques that decide by the gradient of the whole step.
+- Runs for which `DiLoCo` fits; it reaches further with the same messages.
+Differences from the paper: None.
+References: Stich (2019), Local SGD converges fast and communicates little, https://arxiv.org/abs/1805.09767; Lin et al.
 (2020), Don't use large mini-batches, use local SGD, https://arxiv.org/abs/1808.07217.
-
-When to use: ranks with a slow network between them, where most of a step is spent on waiting.
-When not to use: one machine with a fast interconnect; with techniques that decide by the gradient of the whole step.
-`DiLoCo` reaches further with the same messages.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ from hf_accel.system.synchronize.rounds import Rounds
 
 @dataclass(eq=False)
 class LocalSGD(Rounds):
-    """Averages the ranks' weights every few steps; in between, ranks exchange the number of tokens of a step alone.
+    """Average the ranks' weights every few steps; in between, ranks exchange only the number of tokens of a step.
 
     Args:
         every: Steps of a rank between two meetings, above 0; H in the paper, which goes up to 16 without loss.
@@ -43,6 +46,6 @@ class LocalSGD(Rounds):
 
     @torch.no_grad()
     def meet(self, weights: Mapping[str, Tensor]) -> None:
-        """Every rank goes on from the mean."""
+        """Let every rank continue from the mean."""
         for weight in weights.values():
             weight.copy_(self.mean(weight))

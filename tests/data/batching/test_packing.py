@@ -34,10 +34,9 @@ def features(lengths=LENGTHS, seed=0):
 
 def packing(model=None, width=9, **fields):
     technique = Packing(**fields)
-    technique.run_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu")))
+    technique.run_ = SimpleNamespace(args=SimpleNamespace(device=torch.device("cpu"), use_cache=False))
     technique.inspect_dataset([{"input_ids": [0] * width}])
     model = model or tiny_llama(0.0)
-    model.config.use_cache = False  # as Trainer sets it
     technique.prepare_model(model)
     technique.on_train_begin(SimpleNamespace(torch_compile=False), None, None, model=model)
     return technique
@@ -188,18 +187,28 @@ def test_truncated_rows_hold_the_beginnings():
 
 def test_what_does_not_fit_is_refused():
     rows = [{"input_ids": [0] * n} for n in (3, 12)]
-    with pytest.raises(ValueError, match=r"Packing\(max_length=8\): an example has 12 tokens\. Give at least that"):
+    with pytest.raises(
+        ValueError, match=r"Packing\(max_length=8\) does not support an example of 12 tokens\. Set max_length=12"
+    ):
         Packing(max_length=8).inspect_dataset(rows)
-    with pytest.raises(ValueError, match=r"Packing\(max_length=8\): an example has 9 tokens"):
+    with pytest.raises(ValueError, match=r"Packing\(max_length=8\) does not support an example of 9 tokens"):
         packing(width=3, max_length=8).collate(features(), collate_padded)
-    with pytest.raises(ValueError, match=r"Packing\(max_length=65\): rows of 65 tokens, the model has 64 positions"):
+    with pytest.raises(
+        ValueError,
+        match=r"Packing\(max_length=65\) does not support rows of 65 tokens because the model has 64 positions",
+    ):
         packing(max_length=65)
     stream = datasets.Dataset.from_list(rows).to_iterable_dataset()
-    with pytest.raises(ValueError, match=r"Packing\(max_length=None\): .*\(IterableDataset\).* Give max_length="):
+    with pytest.raises(
+        ValueError, match=r"Packing\(max_length=None\) does not support IterableDataset .* Set max_length="
+    ):
         Packing().inspect_dataset(stream)
     fields = {"vocab_size": 48, **LLAMA, "max_position_embeddings": 64}
     bert = AutoModelForMaskedLM.from_config(AutoConfig.for_model("bert", **fields))
-    with pytest.raises(ValueError, match=r"Packing\(.*\): BertForMaskedLM.*depends on the one before.*Pad, and group"):
+    with pytest.raises(
+        ValueError,
+        match=r"Packing\(.*\) does not support BertForMaskedLM.*depends on the one before. Use PaddingFree",
+    ):
         Packing().prepare_model(bert)
 
 
@@ -208,7 +217,7 @@ def test_a_given_length_needs_no_token_ids():
         technique = Packing(max_length=8)
         technique.inspect_dataset(rows)
         assert technique.width_ == 8
-        with pytest.raises(ValueError, match=r"no column 'input_ids'.*Give max_length="):
+        with pytest.raises(ValueError, match=r"no column 'input_ids'.*Set max_length="):
             Packing().inspect_dataset(rows)
 
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import IterableDataset
+from transformers import TrainerCallback
 
 from hf_accel import AccelTrainer, LengthGrouped, RandomSubset, TokensPerBatch
 from hf_accel.data.batching.tokens_per_batch import nearest_count
@@ -19,20 +20,28 @@ def test_the_sum_is_the_nearest(lengths, tokens):
     assert distances[count - 1] == min(distances) and distances.index(min(distances)) == count - 1
 
 
+class Count(TrainerCallback):
+    """Counts the real tokens of each step, by epoch, at the model's door."""
+
+    def __init__(self, model):
+        self.epochs, self.tokens = [], []
+        model.register_forward_pre_hook(self.count, with_kwargs=True)
+
+    def count(self, module, args, inputs):
+        self.tokens.append(int(inputs["attention_mask"].sum()))
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        self.epochs.append([])
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.epochs[-1].append(sum(self.tokens))
+        self.tokens.clear()
+
+
 def tokens_of_steps(trainer):
-    """The real tokens of each step, by epoch, counted at the model's door."""
-    epochs = [[]]
-    accumulate = trainer.accel.step.accumulate
-
-    def counted(model, batch, num_items):
-        if batch.plan.epoch == len(epochs):
-            epochs.append([])
-        epochs[-1].append(sum(int(micro.inputs["attention_mask"].sum()) for micro in batch.micro_batches))
-        return accumulate(model, batch, num_items)
-
-    trainer.accel.step.accumulate = counted
+    trainer.add_callback(counter := Count(trainer.model))
     trainer.train()
-    return epochs
+    return counter.epochs
 
 
 @pytest.mark.parametrize("others", [[], [RandomSubset(), LengthGrouped()]], ids=["alone", "chosen and ordered"])
@@ -79,12 +88,12 @@ def test_a_budget_that_an_example_exceeds_is_refused():
     technique = TokensPerBatch(tokens=5)
     technique.run_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length"))
     with pytest.raises(
-        ValueError, match=r"TokensPerBatch\(tokens=5\): the longest example has 9 tokens\. Give at least"
+        ValueError, match=r"TokensPerBatch\(tokens=5\) does not support an example of 9 tokens\. Set tokens=9"
     ):
         technique.inspect_dataset([{"length": n} for n in (3, 9)])
     technique = TokensPerBatch()
     technique.run_ = SimpleNamespace(args=SimpleNamespace(length_column_name="length"))
-    with pytest.raises(ValueError, match=r"TokensPerBatch\(tokens=None\): how long .*\(Text\).* Give tokens="):
+    with pytest.raises(ValueError, match=r"TokensPerBatch\(tokens=None\) does not support Text .* Set tokens="):
         technique.inspect_dataset(Text())
 
 

@@ -83,11 +83,13 @@ def test_models_read_the_small_images(kind):
 def test_models_of_one_size_are_refused(tmp_path):
     vision = dict(SMALL, image_size=16, patch_size=4)
     clip = CLIPForImageClassification(CLIPConfig(vision_config=vision, text_config=dict(SMALL, vocab_size=20)))
-    with pytest.raises(ValueError, match="CLIPForImageClassification has .*position.* forward takes no interp"):
+    with pytest.raises(ValueError, match="CLIPForImageClassification because .*position.* forward takes no interp"):
         started(clip)
-    with pytest.raises(ValueError, match=r"ResolutionWarmup\(.*LlamaForCausalLM reads input_ids, not images"):
+    with pytest.raises(
+        ValueError, match=r"ResolutionWarmup\(.*LlamaForCausalLM because it reads input_ids, not pixel_values"
+    ):
         tiny_trainer([ResolutionWarmup()], tmp_path, modality="text").train()
-    with pytest.raises(ValueError, match="are not images as numbers"):
+    with pytest.raises(ValueError, match="does not support pixel_values of"):
         resized(started(vit()), torch.rand(2, 4, 3, 48, 48))
 
 

@@ -78,7 +78,7 @@ def test_pieces_of_what_has_one_label_are_refused():
         StepPlan(0, torch.arange(4), None, 4),
         [MicroBatch(padded() | {"labels": torch.arange(4)}, torch.arange(4), None)],
     )
-    with pytest.raises(ValueError, match="only language models learn from pieces of a text. Choose cut='truncate'"):
+    with pytest.raises(ValueError, match="does not support labels of whole examples. Set cut='truncate'"):
         technique.transform_batch(batch)
 
 

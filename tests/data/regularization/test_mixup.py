@@ -146,17 +146,19 @@ def test_the_strength_rises_and_other_epochs_draw_anew():
 
 @pytest.mark.parametrize("kind", [Mixup, CutMix])
 def test_other_models_and_labels_are_refused(kind, tmp_path):
-    with pytest.raises(ValueError, match=rf"{kind.__name__}\(.*LlamaForCausalLM reads input_ids, not images"):
+    with pytest.raises(
+        ValueError, match=rf"{kind.__name__}\(.*LlamaForCausalLM because it reads input_ids, not pixel_values"
+    ):
         tiny_trainer([kind()], tmp_path, modality="text").train()
     several = ViTConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, problem_type="regression")
-    with pytest.raises(ValueError, match="problem_type='regression' and 2 labels has no loss for shares"):
+    with pytest.raises(ValueError, match="problem_type='regression' and 2 labels because its loss takes no shares"):
         hosted(kind(), model=ViTForImageClassification(several))
     assert tiny_llama().main_input_name == "input_ids"
     technique = kind()
     reader = hosted(technique)
     batch = reader[StepPlan(0, torch.arange(4), None, 4)]
     batch.micro_batches[0].inputs["labels"][0] = -100
-    with pytest.raises(ValueError, match="a label is not a class from 0 to 3"):
+    with pytest.raises(ValueError, match="does not support labels outside 0 to 3"):
         technique.transform_batch(batch)
 
 

@@ -91,7 +91,7 @@ def test_normalized_images_are_changed_as_they_were_before():
     expected = changed(started(), images, [1, 2, 3])
     found = found * torch.tensor(std).view(shape) + torch.tensor(mean).view(shape)
     assert (found - expected).abs().mean() < 0.01  # a pixel may fall on the other side of a threshold
-    with pytest.raises(ValueError, match=r"pixel_values are not in \[0, 1\]. Give the trainer processing_class="):
+    with pytest.raises(ValueError, match=r"needs pixel_values in \[0, 1\] before normalization. Set processing_class="):
         changed(started(), normalized, [1, 2, 3])
 
 
@@ -103,5 +103,7 @@ def test_strength_zero_leaves_what_has_a_strength():
 
 
 def test_text_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"RandAugment\(.*LlamaForCausalLM reads input_ids, not images"):
+    with pytest.raises(
+        ValueError, match=r"RandAugment\(.*LlamaForCausalLM because it reads input_ids, not pixel_values"
+    ):
         tiny_trainer([RandAugment()], tmp_path, modality="text").train()

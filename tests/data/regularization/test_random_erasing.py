@@ -57,5 +57,7 @@ def test_images_are_erased_by_seed_epoch_and_example(tmp_path):
 
 
 def test_text_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"RandomErasing\(.*LlamaForCausalLM reads input_ids, not images"):
+    with pytest.raises(
+        ValueError, match=r"RandomErasing\(.*LlamaForCausalLM because it reads input_ids, not pixel_values"
+    ):
         tiny_trainer([RandomErasing()], tmp_path, modality="text").train()

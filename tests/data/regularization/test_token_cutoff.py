@@ -101,13 +101,13 @@ def test_the_share_rises_and_is_reported():
 def test_what_cannot_be_cut_is_refused(tmp_path):
     model = tiny_llama()
     model.config.pad_token_id = None
-    with pytest.raises(ValueError, match="no padding token to cut with. Set config.pad_token_id"):
+    with pytest.raises(ValueError, match="needs a padding token to cut with. Set config.pad_token_id"):
         tiny_trainer([TokenCutoff()], tmp_path, model=model).train()
-    with pytest.raises(ValueError, match=r"TokenCutoff\(.*reads pixel_values, not text"):
+    with pytest.raises(ValueError, match=r"TokenCutoff\(.*reads pixel_values, not input_ids"):
         tiny_trainer([TokenCutoff()], tmp_path, modality="image").train()
     inputs = collate_padded([CountingText()[i] for i in range(3)])
     inputs["attention_mask"] = torch.ones(3, 1, 4, 4)
-    with pytest.raises(ValueError, match="does not say which tokens there are"):
+    with pytest.raises(ValueError, match="does not mark the tokens of input_ids"):
         cut(started(), inputs)
 
 
@@ -126,3 +126,9 @@ def test_each_choice_keeps_its_first_and_last_token(masked):
     assert torch.equal(found["attention_mask"] == 0, holes | (inputs["attention_mask"] == 0 if masked else False))
     assert not torch.equal(holes[0, 0], holes[0, 1])
     assert found["labels"].tolist() == [0, 1, 1]
+
+
+def test_rows_that_are_no_examples_are_refused():
+    pairs = {"input_ids": torch.arange(5, 71).view(6, 11), "completion_mask": torch.ones(6, 11)}
+    with pytest.raises(ValueError, match=r"TokenCutoff\(.*does not support 6 rows for 3 examples without position_ids"):
+        cut(started(), pairs)

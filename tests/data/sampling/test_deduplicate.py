@@ -133,3 +133,54 @@ def test_a_bad_value_names_itself(fields):
     (name,) = fields
     with pytest.raises(ValueError, match=f"Deduplicate\\({name}="):
         Deduplicate(**fields)
+
+
+def characters(text, ngram=5):
+    return {text[i : i + ngram] for i in range(len(text) - ngram + 1)}
+
+
+UNSPACED = {
+    "Chinese": (
+        "小猫睡在旧门旁温暖的垫子上鸟儿在高高的树上唱歌雨水落在屋顶上孩子们在院子里玩耍老人们坐在长椅上聊天",
+        "了",
+        "吧",
+    ),
+    "Japanese": (
+        "小さな猫は古い扉のそばの暖かい敷物の上で眠り鳥は高い木の上で歌い雨は屋根の上に降りカメラで遊んでいる",
+        "よ",
+        "ね",
+    ),
+    "Thai": ("แมวตัวเล็กนอนหลับบนเสื่ออุ่นใกล้ประตูเก่าและนกร้องเพลงบนต้นไม้สูงขณะที่ฝนตกบนหลังคา", "นะ", "ค่ะ"),
+    "Khmer": ("ឆ្មាតូចដេកលើកន្ទេលក្តៅក្បែរទ្វារចាស់ហើយបក្សីច្រៀងនៅលើដើមឈើខ្ពស់", "ណា", "ហើយ"),
+}
+
+
+@pytest.mark.parametrize("script", UNSPACED)
+def test_scripts_without_spaces_are_compared_by_their_characters(script, tmp_path):
+    start, one, other = UNSPACED[script]
+    first, second = characters(start + one), characters(start + other)
+    similar = len(first & second) / len(first | second)
+    assert 0.8 < similar < 1
+    unlike = start[::-1]
+    table = datasets.Dataset.from_dict({"text": [start + one, start + other, unlike, start + one]})
+    assert kept(tmp_path, table, column="text", threshold=similar)[0] == [0, 2]
+    assert kept(tmp_path, table, column="text", threshold=similar + 0.001)[0] == [0, 1, 2]
+    assert kept(tmp_path, table, column="text", threshold=1.0)[0] == [0, 1, 2]
+
+
+def test_words_and_characters_of_a_mixed_text_are_tokens(tmp_path):
+    mixed = ["GPU 版本 is new", "gpu版本is new", "gpu 版 本 is new", "gpu 本版 is new"]
+    table = datasets.Dataset.from_dict({"text": mixed})
+    assert kept(tmp_path, table, column="text", threshold=1.0)[0] == [0, 3]
+    korean = datasets.Dataset.from_dict({"text": ["고양이가 잔다", "고양이가잔다"]})
+    assert kept(tmp_path, korean, column="text", threshold=1.0)[0] == [0, 1], "Korean has spaces"
+
+
+@pytest.mark.parametrize("threshold", [1.0, 0.8])
+def test_a_threshold_of_one_is_equality_of_tokens(threshold, tmp_path):
+    texts = ["a b c d e", "a b c d e\n", "\ta  b c d e ", "a b c d f", "", None, "  ", "e d c b a"]
+    table = datasets.Dataset.from_dict({"text": texts})
+    assert kept(tmp_path, table, column="text", threshold=threshold)[0] == [0, 3, 4, 7]
+    # These two words have the same CRC-32.
+    words = datasets.Dataset.from_dict({"text": ["plumless", "buckeroo"]})
+    assert kept(tmp_path, words, column="text", threshold=threshold)[0] == [0, 1]

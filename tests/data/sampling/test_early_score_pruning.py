@@ -58,7 +58,7 @@ def test_the_error_norm_of_two_classes_is_exact():
 
 def test_classes_keep_their_shares():
     assert watched(started(score="loss", keep=0.5, balance="label", classes="aabb"), [[9.0, 8.0, 1.0, 2.0]]) == [0, 3]
-    with pytest.raises(ValueError, match="EarlyScorePruning.*no example of class 'b' of 1"):
+    with pytest.raises(ValueError, match="EarlyScorePruning.*would keep none of the 1 examples of class 'b'"):
         started(keep=0.4, balance="label", classes="aaab")
 
 

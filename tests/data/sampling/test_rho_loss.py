@@ -72,7 +72,7 @@ def test_the_copy_is_trained_in_micro_batches_of_a_device(tmp_path):
     )
     technique.prepare_dataset(trainer.train_dataset)
     technique._train_small(technique.held_)
-    assert trainer.micro_batch_size == 16 and set(rows) == {4}
+    assert trainer.accel.step.micro_batch_size == 16 and set(rows) == {4}
 
 
 def test_the_copy_is_trained_as_a_loop_by_hand_with_clipped_gradients(tmp_path):

@@ -96,10 +96,10 @@ def test_what_another_technique_leaves_out_is_not_weighed(swapped, tmp_path):
     ("fields", "sentence"),
     [
         ({"by": "class"}, r"no column 'class', only 'label', 'source', 'weight', 'input_ids'"),
-        ({"by": "input_ids"}, r"'input_ids' holds lists"),
+        ({"by": "input_ids"}, r"lists in the column 'input_ids'"),
         ({"weights": {0: 1.0, 1: 1.0}}, r"no share of 2"),
         ({"weights": {0: 1, 1: 1, 2: 1, 3: 1}}, r"no example has 'label' = 3"),
-        ({"by": "source", "weights": "column"}, r"the weight of 0 is 'web'"),
+        ({"by": "source", "weights": "column"}, r"the weight 'web' of 0"),
     ],
 )
 def test_what_does_not_fit_the_data_is_refused(fields, sentence):
@@ -111,8 +111,8 @@ def test_what_does_not_fit_the_data_is_refused(fields, sentence):
     ("weights", "sentence"),
     [
         ({"a": 0.0}, "sum to zero"),
-        ({"a": -1.0, "b": 2.0}, "'a' is -1.0"),
-        ({"a": math.nan}, "'a' is nan"),
+        ({"a": -1.0, "b": 2.0}, "-1.0 of 'a'"),
+        ({"a": math.nan}, "nan of 'a'"),
         ("equal", "weights must be 'balanced', 'column'"),
     ],
 )
@@ -129,5 +129,5 @@ def test_bad_weights_in_a_column_are_refused(values, sentence):
 
 
 def test_rows_without_a_class_are_refused():
-    with pytest.raises(ValueError, match=r"WeightedSampling\(.*'label' holds None"):
+    with pytest.raises(ValueError, match=r"WeightedSampling\(.*\) does not support None in the column 'label'"):
         WeightedSampling().inspect_dataset([{"label": label} for label in (0, None, 1)])

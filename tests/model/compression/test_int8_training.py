@@ -88,5 +88,5 @@ def test_what_it_cannot_do_is_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"Int8Training\(.*GPT2LMHeadModel has no plain nn\.Linear in a block"):
         prepared(Int8Training(), gpt2)
     monkeypatch.setitem(sys.modules, "torchao.prototype.quantized_training", None)
-    with pytest.raises(ValueError, match=r"Int8Training\(.*torchao: is not installed.*hf-accel\[quant\]"):
+    with pytest.raises(ValueError, match=r"Int8Training\(.*torchao is not installed.*hf-accel\[quant\]"):
         prepared(Int8Training(), tiny_llama())

@@ -261,16 +261,16 @@ def test_a_quantized_model_trains_with_adapters_that_are_there_first(tmp_path):
 
 
 def test_quantized_models_that_cannot_be_trained_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"LlamaForCausalLM has quantized weights.*no adapters.*Add them"):
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM has quantized weights.*no adapters.*Add adapters"):
         tiny_trainer([], tmp_path, model=quantized_llama("int8", tmp_path / "base"))
     plain = tiny_trainer([], tmp_path, trainer_class=Trainer, model=add_adapters(tiny_llama(), rank=4, alpha=8))
-    with pytest.raises(ValueError, match=r"has adapters already\. Give the pretrained model itself\.$"):
+    with pytest.raises(ValueError, match=r"has adapters already\. Pass the pretrained model itself\.$"):
         attach(plain, [LoRA(rank=4)])
     adapted = add_adapters(quantized_llama("int8", tmp_path / "base"), rank=4, alpha=8)
     plain = tiny_trainer([], tmp_path, trainer_class=Trainer, model=adapted)
-    with pytest.raises(ValueError, match=r"has adapters already\. Give the pretrained model itself to AccelTrainer"):
+    with pytest.raises(ValueError, match=r"has adapters already\. Pass the pretrained model itself to AccelTrainer"):
         attach(plain, [LoRA(rank=4)])
-    with pytest.raises(ValueError, match=r"LoRA\(.*variant='pissa'.*no singular values\. Choose another"):
+    with pytest.raises(ValueError, match=r"LoRA\(.*variant='pissa'.*no singular values\. Set variant"):
         tiny_trainer([LoRA(rank=4, variant="pissa")], tmp_path, model=quantized_llama("int8", tmp_path / "base"))
     packed = TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4))
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "base", quantization_config=packed)
@@ -283,21 +283,23 @@ def test_quantized_models_that_cannot_be_trained_are_refused(tmp_path):
 def test_what_it_does_to_the_rate_is_said(caplog):
     prepared(LoRA(rank=4), tiny_llama())
     assert "the peak learning rate is 0.01, 10 times learning_rate=0.001" in caplog.text
-    assert "adapters are saved without it" in caplog.text
+    assert "saves adapters without it" in caplog.text
 
 
 def test_what_it_cannot_do_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match=r"LoRA\(rank=17.*rank is above.*\(16 x 16\).*Choose at most 16"):
+    with pytest.raises(ValueError, match=r"LoRA\(rank=17.*rank is above.*\(16 x 16\).*Set rank=16 or less"):
         prepared(LoRA(rank=17), tiny_llama())
     with pytest.raises(ValueError, match=r"LoRA\(.*target='nothing'.*not found"):
         prepared(LoRA(rank=4, target="nothing"), tiny_llama())
-    with pytest.raises(ValueError, match=r"has adapters already\. Give the pretrained model itself"):
+    with pytest.raises(ValueError, match=r"has adapters already\. Pass the pretrained model itself"):
         prepared(LoRA(rank=4), add_adapters(tiny_llama(), rank=4, alpha=8))
     resnet = tiny("resnet", AutoModelForImageClassification, {"embedding_size": 4, "hidden_sizes": [4], "depths": [1]})
-    with pytest.raises(ValueError, match=r"LoRA\(.*ResNet.* has no linear layer but its head\. Train it whole"):
+    with pytest.raises(
+        ValueError, match=r"LoRA\(.*needs a linear layer beside the head; ResNet.* has none\. Remove LoRA"
+    ):
         prepared(LoRA(rank=4), resnet)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ValueError, match=r"LoRA\(.*peft: is not installed.*pip install 'hf-accel\[peft\]'"):
+    with pytest.raises(ValueError, match=r"LoRA\(.*peft is not installed.*pip install 'hf-accel\[peft\]'"):
         prepared(LoRA(rank=4), tiny_llama())
 
 

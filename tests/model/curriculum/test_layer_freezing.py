@@ -153,7 +153,7 @@ def test_what_it_cannot_do_is_refused(tmp_path):
         AutoConfig.for_model("resnet", embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1], num_channels=3)
     )
     args = TrainingArguments(tmp_path, use_cpu=True)
-    with pytest.raises(ValueError, match=r"LayerFreezing\(.*ResNet.*no list of the blocks.*Leave it out"):
+    with pytest.raises(ValueError, match=r"LayerFreezing\(.*ResNet.*no list of the blocks.*Remove the technique"):
         LayerFreezing().on_train_begin(args, None, None, model=resnet)
 
 

@@ -171,7 +171,9 @@ def test_one_trained_block_is_kept(tmp_path):
 
 def test_what_it_cannot_do_is_refused(tmp_path):
     one_block = tiny("Llama", num_hidden_layers=1)
-    with pytest.raises(ValueError, match=r"ProgressiveLayerDrop\(.*LlamaForCausalLM has one block"):
+    with pytest.raises(
+        ValueError, match=r"ProgressiveLayerDrop\(.*needs more than one block.*LlamaForCausalLM has one"
+    ):
         begun(one_block, tmp_path, ProgressiveLayerDrop(), 0)
     with pytest.raises(ValueError, match=r"ProgressiveLayerDrop\(.*ResNet.*no list of the blocks"):
         begun(tiny("ResNet"), tmp_path, ProgressiveLayerDrop(), 0)

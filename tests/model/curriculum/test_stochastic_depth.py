@@ -135,7 +135,7 @@ def test_it_trains_beside_others_that_skip(others, last, tmp_path):
 
 
 def test_what_it_cannot_do_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"StochasticDepth\(.*LlamaForCausalLM has one block"):
+    with pytest.raises(ValueError, match=r"StochasticDepth\(.*needs more than one block.*LlamaForCausalLM has one"):
         begun(tiny("Llama", num_hidden_layers=1), tmp_path, StochasticDepth())
     with pytest.raises(ValueError, match=r"StochasticDepth\(.*Linear has no list of the blocks"):
         begun(torch.nn.Linear(2, 2), tmp_path, StochasticDepth())

@@ -31,7 +31,9 @@ def test_an_encoder_and_a_decoder_count_their_own_branches():
 def test_architectures_with_a_rule_of_their_own_are_refused(name, tmp_path):
     assert scaled_already(tiny(name))
     model = tiny(name)
-    with pytest.raises(ValueError, match=rf"{type(model).__name__} begins with smaller residual projections already"):
+    with pytest.raises(
+        ValueError, match=rf"{type(model).__name__} starts with smaller residual projections by its own rule"
+    ):
         tiny_trainer([DepthScaledInit()], tmp_path, model=model)
 
 
@@ -43,7 +45,7 @@ def test_others_are_not(name):
 def test_what_cannot_be_scaled_is_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path)
     trained = type(tiny_llama()).from_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"the model comes from .*, and its weights would be lost"):
+    with pytest.raises(ValueError, match=r"the weights of the model from .* would be lost"):
         tiny_trainer([DepthScaledInit()], tmp_path, model=trained)
     with pytest.raises(
         ValueError,

@@ -151,13 +151,13 @@ def test_the_same_values_for_the_same_seed_and_no_global_draw(tmp_path):
 REFUSED = {
     "nothing": ({}, {"checkpoint": None}, "checkpoint is None. Name the folder"),
     "no model": ({}, {"checkpoint": "no/where"}, "'no/where' cannot be loaded"),
-    "no function": ({}, {"checkpoint": "hf_accel.testing:nothing"}, "gives no model"),
-    "smaller": ({"hidden_size": 8, "num_attention_heads": 1}, {}, "its width is 8, and that of .* 16.* ShrinkFrom"),
-    "shallower": ({"num_hidden_layers": 3}, {}, "its number of blocks is 3, and that of .* 4.* ShrinkFrom"),
-    "size of heads": ({"hidden_size": 32}, {}, "heads have 16 elements, and the checkpoint's 8. Keep"),
+    "no function": ({}, {"checkpoint": "hf_accel.testing:nothing"}, "returns no model"),
+    "smaller": ({"hidden_size": 8, "num_attention_heads": 1}, {}, "its width is 8, and the check.* 16.* ShrinkFrom"),
+    "shallower": ({"num_hidden_layers": 3}, {}, "its number of blocks is 3, and the checkpoint's 4.* ShrinkFrom"),
+    "size of heads": ({"hidden_size": 32}, {}, "heads have 16 elements, and the checkpoint's have 8. Keep"),
     "queries": (WIDE | {"num_key_value_heads": 2}, {}, "6 heads share 2 keys and values, .* 2 share 2. Keep the ratio"),
-    "vocabulary": (WIDE | {"vocab_size": VOCABULARY + 1}, {}, "vocab_size is 49, and the checkpoint's 48"),
-    "too deep": ({"num_hidden_layers": 9}, {"depth": "middle"}, "at most all of them, twice"),
+    "vocabulary": (WIDE | {"vocab_size": VOCABULARY + 1}, {}, "vocab_size is 49, and the checkpoint has 48"),
+    "too deep": ({"num_hidden_layers": 9}, {"depth": "middle"}, "4 blocks repeat at most once"),
 }
 
 
@@ -178,5 +178,5 @@ def test_other_families_are_refused_by_name(name, tmp_path):
 
 def test_a_model_of_another_family_is_refused(tmp_path):
     tiny_llama().save_pretrained(tmp_path / "small")
-    with pytest.raises(ValueError, match="its model_type is 'llama', and the model's 'gpt2'"):
+    with pytest.raises(ValueError, match="its model_type is 'llama', and the model has 'gpt2'"):
         tiny_trainer([ExpandFrom(str(tmp_path / "small"))], tmp_path, model=tiny("GPT-2", **WIDE))

@@ -52,7 +52,9 @@ def test_training_is_the_same_in_the_other_order(build, plain, tmp_path):
 
 def test_a_model_without_convolutions_is_refused(tmp_path):
     trainer = tiny_trainer([ChannelsLast()], tmp_path, model=tiny_llama(), modality="text")
-    with pytest.raises(ValueError, match=r"ChannelsLast\(\): LlamaForCausalLM has no convolutions of images. Leave it"):
+    with pytest.raises(
+        ValueError, match=r"ChannelsLast\(\) needs convolutions of images; LlamaForCausalLM has none. Remove"
+    ):
         trainer.train()
 
 

@@ -237,9 +237,13 @@ def test_what_it_cannot_do_is_refused(tmp_path):
         return str(caught.value)
 
     t5 = T5Config(vocab_size=48, d_model=16, d_ff=32, d_kv=8, num_layers=3, num_heads=2, decoder_start_token_id=0)
-    assert "T5ForConditionalGeneration has several stacks of blocks" in refused(T5ForConditionalGeneration(t5))
-    assert "has no block between its first and its last" in refused(tiny_bert(), "masked text")
-    assert "has several stacks of blocks" in refused(tiny_convnext(), "image")
+    assert "T5ForConditionalGeneration because it has several stacks of blocks" in refused(
+        T5ForConditionalGeneration(t5)
+    )
+    assert "needs a block between the first and the last; BertForMaskedLM has none" in refused(
+        tiny_bert(), "masked text"
+    )
+    assert "because it has several stacks of blocks" in refused(tiny_convnext(), "image")
     flash = tiny_llama()
     flash.config._attn_implementation_internal = "flash_attention_2"
-    assert "flash_attention_2 attention cannot leave positions out. Use sdpa or eager." in refused(flash)
+    assert "flash_attention_2 attention because it cannot skip positions. Use sdpa or eager." in refused(flash)

@@ -39,6 +39,7 @@ def test_blocks_are_compiled_once_for_all_shapes(plain, tmp_path):
         assert trainer.receipt.seconds["0.RegionalCompile"] == trainer.receipt.techniques[0]["seconds"]
 
 
+@pytest.mark.ci
 def test_a_resumed_run_is_the_same(tmp_path):
     straight = tiny_trainer([RegionalCompile(**TRACED)], tmp_path, save_strategy="steps", save_steps=13)
     straight.train()
@@ -88,7 +89,9 @@ def test_what_it_cannot_do_is_refused(tmp_path):
         return str(caught.value)
 
     assert "RegionalCompile(backend='none'" in refused(RegionalCompile(backend="none"))
-    assert "torch_compile compiles the whole model. Leave one" in refused(RegionalCompile(), torch_compile=True)
+    assert "does not support torch_compile because that compiles the whole model. Set" in refused(
+        RegionalCompile(), torch_compile=True
+    )
     model = tiny_convnext()
     model._no_split_modules = []
     assert "no list of the blocks" in refused(RegionalCompile(**TRACED), model=model, modality="image")

@@ -99,6 +99,7 @@ def test_a_batch_without_masks_has_no_loss_and_gradients_of_0(tmp_path):
     assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
 
 
+@pytest.mark.ci
 @pytest.mark.parametrize("first", [True, False])
 def test_copies_of_the_model_are_trained_beside_it(first, tmp_path):
     techniques = [SparseMaskedHead(), LearningRateSearch(share=0.5), SharpnessAware()]
@@ -109,24 +110,26 @@ def test_copies_of_the_model_are_trained_beside_it(first, tmp_path):
 
 def test_what_it_cannot_do_is_refused(tmp_path):
     with pytest.raises(
-        ValueError, match=r"SparseMaskedHead\(\): LlamaForCausalLM is no masked language model \(causal LM"
+        ValueError, match=r"SparseMaskedHead\(\) needs a masked language model; LlamaForCausalLM is none \(causal LM"
     ):
         tiny_trainer([SparseMaskedHead()], tmp_path, model=tiny_llama(), modality="text")
     for pair in ([SparseMaskedHead(), ChunkedCrossEntropy()], [ChunkedCrossEntropy(), SparseMaskedHead()]):
-        with pytest.raises(ValueError, match=r"ChunkedCrossEntropy\(\) reads the outputs as well"):
+        with pytest.raises(ValueError, match=r"does not support ChunkedCrossEntropy\(\) because both read the outputs"):
             tiny_trainer(pair, tmp_path)
     model = tiny_bert()
     assert _is_by_position(model)
     model.cls.register_forward_pre_hook(lambda module, args: (args[0] - args[0].mean(1, keepdim=True),))
-    with pytest.raises(ValueError, match="does not treat each position by itself"):
+    with pytest.raises(ValueError, match="because its head mixes positions"):
         tiny_trainer([SparseMaskedHead()], tmp_path, model=model)
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_weights_that_zero_has_cut_are_refused(tmp_path):
     def run():
         args = TrainingArguments(str(tmp_path), **backend_args("zero3"))  # from now on models are made in parts
         model = model_of("bert")
-        with pytest.raises(ValueError, match="ZeRO-3 has cut the model's weights.*before TrainingArguments"):
+        with pytest.raises(ValueError, match="ZeRO-3 has partitioned the model's weights.*before TrainingArguments"):
             AccelTrainer(model, args, techniques=[SparseMaskedHead()])
         return True
 

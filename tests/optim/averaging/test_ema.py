@@ -20,7 +20,12 @@ HALF_LIFE, STEPS = 3.0, 40
 class Host:
     """Stands for AccelTrainer, which alone can ask for averages."""
 
-    clock = None
+    def __init__(self, state):
+        self.state = state
+
+    @property
+    def clock(self):
+        return SimpleNamespace(progress=self.state.global_step / STEPS)
 
 
 class Run:
@@ -31,7 +36,7 @@ class Run:
         self.model = nn.Linear(4, 3).to(dtype)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=0.1, momentum=0.9)
         self.state, self.technique = TrainerState(max_steps=STEPS), technique
-        technique.run_ = Host()
+        technique.run_ = Host(self.state)
         if resume is not None:
             self.model.load_state_dict(resume["model"])
             self.optimizer.load_state_dict(resume["optimizer"])
@@ -159,7 +164,7 @@ def test_parameters_frozen_at_the_start_are_left_out_and_those_frozen_later_stay
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     model[0].requires_grad_(False)
     technique = ExponentialMovingAverage(HALF_LIFE)
-    technique.run_ = Host()
+    technique.run_ = Host(TrainerState())
     technique.on_train_begin(None, TrainerState(), None, model=model)
     model[1].requires_grad_(False)
     technique.on_step_end(None, TrainerState(), None)

@@ -54,7 +54,7 @@ def test_a_run_grows_as_far_as_it_measured(tmp_path):
 
 
 def test_one_micro_batch_a_step_is_refused(tmp_path):
-    sentence = f"{NoiseScaleRamp()!r}: a step of 8 examples is one micro-batch, and its noise cannot be measured. Set"
+    sentence = f"{NoiseScaleRamp()!r}: a step of 8 examples is one micro-batch, so its noise cannot be measured. Set"
     with pytest.raises(ValueError, match=re.escape(sentence)):
         tiny_trainer([NoiseScaleRamp()], tmp_path, micro_batch_size=8).train()
     alone = f"{NoiseScaleRamp()!r}: a step of 1 examples is one micro-batch"

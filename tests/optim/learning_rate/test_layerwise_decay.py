@@ -101,7 +101,8 @@ def test_a_model_without_blocks_is_refused(tmp_path):
     resnet = AutoModelForImageClassification.from_config(
         AutoConfig.for_model("resnet", embedding_size=4, hidden_sizes=[4, 4], depths=[1, 1], num_channels=3)
     )
-    with pytest.raises(ValueError, match=r"LayerwiseDecay\(decay=0.8\): ResNet.* has no list of the blocks.*Leave it"):
+    sentence = r"LayerwiseDecay\(decay=0.8\): ResNet.* has no list of the blocks.*Remove the technique for this model"
+    with pytest.raises(ValueError, match=sentence):
         tiny_trainer([LayerwiseDecay()], tmp_path, model=resnet).train()
 
 

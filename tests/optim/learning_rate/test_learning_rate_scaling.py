@@ -94,6 +94,8 @@ def report_on_a_rank(techniques, directory, accumulation):
     return trainer.receipt.techniques[0]["report"]["batch"], rates_of(trainer)
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 @pytest.mark.parametrize("others", [[], [Watch()]], ids=["plain", "streamed"])
 def test_ranks_and_accumulation_count(others, tmp_path):
     scaling = LearningRateScaling("linear", reference_batch=4)
@@ -106,7 +108,7 @@ def test_ranks_and_accumulation_count(others, tmp_path):
 def test_the_log_says_what_is_changed_and_warns_above_the_critical_batch(tmp_path, caplog):
     tiny_trainer([LearningRateScaling("sde", reference_batch=2, critical_batch=8)], tmp_path, **ADAM)
     (said,) = caplog.messages
-    assert "a step takes 8 examples, 4 times as many" in said
+    assert "a step takes 8 examples, 4 times the reference batch" in said
     assert "learning_rate: 0.001 -> 0.002; adam_beta1: 0.9 -> 0.6; adam_beta2: 0.99 -> 0.96" in said
     assert said.endswith("adam_epsilon: 1e-06 -> 5e-07")
     caplog.clear()
@@ -127,35 +129,35 @@ def test_the_arguments_that_were_given_stay(tmp_path):
 @pytest.mark.parametrize(
     ("fields", "others", "args", "sentence"),
     [
-        ({"rule": "sde"}, [], {"optim": "sgd"}, "the rule is Adam's, and optim='sgd' is another optimizer"),
-        ({"rule": "sde"}, [], {"optim": "adafactor"}, "optim='adafactor' is another optimizer. Use rule='sqrt'"),
-        ({"rule": "sde"}, [NamedOptimizer("SGD")], {}, r"and NamedOptimizer\(name='SGD'.* is another optimizer"),
+        ({"rule": "sde"}, [], {"optim": "sgd"}, "support optim='sgd' because this rule holds for Adam"),
+        ({"rule": "sde"}, [], {"optim": "adafactor"}, "optim='adafactor' because .* Use rule='sqrt'"),
+        ({"rule": "sde"}, [NamedOptimizer("SGD")], {}, r"support NamedOptimizer\(name='SGD'.*\) because this rule"),
         (
             {"rule": "sde", "reference_batch": 1},
             [],
             {"adam_beta1": 0.8},
-            "adam_beta1=0.8 would become -0.6. Take",
+            "adam_beta1=0.8 would become -0.6. Use",
         ),
         (
             {"rule": "sde", "reference_batch": 1},
             [],
             {"adam_beta2": 0.8},
-            "adam_beta2=0.8 would become -0.6. Take",
+            "adam_beta2=0.8 would become -0.6. Use",
         ),
-        ({}, [], {"auto_find_batch_size": True}, "Set micro_batch_size='auto' of the trainer in its place"),
-        ({}, [], {"accelerator_config": {"split_batches": True}}, "accelerator_config.split_batches=True changes"),
-        ({}, [], {"parallelism_config": ParallelismConfig()}, "with parallelism_config, ranks share examples"),
+        ({}, [], {"auto_find_batch_size": True}, "Set micro_batch_size='auto' of the trainer instead"),
+        ({}, [], {"accelerator_config": {"split_batches": True}}, "split_batches=True because it changes"),
+        ({}, [], {"parallelism_config": ParallelismConfig()}, "parallelism_config because ranks share examples"),
     ],
 )
 def test_what_it_cannot_do_is_refused(fields, others, args, sentence, tmp_path):
-    with pytest.raises(ValueError, match=rf"LearningRateScaling\(rule=.*\): .*{sentence}"):
+    with pytest.raises(ValueError, match=rf"LearningRateScaling\(rule=.*\) does not .*{sentence}"):
         tiny_trainer([LearningRateScaling(**fields), *others], tmp_path, **args)
 
 
 def test_betas_that_are_set_elsewhere_are_refused(tmp_path):
     trainer = tiny_trainer([LearningRateScaling("sde")], tmp_path)
     trainer.optimizer_cls_and_kwargs = torch.optim.AdamW, {"betas": (0.8, 0.9)}
-    with pytest.raises(ValueError, match=r"LearningRateScaling\(rule='sde'.*optimizer_cls_and_kwargs has Adam's betas"):
+    with pytest.raises(ValueError, match=r"Scaling\(rule='sde'.*optimizer_cls_and_kwargs because it .* Adam's betas"):
         trainer.train()
 
 

@@ -88,7 +88,7 @@ def test_a_resumed_run_does_not_search_again(tmp_path, monkeypatch):
     ("limit", "share", "sentence"),
     [
         ("24steps", 0.5, r"LearningRateSearch\(share=0.5\): 0.5 of the budget is about 12 updates, and a search needs"),
-        ("24steps", 1.0, r"LearningRateSearch\(share=1.0\): nothing of Budget\(limit='24steps'\) is left"),
+        ("24steps", 1.0, r"LearningRateSearch\(share=1.0\) leaves nothing of Budget\(limit='24steps'\) for"),
     ],
 )
 def test_budgets_that_are_too_small_are_refused(limit, share, sentence, tmp_path):

@@ -47,7 +47,7 @@ def test_a_schedule_in_the_arguments_is_refused(shape, args, tmp_path):
     ((name, value),) = args.items()
     with pytest.raises(ValueError, match=rf"{name}=.*{value}.*: {shape.__name__}\(.* is the schedule") as caught:
         tiny_trainer([shape()], tmp_path, **args)
-    assert str(caught.value).endswith("its warm-up included. Say it in one.")
+    assert str(caught.value).endswith("including its warm-up. Remove one.")
 
 
 @pytest.mark.parametrize("kind", ["reduce_lr_on_plateau", "greedy"])

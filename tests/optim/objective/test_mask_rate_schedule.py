@@ -121,8 +121,8 @@ def test_evaluation_keeps_the_collators_masks(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "change", "sentence"),
     [
-        ({"model": tiny_llama()}, {}, "LlamaForCausalLM is no masked language model"),
-        ({}, {"processing_class": None}, "no mask token is known. Give a tokenizer that has one as processing_class="),
+        ({"model": tiny_llama()}, {}, "does not support LlamaForCausalLM because it is no masked language model"),
+        ({}, {"processing_class": None}, "needs a mask token. Pass a tokenizer that has one as processing_class="),
     ],
 )
 def test_what_cannot_be_masked_is_refused(settings, change, sentence, tmp_path):

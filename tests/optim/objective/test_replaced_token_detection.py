@@ -130,19 +130,20 @@ def test_other_models_are_refused(model, sentence, tmp_path):
 
 
 def test_the_size_of_micro_batches_is_given(tmp_path):
-    with pytest.raises(ValueError, match="tokens are replaced before .* Give micro_batch_size a number"):
+    with pytest.raises(ValueError, match="tokens are replaced before .* Set micro_batch_size to a number"):
         tiny_trainer([ReplacedTokenDetection()], tmp_path, micro_batch_size="auto").train()
 
 
 def test_a_mask_token_is_needed(tmp_path):
     trainer = tiny_trainer([ReplacedTokenDetection()], tmp_path)
     trainer.processing_class = SimpleNamespace(mask_token_id=None)
-    with pytest.raises(ValueError, match="no mask token is known. Give a tokenizer"):
+    with pytest.raises(ValueError, match="needs a mask token. Pass a tokenizer"):
         trainer.train()
 
 
 def test_texts_that_are_changed_after_it_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"ReplacedTokenDetection\(.*changed the texts after it\. List it last"):
+    sentence = r"ReplacedTokenDetection\(.*changed the texts after it\. List ReplacedTokenDetection last"
+    with pytest.raises(ValueError, match=sentence):
         tiny_trainer([ReplacedTokenDetection(), TokenCutoff()], tmp_path).train()
     trainer = tiny_trainer([TokenCutoff(), ReplacedTokenDetection()], tmp_path, max_steps=2)
     trainer.train()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import ResNetConfig, ResNetForImageClassification, Trainer, TrainerCallback, TrainingArguments
 
-from hf_accel import AccelTrainer, Budget, GradientSpikeGuard, SharpnessAware
+from hf_accel import AccelTrainer, Budget, ExponentialMovingAverage, GradientSpikeGuard, SharpnessAware
 from hf_accel.optim.optimizers.gradient_spike_guard import is_spike
 from hf_accel.testing import largest_difference, losses_of, tiny_trainer, weights_of
 
@@ -17,7 +17,7 @@ from hf_accel.testing import largest_difference, losses_of, tiny_trainer, weight
 def test_spikes_are_those_above_the_geometric_mean():
     choose = random.Random(0)
     guard = GradientSpikeGuard(max_ratio=3.0, patience=100)
-    guard.mean_log_norm_, guard.seen_, guard.refused_, guard.in_a_row_ = 0.0, 0, 0, 0
+    guard.mean_log_norm_, guard.seen_, guard.refused_, guard.in_a_row_, guard.buffers_ = 0.0, 0, 0, 0, []
     accepted = []
     for _ in range(50):
         norm = math.exp(choose.gauss(0, 1))
@@ -97,8 +97,12 @@ def test_a_plain_trainer_is_refused(tmp_path):
         trainer.train()
 
 
-@pytest.mark.parametrize("technique", [GradientSpikeGuard(), SharpnessAware(every=1)], ids=["guard", "SAM"])
-def test_a_refused_step_leaves_the_statistics_of_batch_norm_alone(technique, tmp_path):
+@pytest.mark.parametrize(
+    "techniques",
+    [[GradientSpikeGuard()], [SharpnessAware(every=1)], [GradientSpikeGuard(), ExponentialMovingAverage(2)]],
+    ids=["guard", "SAM", "guard and average"],
+)
+def test_a_refused_step_leaves_the_statistics_of_batch_norm_alone(techniques, tmp_path):
     torch.manual_seed(0)
     pixels = torch.randn(8, 3, 16, 16)
     examples = [{"pixel_values": pixels[i], "labels": i % 2} for i in range(8)]
@@ -110,7 +114,7 @@ def test_a_refused_step_leaves_the_statistics_of_batch_norm_alone(technique, tmp
         tmp_path, disable_tqdm=True, save_strategy="no", train_sampling_strategy="sequential", **arguments
     )
     data = examples[:4] + spoilt[4:]
-    trainer = AccelTrainer(model=model, args=args, train_dataset=data, eval_dataset=examples, techniques=[technique])
+    trainer = AccelTrainer(model=model, args=args, train_dataset=data, eval_dataset=examples, techniques=techniques)
     seen = []
 
     class Watch(TrainerCallback):
@@ -123,6 +127,7 @@ def test_a_refused_step_leaves_the_statistics_of_batch_norm_alone(technique, tmp
     for i, (before, after) in enumerate(itertools.pairwise(seen)):  # every second batch is spoilt
         same = [torch.equal(before[name], after[name]) for name in before]
         assert all(same) if i % 2 == 0 else not all(same)
+    assert all(buffer.isfinite().all() for buffer in trainer.model.buffers())
     assert math.isfinite(trainer.evaluate()["eval_loss"])
 
 

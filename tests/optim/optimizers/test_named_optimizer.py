@@ -160,7 +160,7 @@ def test_what_cannot_be_is_refused(technique, args, message, tmp_path):
     [({"optim": "adafactor"}, "optim='adafactor'"), ({"optim_args": "rank=4"}, "optim_args='rank=4'")],
 )
 def test_one_optimizer_in_arguments_and_techniques(technique, args, said, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(f"{said}: {technique!r} is the optimizer. Say it in one.")):
+    with pytest.raises(ValueError, match=re.escape(f"{said}: {technique!r} is the optimizer. Remove one.")):
         tiny_trainer([technique], tmp_path, **args)
 
 
@@ -219,16 +219,16 @@ def test_moments_are_as_small_as_the_rank(name, tmp_path):
     [
         (
             NamedOptimizer("GaLore"),
-            "GaLore works as meant only in groups with 'rank'. Set rules, for example {'proj': {'rank'",
+            "GaLore needs groups with 'rank'. Set rules, for example {'proj': {'rank'",
         ),
-        (NamedOptimizer("APOLLO"), "APOLLO works as meant only in groups with 'rank'"),
-        (NamedOptimizer("Fira"), "Fira works as meant only in groups with 'rank'"),
-        (NamedOptimizer("AdamWSN"), "AdamWSN works as meant only in groups with 'sn'"),
+        (NamedOptimizer("APOLLO"), "APOLLO needs groups with 'rank'"),
+        (NamedOptimizer("Fira"), "Fira needs groups with 'rank'"),
+        (NamedOptimizer("AdamWSN"), "AdamWSN needs groups with 'sn'"),
         (
             NamedOptimizer("AdaMuon"),
-            "AdaMuon works as meant only in groups with 'use_muon'. Set rules, for example {'proj'",
+            "AdaMuon needs groups with 'use_muon'. Set rules, for example {'proj'",
         ),
-        (NamedOptimizer("pytorch_optimizer:Muon"), "Muon works as meant only in groups with 'use_muon'"),
+        (NamedOptimizer("pytorch_optimizer:Muon"), "Muon needs groups with 'use_muon'"),
         (NamedOptimizer("GaLore", options={"rank": 4}), "GaLore has no option 'rank'"),
         (
             NamedOptimizer("GaLore", rules={"proj": {"rank": 4}}),
@@ -236,9 +236,12 @@ def test_moments_are_as_small_as_the_rank(name, tmp_path):
         ),
         (NamedOptimizer("GaLore", rules={"proj": {"rnk": 4}}), "GaLore has no option 'rnk'"),
         (NamedOptimizer("Muon"), "Muon refuses its options: ValueError: Muon only supports 2D parameters"),
-        (NamedOptimizer("AdamMini"), "AdamMini takes a model, where Trainer has groups of parameters. Choose another."),
-        (NamedOptimizer("LOMO"), "LOMO takes a model, where Trainer has groups of parameters."),
-        (NamedOptimizer("AdaLOMO"), "AdaLOMO takes a model, where Trainer has groups of parameters."),
+        (
+            NamedOptimizer("AdamMini"),
+            "AdamMini takes a model, but Trainer passes groups of parameters. Choose another.",
+        ),
+        (NamedOptimizer("LOMO"), "LOMO takes a model, but Trainer passes groups of parameters."),
+        (NamedOptimizer("AdaLOMO"), "AdaLOMO takes a model, but Trainer passes groups of parameters."),
         (
             NamedOptimizer("SparseAdam"),
             "SparseAdam fails at an update: RuntimeError: SparseAdam does not support dense",

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from ranks import run_on_ranks
 
@@ -22,6 +23,8 @@ def test_the_outer_step_is_nesterovs():
         assert (anchor - parameter.detach()).abs().max() < 1e-14
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_without_momentum_and_at_a_rate_of_one_ranks_meet_at_their_mean(tmp_path):
     def run(technique):
         trainer = tiny_trainer([technique], tmp_path, max_steps=6, per_device_train_batch_size=4, **EXACT)
@@ -35,6 +38,8 @@ def test_without_momentum_and_at_a_rate_of_one_ranks_meet_at_their_mean(tmp_path
     assert largest_difference(momentum[0], momentum[1]) == 0.0
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_a_twentieth_is_sent(tmp_path):
     def run():
         trainer = tiny_trainer([DiLoCo(every=20)], tmp_path, max_steps=40, per_device_train_batch_size=4)

@@ -70,6 +70,8 @@ def gradients(technique, directory):
     return found[0], trainer.receipt.techniques[0]["report"] if techniques else None
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_half_precision_rounds_and_halves(tmp_path):
     whole, half = (
         run_on_ranks(gradients, None, tmp_path),
@@ -83,6 +85,8 @@ def test_half_precision_rounds_and_halves(tmp_path):
     assert report["share"] == 0.25  # of float64
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_what_was_not_sent_is_kept(tmp_path):
     def run():
         technique = GradientCompression("powersgd", rank=1, start=0.0)
@@ -105,6 +109,8 @@ def test_what_was_not_sent_is_kept(tmp_path):
         assert (sent[0][0][name] + mean_error - whole[0][0][name]).abs().max() < 1e-12
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_before_its_start_gradients_are_whole(tmp_path):
     whole, sent = (
         run_on_ranks(gradients, None, tmp_path),
@@ -113,6 +119,8 @@ def test_before_its_start_gradients_are_whole(tmp_path):
     assert largest_difference(whole[0][0], sent[0][0]) < 1e-15 and sent[0][1]["share"] == 1.0
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_resumed_errors_and_queries_go_on(tmp_path):
     def run(folder, resume=None, **args):
         technique = GradientCompression("powersgd", rank=1, start=0.0)
@@ -136,6 +144,8 @@ def exchanged(*gradients):
     return sent, technique.errors_["weight"], technique.queries_["weight"]
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_what_is_not_finite_passes():
     def run():
         gradient = random(8, 12)
@@ -152,6 +162,8 @@ def test_what_is_not_finite_passes():
     assert run_on_ranks(run) == [(True, True)] * 2
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_what_was_not_sent_is_sent_later():
     def run():
         gradients = [random(8, 12, seed=seed) for seed in range(6)]
@@ -163,6 +175,8 @@ def test_what_was_not_sent_is_sent_later():
         assert torch.allclose(found, expected, atol=1e-9)
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision_is_factorized_in_single(dtype):
     def run():
@@ -180,6 +194,8 @@ def test_powersgd_refuses_a_loss_scale(tmp_path):
         tiny_trainer([GradientCompression("powersgd")], tmp_path, fp16=True).train()
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_second_training_compresses_as_well(compiled, tmp_path):
     def run():
@@ -195,6 +211,8 @@ def test_a_second_training_compresses_as_well(compiled, tmp_path):
     assert run_on_ranks(run) == [[0.5, 0.5]] * 2
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_bfloat16_is_refused_where_it_cannot_be_sent(tmp_path):
     def run():
         with pytest.raises(ValueError, match="gloo does not send bfloat16. Use method='fp16'"):

@@ -44,6 +44,8 @@ def weights(model):
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_ranks_train_apart_and_meet_at_their_mean(tmp_path):
     ranks = run_on_ranks(run_of_a_rank, tmp_path)
     models = [tiny_llama(0.0, torch.float64) for _ in ranks]
@@ -78,6 +80,8 @@ def test_ranks_train_apart_and_meet_at_their_mean(tmp_path):
     assert ranks[0][4] == {"meetings": STEPS // EVERY, "bytes": size * STEPS // EVERY}
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_evaluations_and_checkpoints_wait_for_a_meeting(tmp_path):
     def run():
         args = {"max_steps": 7, "per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2}
@@ -91,6 +95,8 @@ def test_evaluations_and_checkpoints_wait_for_a_meeting(tmp_path):
         assert saved == ["checkpoint-6", "checkpoint-7"]
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 @pytest.mark.parametrize("other", [GradientSpikeGuard(), ExponentialMovingAverage()], ids=lambda t: type(t).__name__)
 def test_what_would_decide_differently_on_each_rank_is_refused(other, tmp_path):
     def run():
@@ -101,6 +107,8 @@ def test_what_would_decide_differently_on_each_rank_is_refused(other, tmp_path):
     assert run_on_ranks(run) == [True, True]
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_another_number_of_ranks_is_refused(tmp_path):
     def save():
         tiny_trainer([Budget("8steps"), LocalSGD(every=4)], tmp_path, save_strategy="steps", save_steps=4).train()
@@ -110,6 +118,8 @@ def test_another_number_of_ranks_is_refused(tmp_path):
         tiny_trainer([Budget("8steps"), LocalSGD(every=4)], tmp_path).train(str(tmp_path / "checkpoint-4"))
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 @pytest.mark.parametrize("technique", [LocalSGD(every=3), DiLoCo(every=3)], ids=lambda t: type(t).__name__)
 def test_blocks_that_freeze_between_two_meetings_meet_all_the_same(technique, tmp_path):
     def run():
@@ -123,6 +133,8 @@ def test_blocks_that_freeze_between_two_meetings_meet_all_the_same(technique, tm
     assert frozen == 3 and largest_difference(first, second) == 0.0
 
 
+@pytest.mark.distributed
+@pytest.mark.ci
 def test_blocks_that_each_rank_would_freeze_by_itself_are_refused(tmp_path):
     def run():
         with pytest.raises(ValueError, match=r"does not support PlasticityFreezing\(.*which would decide differently"):
