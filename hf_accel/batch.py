@@ -6,11 +6,13 @@ Shape suffixes: ``N`` examples of a step, ``B`` examples of a micro-batch.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate.utils import recursively_apply
 from torch import Tensor
 
 ORDER = "order_B"
@@ -20,7 +22,8 @@ ORDER = "order_B"
 class MicroBatch(NamedTuple):
     """The inputs of one forward and backward pass."""
 
-    inputs: dict[str, Tensor]
+    inputs: Any
+    """What the collator returned, usually tensors by name."""
     ids_B: Tensor
     """Index in the training set of each example; -1 for a filler, which counts nothing."""
     weights_B: Tensor | None
@@ -28,16 +31,16 @@ class MicroBatch(NamedTuple):
     repeats_B: Tensor | None = None
     """Number of earlier uses of each example, see `StepPlan.repeats_N`."""
 
-    def of(self, inputs: dict[str, Tensor], positions_B: Tensor) -> MicroBatch:
+    def of(self, inputs: Any, positions_B: Tensor) -> MicroBatch:
         """Return a micro-batch of other inputs, with the examples at the given positions of this one."""
         weights_B = None if self.weights_B is None else self.weights_B[positions_B]
         repeats_B = None if self.repeats_B is None else self.repeats_B[positions_B]
         return MicroBatch(inputs, self.ids_B[positions_B], weights_B, repeats_B)
 
     @property
-    def model_inputs(self) -> dict[str, Tensor]:
+    def model_inputs(self) -> Any:
         """Return the inputs without the ``attention_mask`` of packed rows, which would hide ``position_ids``."""
-        mask = self.inputs.get("attention_mask")
+        mask = self.inputs.get("attention_mask") if isinstance(self.inputs, Mapping) else None
         if mask is None or len(mask) >= len(self.ids_B):
             return self.inputs
         return {name: value for name, value in self.inputs.items() if name != "attention_mask"}
@@ -131,7 +134,7 @@ class StepBatch:
     def pin_memory(self) -> StepBatch:
         """Return a copy in page-locked memory; the loader calls it."""
         pinned = [
-            micro._replace(inputs={k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in micro.inputs.items()})
+            micro._replace(inputs=recursively_apply(lambda tensor: tensor.pin_memory(), micro.inputs))
             for micro in self.micro_batches
         ]
         return dataclasses.replace(self, micro_batches=pinned)

@@ -197,6 +197,9 @@ class AccelTrainerMixin(Base):
     def evaluate(self, *args, **kwargs):
         return self.accel.averages.evaluate(functools.partial(super().evaluate, *args, **kwargs))
 
+    def evaluation_loop(self, *args, **kwargs):  # also called by an ``evaluate`` of a user's own
+        return self.accel.averages.predict(functools.partial(super().evaluation_loop, *args, **kwargs))
+
     def predict(self, *args, **kwargs):
         return self.accel.averages.predict(functools.partial(super().predict, *args, **kwargs))
 

@@ -80,6 +80,8 @@ class CheckpointWriter:
             self._write(directory, run_dir, plain, state, now, began)
         except (OSError, SafetensorError, RuntimeError) as error:
             self._parts = None
+            if isinstance(error, RuntimeError) and not any(name in str(error) for name in FILE_WRITERS):
+                raise  # of the model or the user's own
             raise ckpt.CheckpointError(_failure(directory, error)) from error
         return now() - began if self._pending is None else None
 
@@ -171,6 +173,10 @@ class CheckpointWriter:
             parts.save_alone(Path(output_dir, OPTIMIZER), host.optimizer.state_dict(), self.groups[1])
         if host.args.should_save:
             torch.save(host.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
+
+
+FILE_WRITERS = ("PytorchStreamWriter", "inline_container")
+"""What a RuntimeError of torch.save names when a file cannot be written."""
 
 
 def _failure(directory: Path, error: Exception | str) -> str:

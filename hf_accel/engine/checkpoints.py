@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import uuid
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,12 @@ class RunCheckpoints:
     def beat(self) -> None:
         """Write down the seconds and joules spent, for a run that is killed before its next checkpoint."""
         clock = self.meter.clock
-        self._heartbeat().write(clock.seconds, clock.spent["joules"])
+        try:
+            self._heartbeat().write(clock.seconds, clock.spent["joules"])
+        except OSError as error:  # a full disk ends no run that need not save
+            warnings.warn(
+                f"{self._heartbeat().path} could not be written: {error}. Free space on the disk.", stacklevel=2
+            )
 
     def _heartbeat(self) -> reading.Heartbeat:
         return reading.Heartbeat(self.host.args.output_dir, self.run_id)

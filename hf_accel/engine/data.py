@@ -66,6 +66,7 @@ def stream_of(host: TrainerView, roster: Roster, dataset: Any, batch_size: int, 
         world=args.world_size,
         sequential=args.train_sampling_strategy == "sequential",
         drop_last=args.dataloader_drop_last,
+        loader_batch_size=host.train_batch_size * args.world_size,
         slots=Slots(**{slot: roster.owner(slot) for slot in ("select", "order", "batch", "collate")}),
         loader={
             "num_workers": args.dataloader_num_workers,

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import Trainer, TrainingArguments
-from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_accel import host as hosts
 from hf_accel import losses
@@ -25,7 +24,8 @@ from hf_accel.checkpoints.writer import CheckpointWriter
 from hf_accel.clock import Clock
 from hf_accel.engine import batch_norm, memory, setup
 from hf_accel.engine.averages import AveragedWeights
-from hf_accel.engine.callbacks import ClockCallback, RestoreCallback, SigtermCallback, charging
+from hf_accel.engine.batch_sizes import loader_counter
+from hf_accel.engine.callbacks import ClockCallback, RestoreCallback
 from hf_accel.engine.checkpoints import RunCheckpoints
 from hf_accel.engine.data import prepared_dataset, stream_of
 from hf_accel.engine.meter import Meter, receipt_of
@@ -157,6 +157,7 @@ class Engine:
     def settle(self, *, model_is_prepared: bool = False) -> None:
         """Complete the engine once Trainer is built: the model, the callbacks, the loss and the size of a step."""
         host, roster = self.host, self.roster
+        hosts.refuse_overrides(host, roster.techniques, streamed=roster.streamed)
         if roster.streamed:
             hosts.refuse_stream_hosts(host, roster.techniques, self.options.micro_batch_size)
         self.writer.refuse_backends()
@@ -164,7 +165,7 @@ class Engine:
             setup.replace_model(host, roster)
         if (owner := roster.owner("averaging")) is not None:
             batch_norm.refuse_iterables(owner, host.model, host.train_dataset)
-        self._add_callbacks()
+        setup.add_callbacks(host, self.ranks, ClockCallback(self), RestoreCallback(self))
         if self.gauges is None:
             budget = roster.owner("budget")
             self.gauges = {} if budget is None else dict(budget.meters())
@@ -177,15 +178,6 @@ class Engine:
         self.nominal_batch_size = self.host.train_batch_size * self.accumulation_steps * self.ranks.world_size
         size = memory.first_micro_batch_size(self.host, self.options.micro_batch_size, self.accumulation_steps)
         self._micro_batch_size = self.step.micro_batch_size = size
-
-    def _add_callbacks(self) -> None:
-        handler = self.host.callback_handler
-        if self.roster.techniques and self.host.args.enable_jit_checkpoint:
-            replaced: Any = self.host.pop_callback(JITCheckpointCallback)
-            handler.callbacks.insert(0, SigtermCallback(self.ranks, replaced))
-        handler.callbacks.insert(0, ClockCallback(self))
-        handler.callbacks.append(RestoreCallback(self))
-        handler.__class__ = charging(type(handler))
 
     def find_head(self) -> losses.Head | None:
         """The kind of loss; None where it is not known, and nobody needs it."""
@@ -232,7 +224,7 @@ class Engine:
         self.accumulation_steps = args.gradient_accumulation_steps
         if self.roster.streamed:
             args.gradient_accumulation_steps = 1
-        if self.roster.techniques and trial is not None:
+        if (self.roster.techniques or self.roster.streamed) and trial is not None:
             self.host.train_batch_size = args.train_batch_size
             self.settle_sizes()
             self.meter.clock.limits = self.limits()
@@ -274,11 +266,12 @@ class Engine:
 
     def run_epoch(self, plain: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
         """One epoch; ``plain`` is Trainer's own method."""
-        if self.roster.techniques and self.resumed and self.meter.clock.done:
+        if (self.roster.techniques or self.roster.streamed) and self.resumed and self.meter.clock.done:
             self.host.control.should_training_stop = True  # Trainer would take one step more
             return None
+        self.step.begin_epoch(kwargs["steps_trained_in_current_epoch"])
         if self.step.stream is not None:
-            self.step.flush_observations()
+            self.step.stream.epoch_begins = True
             # The stream ends its epochs itself (see `ClockCallback`): how many steps they have is not known before.
             kwargs |= {"steps_in_epoch": sys.maxsize, "num_update_steps_per_epoch": sys.maxsize}
         return plain(**kwargs)
@@ -325,13 +318,19 @@ class Engine:
     def train_loader(self, plain: Callable[[], Any]) -> Any:
         """What gives batches: the stream, or Trainer's own loader."""
         host = self.host
-        if self.roster.streamed and host.model_init is not None:  # which has made another model
+        replaced = self.head is not None and host.overrides("compute_loss") is not None  # on the instance
+        if self.roster.streamed and (host.model_init is not None or replaced):  # another model, or another loss
             self.step.head = self.head = self.find_head()
             vars(self.step).pop("_host_scales_rightly", None)
         with prepared_dataset(host, self.roster, self.meter):
+            self.step.loader_counter = loader_counter(host)
             if not self.roster.streamed or host.train_dataset is None:
                 return plain()
-            stream = self.step.stream = self.make_stream(host.train_dataset)
+            stream = self.make_stream(host.train_dataset)
+            stream.serves_looks = True  # Trainer and everybody else get it from the same method
+            if self.step.stream is not None and host.is_in_train:  # the run has its own
+                return stream
+            self.step.stream = stream
         if "stream" in (state := self.checkpoints.state or {}):
             stream.load_state_dict(state["stream"])
         return stream

@@ -116,7 +116,7 @@ class Optimization:
                 f"lr_scheduler ({type(host.lr_scheduler).__name__}): it was given, and {owner!r} is the schedule. "
                 "Leave one of the two out."
             )
-        if not self.roster.paced or host.lr_scheduler is not None:
+        if not self.roster.paced or host.lr_scheduler is not None or host.overrides("create_scheduler") is not None:
             return plain(num_training_steps, optimizer)
         optimizer = optimizer or host.optimizer
         shape = self._named_shape(optimizer) if owner is None else owner.schedule

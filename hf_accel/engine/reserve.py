@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, IterableDataset, Subset
+from transformers.trainer_utils import has_length
 
 from hf_accel.adapters import is_adapted
 from hf_accel.engine.meter import Meter
 from hf_accel.host.view import TrainerView
-from hf_accel.preserve import keyed_random
+from hf_accel.preserve import evaluation_mode, keyed_random, random_state_kept
 
+BATCHES = 3
+"""How many batches of an evaluation are measured."""
 STEADY = 5
 """The first step whose pace is one to compare others with."""
 
@@ -65,27 +68,31 @@ class EndReserve:
 
 
 def probe_evaluation(host: TrainerView, now: Callable[[], float]) -> float:
-    """Seconds of one evaluation, from the duration of a few of its batches."""
-    data = host.eval_dataset
-    parts: list[Any] = list(data.values()) if isinstance(data, dict) else [data]
+    """Seconds of one evaluation, from the duration of a few batches of the trainer's own loader.
+
+    Where metrics are computed, a batch is predicted as for these, with generation if the arguments ask for it.
+    """
+    args, data = host.args, host.eval_dataset
+    loss_only = args.prediction_loss_only or host.compute_metrics is None
+    generation: dict[str, Any] = {}
+    if not loss_only and getattr(args, "predict_with_generate", False):
+        generation = {"max_length": args.generation_max_length, "num_beams": args.generation_num_beams}
     seconds = 0.0
-    for dataset in parts:
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
+    for name in data if isinstance(data, dict) else [None]:
+        if not has_length(data if name is None else data[name]):
             continue  # an unmeasurable stream of examples: the first evaluation will tell
-        size = host.args.eval_batch_size
-        collate = host.get_collator_with_removed_columns(host.data_collator, description="evaluation")
-        few = Subset(dataset, range(min(len(dataset), 3 * size)))
-        host.model.eval()
-        with keyed_random():
+        with evaluation_mode(host.model), keyed_random(), random_state_kept(args.device):
+            loader = host.get_eval_dataloader(name)
+            batches: Any = getattr(loader, "base_dataloader", loader)  # accelerate's own would count as a loader in use
             durations = []
-            for inputs in DataLoader(few, batch_size=size, collate_fn=collate):
+            for inputs in itertools.islice(batches, BATCHES):
+                inputs = host.prepare_inputs(inputs)
                 began = now()
-                host.prediction_step(host.model, inputs, prediction_loss_only=True)
+                host.prediction_step(host.model, inputs, prediction_loss_only=loss_only, **generation)
                 if torch.accelerator.is_available():
                     torch.accelerator.synchronize()
                 durations.append(now() - began)
-        batches = -(-len(dataset) // (size * host.args.world_size))
-        seconds += batches * min(durations)
+        seconds += len(loader) * min(durations, default=0.0)
     return seconds
 
 

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
+from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 from transformers.trainer_utils import has_length
 
 from hf_accel import host as hosts
 from hf_accel import losses
+from hf_accel.engine.callbacks import SigtermCallback, charging
+from hf_accel.engine.ranks import Ranks
 from hf_accel.engine.roster import Roster
 from hf_accel.host.view import TrainerView
 
@@ -67,6 +70,17 @@ def replace_model(host: TrainerView, roster: Roster) -> None:
         host.signature_columns = None
         if host.place_model_on_device:
             host.move_model_to_device(model, host.args.device)
+
+
+def add_callbacks(host: TrainerView, ranks: Ranks, first: TrainerCallback, last: TrainerCallback) -> None:
+    """Put our callbacks around the trainer's own, and a callback that saves whole steps in the place of its own."""
+    handler = host.callback_handler
+    if host.args.enable_jit_checkpoint:
+        replaced: Any = host.pop_callback(JITCheckpointCallback)
+        handler.callbacks.insert(0, SigtermCallback(ranks, replaced))
+    handler.callbacks.insert(0, first)
+    handler.callbacks.append(last)
+    handler.__class__ = charging(type(handler))
 
 
 def find_head(

@@ -19,12 +19,16 @@ import torch
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 
+from hf_accel import host as hosts
 from hf_accel import losses
 from hf_accel.batch import MicroBatch, StepBatch, StepPlan
+from hf_accel.engine import batch_sizes as sizes
 from hf_accel.engine import memory
+from hf_accel.engine.loss_proof import LossProof
 from hf_accel.engine.meter import Meter
 from hf_accel.engine.ranks import Ranks
 from hf_accel.engine.roster import Roster
+from hf_accel.engine.weighted_loss import weighted_loss
 from hf_accel.host.view import TrainerView
 from hf_accel.preserve import buffers_kept, random_state_kept
 from hf_accel.stream.indexed import StepStream
@@ -63,6 +67,8 @@ class StepRunner:
         self.head, self.example_loss, self.halves = head, example_loss, halves
         self.micro_batch_size = micro_batch_size
         self.stream: StepStream | None = None
+        self.loader_counter: sizes.LoaderCounter | None = None
+        self.proof = LossProof(host, roster, ranks)
         self.micro_batch: MicroBatch | None = None
         self.grad_norm: Any = None
         self.refused = False
@@ -73,12 +79,20 @@ class StepRunner:
 
     # The batch ------------------------------------------------------------------------------------------------------
 
+    def begin_epoch(self, batches: int) -> None:
+        """Note a new epoch, of whose batches some were read in an earlier process."""
+        self.flush_observations()
+        if self.loader_counter is not None:
+            self.loader_counter.begin_epoch(batches)
+
     def plain_batches(self, batches: list[Any]) -> None:
         """Count batches of Trainer's own loader."""
         # Where the data has no length, Trainer would ask as often as a budget might have steps.
         self.host.control.should_epoch_stop |= not batches
-        samples = sum(map(_num_rows, batches)) * self.ranks.world_size
-        self.meter.begin_step(samples, sum(map(self.num_positions, batches)), sum(map(self._num_tokens, batches)))
+        samples = sizes.samples_of(batches, self.loader_counter, self.ranks.world_size)
+        positions, tokens = sum(map(self.num_positions, batches)), [self._num_tokens(batch) for batch in batches]
+        hosts.refuse_uncounted(self.meter.clock.limits, samples=samples, tokens=tokens, batches=batches)
+        self.meter.begin_step(samples or 0, positions, sum(t for t in tokens if t is not None))
 
     def next_batch(self, batches: Iterator[StepBatch]) -> tuple[list[StepBatch], Any]:
         """The next step batch of the stream, and what its loss is divided by."""
@@ -91,12 +105,22 @@ class StepRunner:
                 self._states = memory.technique_states(self.roster)
             read_ahead = batch.plan.micro_batch_size != self.micro_batch_size  # before memory ran out
             batch = self.read_again(batch.plan) if read_ahead else self.transformed(batch)
+        if self.head is not None and not self.example_loss and not self.proof.head_is_proved:
+            if self.roster.answered & hosts.NEEDS_EXAMPLE_LOSSES or self._needs_own_loss(batch):
+                batch = self.retry_on_oom(self.host.model_wrapped, batch, self._prove_head)
         if (owner := self.roster.owner("step_select")) is not None and owner.needs_step_losses():
             with self.meter.charge(owner):
                 batch = self.retry_on_oom(self.host.model_wrapped, batch, functools.partial(self._selected, owner))
         positions = sum(self.num_positions(micro.inputs) for micro in batch.micro_batches)
         self.meter.begin_step(batch.num_examples, positions, self._tokens_of(batch))
         return [batch], self.count_items(batch)
+
+    def _prove_head(self, batch: StepBatch) -> StepBatch:
+        """Compare our loss with the model's own; without its head, the model's own is used."""
+        assert self.head is not None and self.stream is not None
+        if not self.proof.prove_head(self.head, batch, self.stream.read):
+            self.head = None
+        return batch
 
     def read_again(self, plan: StepPlan) -> StepBatch:
         """A step batch by its plan, in micro-batches of the present size."""
@@ -145,24 +169,28 @@ class StepRunner:
         return dict(zip(ids.tolist(), values.tolist(), strict=True))
 
     def _tokens_of(self, batch: StepBatch) -> Tensor | int:
-        return sum(self._num_tokens(micro.inputs) for micro in batch.real_micro_batches)
+        tokens, inputs = [self._num_tokens(m.inputs) for m in batch.real_micro_batches], batch.micro_batches[0].inputs
+        hosts.refuse_uncounted(self.meter.clock.limits, samples=0, tokens=tokens, batches=[inputs])
+        return sum(t for t in tokens if t is not None)
 
-    def _num_tokens(self, inputs: Mapping[str, Any]) -> Tensor | int:
-        if "attention_mask" in inputs and inputs["attention_mask"].dim() == 2:
-            return inputs["attention_mask"].sum()
-        values = inputs.get(getattr(self.host.model, "main_input_name", "input_ids"))
-        return 0 if values is None or values.is_floating_point() else values.numel()
+    def _num_tokens(self, inputs: Any) -> Tensor | int | None:
+        return sizes.num_tokens(inputs, self._main_input)
 
-    def num_positions(self, inputs: Mapping[str, Any]) -> int:
+    def num_positions(self, inputs: Any) -> int:
         """The size of a batch, padding included: positions of text, pixels of images."""
-        values = inputs.get(getattr(self.host.model, "main_input_name", "input_ids"))
-        return 0 if values is None else values.numel()
+        return sizes.num_positions(inputs, self._main_input)
+
+    @property
+    def _main_input(self) -> str:
+        return getattr(self.host.model, "main_input_name", "input_ids")
 
     def count_items(self, batch: StepBatch) -> Tensor | int | None:
         """What the step's loss is divided by, over micro-batches and ranks."""
         args = self.host.args
         self._own_loss = self._needs_own_loss(batch)
         if not self._own_loss:
+            if self.proof.loss_is_mean:
+                return None
             return self.host.get_num_items_in_batch([micro.inputs for micro in batch.micro_batches], args.device)
         assert self.head is not None
         counts = [self.head.count(m.inputs, len(m.ids_B)) for m in batch.real_micro_batches]
@@ -262,10 +290,14 @@ class StepRunner:
         """Forward and backward over the micro-batches of a step, in smaller ones where memory does not suffice."""
 
         def attempt(batch: StepBatch) -> Tensor:
-            if self.micro_batch_size == batch.plan.micro_batch_size:  # for which ``num_items`` was counted
-                return self.accumulate_once(model, batch, num_items)
-            self.meter.repeat_step(self._tokens_of(batch))
-            return self.accumulate_once(model, batch, self.count_items(batch))
+            items = num_items
+            if self.micro_batch_size != batch.plan.micro_batch_size:  # for which ``num_items`` was counted
+                self.meter.repeat_step(self._tokens_of(batch))
+                items = self.count_items(batch)
+            once = functools.partial(self.accumulate_once, model, batch)
+            if self._own_loss or not self.proof.must_watch(batch, items):
+                return once(items)
+            return self.proof.watch(once, items, self.snapshot(model, []))
 
         return self.retry_on_oom(model, batch, attempt)
 
@@ -273,13 +305,16 @@ class StepRunner:
         """Forward and backward over the micro-batches of a step."""
         host, micros = self.host, batch.micro_batches
         # Our own loss is divided by what the whole step counts; there is nothing left to divide by.
-        host.current_gradient_accumulation_steps = 1 if self._own_loss else len(micros)
+        mean = not self._own_loss and self.proof.is_mean(num_items)
+        divisors = self.proof.divisors(batch) if mean else [1 if self._own_loss else len(micros)] * len(micros)
         owner = self.roster.owner("synchronize")
         synchronizes = owner is None or owner.synchronize()
         total = torch.zeros((), device=host.args.device)
         for i, micro in enumerate(micros):
             last = i == len(micros) - 1
-            total = total + self._pass_over(model, micro, num_items, last=last, synchronizes=synchronizes)
+            host.current_gradient_accumulation_steps = divisors[i]
+            with self.proof.means() if mean else contextlib.nullcontext():
+                total = total + self._pass_over(model, micro, num_items, last=last, synchronizes=synchronizes)
             if not last:
                 host.control = host.callback_handler.on_substep_end(host.args, host.state, host.control)
         return total
@@ -328,7 +363,9 @@ class StepRunner:
                 return plain(model, inputs, return_outputs, num_items)
             observed = "observe" in self.roster.answered
             if self._own_loss:
-                loss, outputs, example = self._weighted_loss(model, inputs, micro, num_items)
+                assert self.head is not None
+                given = self.host, self.roster, self.meter, self.head
+                loss, outputs, example = weighted_loss(*given, model, inputs, micro, num_items)
             elif observed:
                 assert self.head is not None
                 kept = dict(inputs)
@@ -340,30 +377,6 @@ class StepRunner:
             if observed:
                 self._observed.append(example.by_id(micro.ids_B))
         return (loss, outputs) if return_outputs else loss
-
-    def _weighted_loss(self, model: nn.Module, inputs: Any, micro: MicroBatch, items_K: Tensor):
-        """The loss of a micro-batch from the losses of its examples, divided by what the whole step counts."""
-        assert self.head is not None
-        host, head = self.host, self.head
-        outputs = model(**head.without_labels(host.model, inputs))
-        smoothing = host.args.label_smoothing_factor if host.label_smoother is not None else 0.0
-        example = head.losses(outputs, inputs, len(micro.ids_B), label_smoothing=smoothing)
-        weight_B = None if micro.weights_B is None else micro.weights_B.to(example.losses_BL.device)
-        weight_BL = None
-        for technique in self.roster.with_hook("example_weights"):
-            with self.meter.charge(technique):
-                weight_B = _product(weight_B, technique.example_weights(example, micro.ids_B))
-        for technique in self.roster.with_hook("token_weights"):
-            with self.meter.charge(technique):
-                weight_BL = _product(weight_BL, technique.token_weights(example, micro.ids_B))
-        loss = losses.weighted_mean(example, items_K, weight_B, weight_BL)
-        for technique in self.roster.with_hook("extra_loss"):
-            with self.meter.charge(technique):
-                if (extra := technique.extra_loss(model, inputs, outputs)) is not None:
-                    loss = loss + extra / items_K.sum()
-        if host.args.average_tokens_across_devices:
-            loss = loss * host.accelerator.num_processes  # DDP averages over ranks
-        return loss, outputs, example
 
     @contextlib.contextmanager
     def unobserved(self) -> Iterator[None]:
@@ -384,13 +397,3 @@ class StepRunner:
         for technique in self.roster.with_hook("observe"):
             with self.meter.charge(technique):
                 technique.observe(ids, values)
-
-
-def _product(weight: Tensor | None, factor: Tensor | None) -> Tensor | None:
-    if weight is None or factor is None:
-        return weight if factor is None else factor
-    return weight * factor
-
-
-def _num_rows(inputs: Mapping[str, Any]) -> int:
-    return next((len(value) for value in inputs.values() if isinstance(value, Tensor) and value.dim()), 0)

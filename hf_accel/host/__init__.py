@@ -15,6 +15,7 @@ from hf_accel.host.model_card import extend_model_card
 from hf_accel.host.refusals import (
     NEEDS_EXAMPLE_LOSSES,
     refuse_absolute_warmup,
+    refuse_overrides,
     refuse_own_losses,
     refuse_quantized,
     refuse_schedules,
@@ -22,6 +23,7 @@ from hf_accel.host.refusals import (
     refuse_stream_hosts,
     refuse_two_budgets,
     refuse_two_optimizers,
+    refuse_uncounted,
     refuse_unknown_epochs,
 )
 from hf_accel.host.signatures import RELIED_ON, TESTED, check_signatures
@@ -40,6 +42,7 @@ __all__ = [
     "non_default_arguments",
     "recorded_arguments",
     "refuse_absolute_warmup",
+    "refuse_overrides",
     "refuse_own_losses",
     "refuse_quantized",
     "refuse_schedules",
@@ -47,6 +50,7 @@ __all__ = [
     "refuse_stream_hosts",
     "refuse_two_budgets",
     "refuse_two_optimizers",
+    "refuse_uncounted",
     "refuse_unknown_epochs",
     "replace_arguments",
     "treatment",

@@ -152,6 +152,30 @@ def refuse_own_losses(host: TrainerView) -> None:
         )
 
 
+def refuse_overrides(host: TrainerView, techniques: Sequence[Technique], *, streamed: bool) -> None:
+    """Methods of the user's own that a technique or a budget would replace, or that could not read their inputs."""
+    asked = {hook: technique for technique in reversed(techniques) for hook in technique.implemented_hooks()}
+    for name, hooks in (("create_optimizer", ("optimizer", "parameter_rules")), ("create_scheduler", ("schedule",))):
+        replacing = next((asked[hook] for hook in hooks if hook in asked), None)
+        if replacing is not None and (owner := host.overrides(name)) is not None:
+            raise ValueError(
+                f"{replacing!r} does not support {owner.__name__}.{name} because it would replace it. "
+                "Leave one of the two out."
+            )
+    if (budget := asked.get("budget")) is not None and not {"steps", "epochs"} >= set(budget.budget()):
+        given = host.lr_scheduler is not None and not host.created_lr_scheduler
+        if given or host.overrides("create_scheduler") is not None:
+            raise ValueError(
+                f"{budget!r} does not support a learning-rate schedule of your own because its number of steps is not "
+                "known. Set lr_scheduler_type or a technique that owns the schedule, or give the budget in steps."
+            )
+    if streamed and (owner := host.overrides_outside("training_step")) is not None:
+        raise ValueError(
+            f"{owner.__name__}.training_step does not support a step in several micro-batches because its inputs are "
+            f"all of them. Derive {owner.__name__} from Trainer and use accelerated({owner.__name__})."
+        )
+
+
 def refuse_absolute_warmup(
     args: TrainingArguments, steps: int | None, limits: Mapping[str, float], owner: Technique | None
 ) -> None:
@@ -160,3 +184,15 @@ def refuse_absolute_warmup(
         raise ValueError(
             f"warmup_steps={args.warmup_steps}: the budget is in {', '.join(limits)}. Give a fraction, such as 0.05."
         )
+
+
+def refuse_uncounted(
+    limits: Mapping[str, float], *, samples: int | None, tokens: Sequence[Any], batches: Sequence[Any]
+) -> None:
+    """A budget in a unit that the batches do not tell would never end."""
+    for unit, unknown in (("samples", samples is None), ("tokens", None in tokens)):
+        if unit in limits and unknown:
+            raise ValueError(
+                f"Budget does not support {unit} here because a batch ({type(batches[0]).__name__}) does not tell how "
+                "many it has. Give the budget in steps, epochs or time."
+            )

@@ -15,12 +15,12 @@ from transformers.trainer_callback import CallbackHandler
 from hf_accel.host.signatures import foreign_classes
 
 PUBLIC = frozenset(
-    "accelerator args callback_handler compute_loss_func control "
+    "accelerator args callback_handler compute_loss_func compute_metrics control "
     "create_accelerator_and_postprocess current_flos current_gradient_accumulation_steps data_collator eval_dataset "
-    "get_decay_parameter_names get_optimizer_cls_and_kwargs is_deepspeed_enabled is_fsdp_enabled is_in_train "
-    "is_world_process_zero label_smoother lr_scheduler model model_accepts_loss_kwargs model_init model_wrapped "
-    "optimizer optimizer_cls_and_kwargs place_model_on_device pop_callback prediction_step processing_class "
-    "state train_dataset".split()
+    "get_decay_parameter_names get_eval_dataloader get_optimizer_cls_and_kwargs is_deepspeed_enabled "
+    "is_fsdp_enabled is_in_train is_world_process_zero label_smoother loss_is_scaled_for_ga lr_scheduler model "
+    "model_accepts_loss_kwargs model_init model_wrapped optimizer optimizer_cls_and_kwargs place_model_on_device "
+    "pop_callback prediction_step processing_class state train_dataset".split()
 )
 """Attributes and methods under Trainer's own names."""
 
@@ -59,9 +59,16 @@ class TrainerView:
         return foreign_classes(type(self._trainer))
 
     def overrides(self, method: str) -> type | None:
-        """Return the class that replaces a method of Trainer, or None."""
+        """Return the class that replaces a method of Trainer, or whose instance does, or None."""
+        if method in vars(self._trainer):
+            return type(self._trainer)
         owner = next(cls for cls in self.classes if method in vars(cls))
         return None if owner is Trainer else owner
+
+    def overrides_outside(self, method: str) -> type | None:
+        """Return the class derived from ours that replaces a method, or None."""
+        owner = next(cls for cls in type(self._trainer).__mro__ if method in vars(cls))
+        return None if owner.__module__.startswith("hf_accel.") or owner is Trainer else owner
 
     def twin(self, model: nn.Module) -> Any:
         """Return a trainer like this one for another model, before its start and without the user's callbacks."""

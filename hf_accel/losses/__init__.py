@@ -24,6 +24,7 @@ from hf_accel.losses.inspection import (
     kind_of,
     loss_calls,
 )
+from hf_accel.losses.proof import compare_losses, is_divided_by, items_of_mean
 
 __all__ = [
     "ADDED_TERMS",
@@ -39,10 +40,13 @@ __all__ = [
     "Head",
     "SpanHead",
     "TokenHead",
+    "compare_losses",
     "examples_of",
     "head_from",
     "head_of",
     "honors_num_items",
+    "is_divided_by",
+    "items_of_mean",
     "kind_of",
     "loss_calls",
     "weighted_mean",

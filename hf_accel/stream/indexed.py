@@ -62,7 +62,8 @@ class StepStream:
         micro_batch_size: Examples of one forward pass on one rank.
         seed: Key of every order and choice, together with the epoch.
         sequential: Keep the order of the data set.
-        drop_last: Drop a last step that is smaller than ``batch_size``.
+        drop_last: Drop what does not fill a batch of ``loader_batch_size`` at the end of an epoch.
+        loader_batch_size: Examples of a batch of Trainer's own loader over all ranks; None: ``batch_size``.
         slots: Techniques that select, order, batch and collate.
         loader: Keyword arguments of ``torch.utils.data.DataLoader``: workers, pinning, prefetching.
     """
@@ -79,11 +80,14 @@ class StepStream:
         world: int = 1,
         sequential: bool = False,
         drop_last: bool = False,
+        loader_batch_size: int | None = None,
         slots: Slots | None = None,
         loader: Mapping[str, Any] | None = None,
     ):
         self.dataset, self.batch_size, self.micro_batch_size, self.seed = dataset, batch_size, micro_batch_size, seed
         self.rank, self.world, self.sequential, self.drop_last = rank, world, sequential, drop_last
+        self.loader_batch_size = loader_batch_size or batch_size
+        self.serves_looks, self.epoch_begins = False, False
         self.slots = slots or Slots()
         owner = self.slots.collate
         collate = collate if owner is None else _Collate(owner, collate)
@@ -145,7 +149,7 @@ class StepStream:
             by_id_N[ids_N] = weights_N
             weights_N = by_id_N[ordered_N]
         if self.drop_last:
-            kept = len(ordered_N) // self.batch_size * self.batch_size
+            kept = len(ordered_N) // self.loader_batch_size * self.loader_batch_size
             ordered_N, weights_N = ordered_N[:kept], None if weights_N is None else weights_N[:kept]
         return ordered_N, weights_N
 
@@ -181,10 +185,27 @@ class StepStream:
 
     def __len__(self) -> int:
         """Return the nominal number of steps of an epoch: all examples at the nominal batch size."""
-        steps = len(self.dataset) / self.batch_size
-        return max(math.floor(steps) if self.drop_last else math.ceil(steps), 1)
+        num_examples = len(self.dataset)
+        if self.drop_last:
+            num_examples -= num_examples % self.loader_batch_size
+        return max(math.ceil(num_examples / self.batch_size), 1)
 
-    def __iter__(self) -> Iterator[StepBatch]:
+    def __iter__(self) -> Iterator[Any]:
+        """Return the remaining steps of this epoch, or the inputs of micro-batches outside of training."""
+        if self.serves_looks and not self.epoch_begins:
+            return self._looks()
+        self.epoch_begins = False
+        return self._steps()
+
+    def _looks(self) -> Iterator[Any]:
+        """Yield the inputs of an epoch from its beginning, without changing the stream."""
+        twin = copy.copy(self)
+        twin._drawn, twin._replay, twin.ids_N = deque(), deque(), None
+        twin.set_epoch(self.epoch)
+        for plan in twin.draw():
+            yield from (micro.model_inputs for micro in self.read(plan).micro_batches)
+
+    def _steps(self) -> Iterator[StepBatch]:
         if self.consumed:
             # In mid-epoch the loader drew its seed before the checkpoint: draw it without changing the generators.
             with keyed_random():

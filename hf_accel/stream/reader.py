@@ -43,7 +43,10 @@ class StepReader(Dataset):
                 seed_all(plan.seed, plan.epoch, i, repeat)
                 features.append(self.dataset[i])
         seed_all(plan.seed, plan.epoch, ids[0], repeats[0])
-        inputs = dict(self.collate(features))
+        inputs: Any = self.collate(features)
+        if not isinstance(inputs, Mapping):
+            return MicroBatch(inputs, ids_B, weights_B, repeats_B)
+        inputs = dict(inputs)
         order_B = inputs.pop(ORDER, None)
         micro = MicroBatch(inputs, ids_B, weights_B, repeats_B)
         return micro if order_B is None else micro.of(inputs, order_B)

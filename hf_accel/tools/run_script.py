@@ -11,22 +11,26 @@ runs as under ``python``, without any of our code.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
+import math
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from transformers import Trainer, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.models.auto import modeling_auto as auto
+from transformers.trainer_utils import has_length
 
 from hf_accel.adapters import unwrapped
 from hf_accel.host import replace_arguments
 from hf_accel.recipe import Recipe, RecipeError, read_technique
+from hf_accel.technique import Technique
 from hf_accel.trainer import AccelTrainerMixin, attach
 
 MODELS_OF_TASKS = {
@@ -77,14 +81,17 @@ def attached(recipe: Recipe) -> Iterator[None]:
     if not recipe.techniques and not recipe.args and recipe.budget is None:
         yield
         return
-    plain = Trainer.train
+    plain, met, ended = Trainer.train, [], False
 
     @functools.wraps(plain)
-    def train(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def train(self: Any, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        met.append(self)
         if isinstance(self, AccelTrainerMixin):
-            return plain(self, *args, **kwargs)
+            return plain(self, resume_from_checkpoint, *args, **kwargs)
         equip(self, recipe)
-        output = self.train(*args, **kwargs)  # with the class that `equip` has set
+        # Its class is another one now. A ``train`` of its own has called this one and is not entered again.
+        engine, one_pass = self.accel, super(AccelTrainerMixin, self).training_step
+        output = engine.train(resume_from_checkpoint, lambda found: plain(self, found, *args, **kwargs), one_pass)
         if self.is_world_process_zero():
             Console(stderr=True).print(self.receipt.table())
         return output
@@ -92,8 +99,19 @@ def attached(recipe: Recipe) -> Iterator[None]:
     Trainer.train = train
     try:
         yield
+        ended = True
+    except SystemExit:
+        ended = True
+        raise
     finally:
         Trainer.train = plain
+        if ended and not met:
+            say("The script called train() of no Trainer in this process, so nothing was attached.")
+
+
+def say(line: str) -> None:
+    """Print one line beside what the script prints."""
+    Console(stderr=True, soft_wrap=True, highlight=False).print(f"hf-accel: {line}", markup=False)
 
 
 def equip(trainer: Trainer, recipe: Recipe) -> None:
@@ -103,6 +121,8 @@ def equip(trainer: Trainer, recipe: Recipe) -> None:
     models = MODELS_OF_TASKS.get(recipe.task or "")
     if models is not None and model not in models.values():
         raise RecipeError(f"task({recipe.task!r}): the script trains a {model}. Give a recipe for its task.")
+    techniques = recipe.build_techniques()
+    trainer.args = yielding_args(trainer, recipe.args, techniques)
     if recipe.args:
         merged: Any = recipe.merge_args(trainer.args)
         for name in sorted(READ_AT_INIT & recipe.args.keys()):
@@ -111,4 +131,37 @@ def equip(trainer: Trainer, recipe: Recipe) -> None:
         replace_arguments(trainer, merged)
         if "seed" in recipe.args:
             set_seed(trainer.args.seed)
-    attach(trainer, techniques=recipe.build_techniques())
+    attach(trainer, techniques=techniques)
+
+
+def yielding_args(trainer: Any, given: Mapping[str, Any], techniques: Sequence[Technique]) -> TrainingArguments:
+    """The script's arguments, without a length or a warm-up that the command line sets; a line says so."""
+    args, hooks = copy.copy(trainer.args), {hook: t for t in techniques for hook in t.implemented_hooks()}
+    budget, schedule = hooks.get("budget"), hooks.get("schedule")
+    steps = planned_steps(trainer)
+    settled = {name: value for name, value in given.items() if name in ("max_steps", "warmup_steps")}
+    if budget is not None:
+        settled["max_steps"] = -1
+    if schedule is not None:
+        settled.setdefault("warmup_steps", 0)
+    elif budget is not None and args.warmup_steps >= 1 and steps:
+        settled.setdefault("warmup_steps", min(args.warmup_steps / steps, 0.99))
+    for name, value in settled.items():
+        theirs = getattr(args, name)
+        if theirs not in (value, -1, 0):
+            reason = schedule if name == "warmup_steps" and schedule is not None else budget
+            whose = f"args.{name} of the recipe" if reason is None or name in given else repr(reason)
+            say(f"{whose} replaces {name}={theirs} of the script by {name}={value:.4g}.")
+            setattr(args, name, value)
+    return args
+
+
+def planned_steps(trainer: Any) -> int | None:
+    """Updates that the script's own arguments ask for; None where the data has no length."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    if not has_length(trainer.train_dataset):
+        return None
+    batch_size = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return math.ceil(math.ceil(len(trainer.train_dataset) / batch_size) * args.num_train_epochs)

@@ -181,3 +181,78 @@ def test_two_ranks_started_by_torchrun(script, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     receipt = json.loads((tmp_path / "out" / "receipt.json").read_text())
     assert (receipt["steps"], receipt["world_size"]) == (3, 2)
+
+
+def test_a_budget_on_the_command_line_replaces_the_scripts_max_steps(script, tmp_path):
+    script.write_text(SCRIPT.replace("num_train_epochs=2", "max_steps=1000"))
+    done = run("--budget", "3steps", script, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "replaces max_steps=1000 of the script by max_steps=-1" in done.output
+    assert json.loads((tmp_path / "out" / "receipt.json").read_text())["steps"] == 3
+
+
+def test_a_recipes_max_steps_replace_the_scripts(script, tmp_path):
+    script.write_text(SCRIPT.replace("num_train_epochs=2", "max_steps=1000"))
+    Recipe(args={"max_steps": 5}).save(tmp_path / "recipe.yaml")
+    done = run("--recipe", tmp_path / "recipe.yaml", script, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "args.max_steps of the recipe replaces max_steps=1000" in done.output
+    assert json.loads((tmp_path / "out" / "receipt.json").read_text())["steps"] == 5
+
+
+def test_a_script_of_an_iterable_data_set_can_be_budgeted(script, tmp_path):
+    data = "datasets.Dataset.from_list([CountingText(16)[i] for i in range(16)]).to_iterable_dataset()"
+    streaming = SCRIPT.replace("num_train_epochs=2", "max_steps=1000").replace("CountingText(16)", data)
+    script.write_text("import datasets\n" + streaming)
+    done = run("--budget", "12samples", script, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / "receipt.json").read_text())["steps"] == 3
+
+
+def test_a_warm_up_in_steps_becomes_its_share_of_the_budget(script, tmp_path):
+    # 16 examples in batches of 4, twice: 8 updates, 2 of them a warm-up.
+    rates = "\nprint('RATES', [log['learning_rate'] for log in trainer.state.log_history if 'learning_rate' in log])\n"
+    script.write_text(
+        SCRIPT.replace("num_train_epochs=2", "warmup_steps=2, logging_steps=1, learning_rate=1.0") + rates
+    )
+    script.write_text(script.read_text().replace("warmup_steps=2", "num_train_epochs=2, warmup_steps=2"))
+    done = run("--budget", "64samples", script, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "replaces warmup_steps=2 of the script by warmup_steps=0.25" in done.output
+    rates = json.loads(done.output.partition("RATES ")[2].partition("\n")[0])
+    right = [i / 4 for i in range(4)] + [(16 - i) / 12 for i in range(4, 16)]  # 16 updates, 4 of them a warm-up
+    assert rates == pytest.approx(right)
+
+
+def test_a_schedule_on_the_command_line_replaces_the_scripts_warm_up(script, tmp_path):
+    script.write_text(SCRIPT.replace("num_train_epochs=2", "num_train_epochs=2, warmup_steps=100"))
+    done = run("--technique", "LinearToZero()", script, tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    assert "LinearToZero" in done.output and "replaces warmup_steps=100 of the script" in done.output
+
+
+LOOP = "print('a loop of its own')\n"
+
+
+@pytest.mark.parametrize("ending", ["", "import sys\nsys.exit(0)\n"])
+def test_a_script_without_a_trainer_is_told_so(ending, tmp_path):
+    path = tmp_path / "loop.py"
+    path.write_text(LOOP + ending)
+    done = run("--budget", "3steps", path)
+    assert done.exit_code == 0
+    assert "nothing was attached" in done.output
+
+
+def test_a_train_of_the_scripts_own_runs_once(script, tmp_path):
+    own = """
+    calls = 0
+    def train(self, *args, **kwargs):
+        self.calls += 1
+        result = super().train(*args, **kwargs)
+        print("CALLS", self.calls, "STEPS", self.state.global_step)
+        return result
+"""
+    script.write_text(SCRIPT.replace("class Own(Trainer):", "class Own(Trainer):" + own))
+    done = run("--budget", "3steps", script, tmp_path / "out", "--own")
+    assert done.exit_code == 0, done.output
+    assert done.output.count("CALLS") == 1 and "CALLS 1 STEPS 3" in done.output

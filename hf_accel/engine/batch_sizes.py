@@ -1,0 +1,105 @@
+"""How many examples, tokens and positions a batch has; None where its structure does not tell."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+from transformers.trainer_utils import has_length
+
+from hf_accel.host.view import TrainerView
+
+
+def num_examples(batch: Any) -> int | None:
+    """How many examples a batch has by its structure.
+
+    The first column with a length tells.  The columns of a batch are the values of a mapping, the entries of a tuple,
+    or those of a list of tensors; any other list has one example in each entry.
+    """
+    if isinstance(batch, Tensor):
+        return len(batch) if batch.dim() else None
+    if isinstance(batch, Mapping):
+        columns: Any = batch.values()
+    elif isinstance(batch, tuple) or (isinstance(batch, list) and all(isinstance(v, Tensor) for v in batch)):
+        columns = batch
+    else:
+        return len(batch) if isinstance(batch, list) else None
+    return next((n for column in columns if (n := _num_rows(column)) is not None), None)
+
+
+def _num_rows(column: Any) -> int | None:
+    return len(column) if isinstance(column, list | tuple) and column else num_examples(column)
+
+
+def num_tokens(batch: Any, main_input: str) -> Tensor | int | None:
+    """How many tokens a batch has: those that its attention masks keep, or else the size of its main input."""
+    masks = [v for name, v in _tensors(batch) if name.endswith("attention_mask") and v.dim() in (1, 2)]
+    if masks:
+        return sum(mask.sum() for mask in masks)
+    values = [v for name, v in _tensors(batch) if name == main_input]
+    if not values or any(v.is_floating_point() for v in values):
+        return None
+    return sum(v.numel() for v in values)
+
+
+def num_positions(batch: Any, main_input: str) -> int:
+    """The size of a batch, padding included: positions of text, pixels of images; 0 where there is no main input."""
+    return sum(v.numel() for name, v in _tensors(batch) if name == main_input)
+
+
+def _tensors(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a batch, with the nearest key that it is found under."""
+    if isinstance(batch, Tensor):
+        yield name, batch
+    elif isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield from _tensors(value, str(key))
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _tensors(value, name)
+
+
+class LoaderCounter:
+    """Counts the examples that Trainer's own loader draws, whatever a collator makes of them.
+
+    A collator may lay several examples in a row or make several rows of one, so its batches do not tell.
+
+    Args:
+        batch_size: Examples of a batch over all ranks.
+        length: Examples of an epoch.
+    """
+
+    def __init__(self, batch_size: int, length: int):
+        self.batch_size, self.length, self.drawn = batch_size, length, 0
+
+    def begin_epoch(self, batches: int) -> None:
+        """Note a new epoch, of whose batches some were read in an earlier process."""
+        self.drawn = batches * self.batch_size
+
+    def count(self, batches: Sequence[Any]) -> int:
+        """The examples of the next batches."""
+        size = max(min(len(batches) * self.batch_size, self.length - self.drawn), 0)
+        self.drawn += size
+        return size
+
+
+def loader_counter(host: TrainerView) -> LoaderCounter | None:
+    """The counter of the loader that Trainer makes; None where a trainer makes its own, or its batches vary."""
+    own = any(host.overrides(name) for name in ("get_train_dataloader", "_get_dataloader", "_get_train_sampler"))
+    varied = host.args.train_sampling_strategy not in ("random", "sequential", "group_by_length")
+    if own or varied or not has_length(host.train_dataset):
+        return None
+    return LoaderCounter(host.train_batch_size * host.args.world_size, len(host.train_dataset))
+
+
+def samples_of(batches: Sequence[Any], counter: LoaderCounter | None, world_size: int) -> int | None:
+    """How many examples the batches of an update have over all ranks; None where that is not known."""
+    if counter is not None:
+        return counter.count(batches)
+    total = 0
+    for batch in batches:
+        if (rows := num_examples(batch)) is None:
+            return None
+        total += rows
+    return total * world_size

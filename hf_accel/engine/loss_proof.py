@@ -1,0 +1,131 @@
+"""What is proved of the loss on the first steps of a run, before it is taken apart or divided."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from torch import Tensor
+
+from hf_accel import host as hosts
+from hf_accel import losses
+from hf_accel.adapters import unwrapped
+from hf_accel.batch import StepBatch, StepPlan
+from hf_accel.engine.memory import StepSnapshot
+from hf_accel.engine.ranks import Ranks
+from hf_accel.engine.roster import Roster
+from hf_accel.host.view import TrainerView
+from hf_accel.preserve import buffers_kept, evaluation_mode, random_state_kept
+
+
+class LossProof:
+    """Compares the loss that is computed with what is assumed of it.
+
+    Two assumptions are checked where they are first relied on.  A head gives the model's own loss: the two are compared
+    on the first step, in evaluation mode, so neither weights, statistics nor generators change.  A loss that is given
+    the number of items is divided by it: the first divided step shows it by its derivative.  Any other loss is a mean,
+    and a step's loss is the mean over its micro-batches by their items.
+    """
+
+    def __init__(self, host: TrainerView, roster: Roster, ranks: Ranks):
+        self.host, self.roster, self.ranks = host, roster, ranks
+        self.head_is_proved = False
+        self.loss_is_mean: bool | None = None
+        """Whether the loss ignores the number of items, or has terms that do; None while that is not known."""
+
+    def prove_head(self, head: losses.Head, batch: StepBatch, read: Callable[[StepPlan], StepBatch]) -> bool:
+        """Whether a head gives the model's own loss; raise where it does not and a technique needs it.
+
+        Args:
+            read: Reads a plan, on this rank alone.
+        """
+        self.head_is_proved = True
+        if "loss_head" in self.roster.answered:  # one example: a technique may be there to spare memory for logits
+            head, plan = losses.head_of(self.host.model), batch.plan
+            batch = read(StepPlan(plan.epoch, plan.ids_N[:1], None, 1, seed=plan.seed))
+        if self.host.label_smoother is not None:  # Trainer itself takes the loss from the logits then
+            return True
+        found = self._difference(head, batch)
+        if not self.ranks.sum([float(found is not None)])[0]:
+            return True
+        needing = [t for t in self.roster.techniques if t.implemented_hooks() & hosts.NEEDS_EXAMPLE_LOSSES]
+        if needing:
+            theirs, ours = found or (math.nan, math.nan)
+            raise ValueError(
+                f"{', '.join(map(repr, needing))} does not support the loss of "
+                f"{type(unwrapped(self.host.model)).__name__}: it is {theirs:.4f} in the first step, and the loss of a "
+                f"{head.kind} model is {ours:.4f}. Give the loss of each example as example_loss_func=."
+            )
+        return False
+
+    def _difference(self, head: losses.Head, batch: StepBatch) -> tuple[float, float] | None:
+        model: Any = self.host.model_wrapped
+        half = self.host.accelerator.mixed_precision != "no" or self.host.model.dtype != torch.float32
+        found = None
+        with (
+            torch.no_grad(),
+            evaluation_mode(model),
+            buffers_kept(self.host.model),
+            random_state_kept(self.host.args.device),
+        ):
+            for micro in batch.micro_batches:
+                inputs = self.host.prepare_inputs(micro.model_inputs)
+                outputs = model(**inputs)
+                if micro.ids_B[0] >= 0 and found is None:
+                    found = losses.compare_losses(head, outputs, inputs, len(micro.ids_B), half=half)
+        return found
+
+    def is_mean(self, num_items: Any) -> bool:
+        """Whether each micro-batch gives a mean, which Trainer divides."""
+        return self.host.loss_is_scaled_for_ga is False or (num_items is None and not self.host.loss_is_scaled_for_ga)
+
+    @contextlib.contextmanager
+    def means(self) -> Iterator[None]:
+        """Let Trainer divide what the loss function gives, whoever made it."""
+        given = self.host.loss_is_scaled_for_ga
+        self.host.loss_is_scaled_for_ga = False
+        try:
+            yield
+        finally:
+            self.host.loss_is_scaled_for_ga = given
+
+    def divisors(self, batch: StepBatch) -> list[float]:
+        """What each micro-batch's mean is divided by, to make the mean of the step: its share of the items."""
+        shifted = self.host.loss_shifts_labels
+        items = [
+            losses.items_of_mean(micro.inputs, len(micro.ids_B), shifted=shifted) if micro.ids_B[0] >= 0 else 0
+            for micro in batch.micro_batches
+        ]
+        if not sum(items):
+            return [float(len(items))] * len(items)
+        return [sum(items) / n if n else math.inf for n in items]
+
+    def must_watch(self, batch: StepBatch, num_items: Any) -> bool:
+        """Whether the coming step is the first that shows if the loss is divided by the number of items."""
+        divided = len(batch.micro_batches) > 1 or self.ranks.world_size > 1
+        return (
+            divided
+            and self.loss_is_mean is None
+            and isinstance(num_items, Tensor)
+            and self.host.loss_is_scaled_for_ga is None
+            and self.host.accelerator.distributed_type != DistributedType.DEEPSPEED  # it scales by itself
+        )
+
+    def watch(self, attempt: Callable[[Any], Tensor], num_items: Tensor, before: StepSnapshot) -> Tensor:
+        """``attempt(num_items)``; done again with means where the loss is not divided by the number of items."""
+        items = num_items.detach().to(torch.float32, copy=True).requires_grad_()
+        loss = attempt(items)
+        scaler = self.host.accelerator.scaler
+        divided = losses.is_divided_by(loss, items, 1.0 if scaler is None else scaler.get_scale())
+        mean, known = self.ranks.sum([float(divided is False), float(divided is not None)])
+        if not known:
+            return loss
+        self.loss_is_mean = mean > 0
+        if not self.loss_is_mean:
+            return loss
+        before.restore()
+        return attempt(None)

@@ -1,0 +1,71 @@
+"""Proves on the data of a run which loss is computed, before it is taken apart or scaled.
+
+Source text and class names say what a loss should be.  A subclass, an instance or a trainer may compute another one, so
+two statements are checked where they are first relied on: that a `Head` gives the model's own loss, and that a loss is
+divided by the number of items that it is given.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_accel.losses.heads import IGNORED, Head, weighted_mean
+
+FULL_PRECISION, HALF_PRECISION = 1e-3, 2e-2
+"""How far two computations of one loss may differ, relative to it."""
+DIVIDED = 1e-4
+"""How far the share of a loss that is divided by the number of items may be from 1."""
+
+
+def compare_losses(
+    head: Head, outputs: Any, inputs: Mapping[str, Any], num_examples: int, *, half: bool
+) -> tuple[float, float] | None:
+    """The model's own mean loss and the head's, of the same outputs, where they differ.
+
+    None where they agree, and where there is nothing to compare: no loss, or no item that counts.
+    """
+    own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    items_K = head.count(inputs, num_examples)
+    if own is None or not bool(items_K.all()):
+        return None
+    ours = float(weighted_mean(head.losses(outputs, inputs, num_examples), items_K))
+    theirs = float(own.mean())
+    if not math.isfinite(theirs) or math.isclose(
+        theirs, ours, rel_tol=HALF_PRECISION if half else FULL_PRECISION, abs_tol=1e-5
+    ):
+        return None
+    return theirs, ours
+
+
+def is_divided_by(loss: Tensor, items: Tensor, scale: float = 1.0) -> bool | None:
+    """Whether a loss is wholly divided by ``items``, for which a backward pass has left the gradient.
+
+    For ``L = S / n + A``, ``-n dL/dn = S / n``, so the quotient by ``L`` is 1 only where ``A`` is 0.  A loss that
+    ignores ``n`` leaves no gradient.
+
+    Args:
+        scale: What the loss was multiplied by for the backward pass.
+
+    Returns:
+        None where the loss is 0 or not finite, which tells nothing.
+    """
+    if not bool(torch.isfinite(loss)) or float(loss) == 0:
+        return None
+    if items.grad is None:
+        return False
+    return abs(float(-items.grad * items.detach() / (scale * loss)) - 1) < DIVIDED
+
+
+def items_of_mean(inputs: Any, num_examples: int, *, shifted: bool) -> int:
+    """How many items a mean loss is a mean of: labels that count, or else examples."""
+    labels = inputs.get("shift_labels", inputs.get("labels")) if isinstance(inputs, Mapping) else None
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        return num_examples
+    if shifted and labels.dim() > 1 and "shift_labels" not in inputs:
+        labels = labels[..., 1:]
+    return int(labels.ne(IGNORED).sum())
