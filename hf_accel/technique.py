@@ -11,15 +11,16 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import inspect
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import annotated_types as at
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
+
+from hf_accel.bounds import check_bounds
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -345,57 +346,3 @@ def check_claims(techniques: Sequence[Technique]) -> None:
                     f"techniques: {earlier!r} and {later!r} both claim {CLAIMS.get(claim, claim)}. "
                     "Remove one of the two."
                 )
-
-
-def check_bounds(technique: Technique) -> None:
-    """Raise ValueError where a field breaks the bound or the choice that its annotation declares."""
-    hints = field_hints(type(technique))
-    for field in dataclasses.fields(technique):
-        value, hint = getattr(technique, field.name), hints[field.name]
-        name = f"{type(technique).__name__}({field.name}={value!r})"
-        if (rule := broken_rule(value, hint)) is not None:
-            raise ValueError(f"{name}: {field.name} must be {rule}.")
-
-
-def field_hints(kind: type) -> dict[str, Any]:
-    """Return the annotations of a dataclass and its bases; `get_type_hints` refuses a plain ClassVar on Python 3.10."""
-    hints: dict[str, Any] = {}
-    for base in reversed(kind.__mro__):
-        hints |= inspect.get_annotations(base, eval_str=True)
-    return hints
-
-
-def broken_rule(value: Any, hint: Any) -> str | None:
-    """The rule of an annotation that a value breaks, in words; None where it breaks none."""
-    if getattr(hint, "__metadata__", None) is None:
-        options = get_args(hint)
-        if options and all(isinstance(option, str) for option in options):  # Literal
-            return None if value in options else "one of " + ", ".join(map(repr, options))
-        if type(None) in options:  # optional
-            rules = [broken_rule(value, option) for option in options if option is not type(None)]
-            return None if value is None or None in rules else f"{rules[0]}, or None"
-        if hint in (int, float, bool, str) and not _is_a(value, hint):
-            return f"a {hint.__name__}, not a {type(value).__name__}"
-        return None
-    base, *metadata = get_args(hint)
-    if (rule := broken_rule(value, base)) is not None:
-        return rule
-    bounds = [bound for item in metadata for bound in (item if isinstance(item, at.GroupedMetadata) else (item,))]
-    tests = {at.Gt: (">", "gt"), at.Ge: (">=", "ge"), at.Lt: ("<", "lt"), at.Le: ("<=", "le")}
-    words, broken = [], False
-    for bound in bounds:
-        if type(bound) in tests:
-            sign, attribute = tests[type(bound)]
-            limit = getattr(bound, attribute)
-            words.append(f"{sign} {limit}")
-            holds = {">": value > limit, ">=": value >= limit, "<": value < limit, "<=": value <= limit}[sign]
-            broken |= not holds
-    return " and ".join(words) if broken else None
-
-
-def _is_a(value: Any, kind: type) -> bool:
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)

@@ -21,10 +21,11 @@ import annotated_types as at
 
 import hf_accel
 from hf_accel import evidence
+from hf_accel.bounds import field_hints
 from hf_accel.evidence import Arm, Record, Records
 from hf_accel.recipe import known_techniques
 from hf_accel.recipe.technique_syntax import read_call
-from hf_accel.technique import HOOKS, SLOTS, Technique, field_hints
+from hf_accel.technique import HOOKS, SLOTS, Technique
 
 ROOT = Path(hf_accel.__file__).parents[1]
 AREAS = {"data": "data", "model": "model", "optim": "optimization", "budget": "budgeted", "system": "system"}

@@ -24,11 +24,12 @@ from typing import Any, TypeVar
 from accelerate.utils import is_deepspeed_available
 from transformers import TrainingArguments
 
+from hf_accel.bounds import broken_rule, field_hints
 from hf_accel.host.arguments import non_default_arguments
 from hf_accel.recipe.lookup import RecipeError, build_technique, known_techniques
 from hf_accel.recipe.technique_syntax import nearest
 from hf_accel.recipe.yaml_io import dump_yaml, load_yaml
-from hf_accel.technique import Technique, broken_rule, field_hints
+from hf_accel.technique import Technique
 
 Arguments = TypeVar("Arguments", bound=TrainingArguments)
 

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from transformers import Trainer, TrainingArguments
 
-from hf_accel.technique import Technique, field_hints
+from hf_accel.bounds import field_hints
+from hf_accel.technique import Technique
 from hf_accel.testing.probes import PROBES, again, largest_difference, losses_of, tiny_llama, tiny_trainer, weights_of
 
 __all__ = [
