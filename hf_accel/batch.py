@@ -23,7 +23,7 @@ class MicroBatch(NamedTuple):
     """The inputs of one forward and backward pass."""
 
     inputs: Any
-    """What the collator returned, usually tensors by name."""
+    """Output of the collator, usually tensors by name."""
     ids_B: Tensor
     """Index in the training set of each example; -1 for a filler, which counts nothing."""
     weights_B: Tensor | None

@@ -176,7 +176,7 @@ class CheckpointWriter:
 
 
 FILE_WRITERS = ("PytorchStreamWriter", "inline_container")
-"""What a RuntimeError of torch.save names when a file cannot be written."""
+"""Names in a RuntimeError of torch.save if a file cannot be written."""
 
 
 def _failure(directory: Path, error: Exception | str) -> str:

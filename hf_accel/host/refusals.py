@@ -153,25 +153,25 @@ def refuse_own_losses(host: TrainerView) -> None:
 
 
 def refuse_overrides(host: TrainerView, techniques: Sequence[Technique], *, streamed: bool) -> None:
-    """Methods of the user's own that a technique or a budget would replace, or that could not read their inputs."""
+    """Refuse custom methods that a technique or a budget would replace, or that could not read their inputs."""
     asked = {hook: technique for technique in reversed(techniques) for hook in technique.implemented_hooks()}
     for name, hooks in (("create_optimizer", ("optimizer", "parameter_rules")), ("create_scheduler", ("schedule",))):
         replacing = next((asked[hook] for hook in hooks if hook in asked), None)
         if replacing is not None and (owner := host.overrides(name)) is not None:
             raise ValueError(
                 f"{replacing!r} does not support {owner.__name__}.{name} because it would replace it. "
-                "Leave one of the two out."
+                "Remove one of the two."
             )
     if (budget := asked.get("budget")) is not None and not {"steps", "epochs"} >= set(budget.budget()):
         given = host.lr_scheduler is not None and not host.created_lr_scheduler
         if given or host.overrides("create_scheduler") is not None:
             raise ValueError(
-                f"{budget!r} does not support a learning-rate schedule of your own because its number of steps is not "
-                "known. Set lr_scheduler_type or a technique that owns the schedule, or give the budget in steps."
+                f"{budget!r} does not support a custom learning-rate schedule because its number of steps is unknown. "
+                "Set lr_scheduler_type or a technique that owns the schedule, or give the budget in steps."
             )
     if streamed and (owner := host.overrides_outside("training_step")) is not None:
         raise ValueError(
-            f"{owner.__name__}.training_step does not support a step in several micro-batches because its inputs are "
+            f"{owner.__name__}.training_step does not support a step in several micro-batches because its inputs hold "
             f"all of them. Derive {owner.__name__} from Trainer and use accelerated({owner.__name__})."
         )
 
@@ -189,7 +189,7 @@ def refuse_absolute_warmup(
 def refuse_uncounted(
     limits: Mapping[str, float], *, samples: int | None, tokens: Sequence[Any], batches: Sequence[Any]
 ) -> None:
-    """A budget in a unit that the batches do not tell would never end."""
+    """Refuse a budget in a unit that the batches do not tell, because it would never end."""
     for unit, unknown in (("samples", samples is None), ("tokens", None in tokens)):
         if unit in limits and unknown:
             raise ValueError(

@@ -59,7 +59,7 @@ class TrainerView:
         return foreign_classes(type(self._trainer))
 
     def overrides(self, method: str) -> type | None:
-        """Return the class that replaces a method of Trainer, or whose instance does, or None."""
+        """Return the class that replaces a method of Trainer, itself or in an instance, or None."""
         if method in vars(self._trainer):
             return type(self._trainer)
         owner = next(cls for cls in self.classes if method in vars(cls))

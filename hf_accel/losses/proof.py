@@ -1,8 +1,8 @@
-"""Proves on the data of a run which loss is computed, before it is taken apart or scaled.
+"""Prove on the data of a run which loss is computed, before it is split or scaled.
 
-Source text and class names say what a loss should be.  A subclass, an instance or a trainer may compute another one, so
-two statements are checked where they are first relied on: that a `Head` gives the model's own loss, and that a loss is
-divided by the number of items that it is given.
+Source text and class names tell the intended loss.  A subclass, an instance or a trainer may compute another one, so
+two statements are checked before their first use.  A `Head` returns the model's own loss, and a loss is divided by the
+given number of items.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 from hf_accel.losses.heads import IGNORED, Head, weighted_mean
 
 FULL_PRECISION, HALF_PRECISION = 1e-3, 2e-2
-"""How far two computations of one loss may differ, relative to it."""
+"""Largest difference of two computations of one loss, relative to it."""
 DIVIDED = 1e-4
-"""How far the share of a loss that is divided by the number of items may be from 1."""
+"""Largest distance from 1 of the share of a loss that is divided by the number of items."""
 
 
 def compare_losses(
     head: Head, outputs: Any, inputs: Mapping[str, Any], num_examples: int, *, half: bool
 ) -> tuple[float, float] | None:
-    """The model's own mean loss and the head's, of the same outputs, where they differ.
+    """Return the model's own mean loss and the head's for the same outputs, if they differ.
 
-    None where they agree, and where there is nothing to compare: no loss, or no item that counts.
+    Return None if they agree, or if there is no loss or no item that counts.
     """
     own = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
     items_K = head.count(inputs, num_examples)
@@ -43,16 +43,16 @@ def compare_losses(
 
 
 def is_divided_by(loss: Tensor, items: Tensor, scale: float = 1.0) -> bool | None:
-    """Whether a loss is wholly divided by ``items``, for which a backward pass has left the gradient.
+    """Return whether a loss is wholly divided by ``items``, which have the gradient of a backward pass.
 
     For ``L = S / n + A``, ``-n dL/dn = S / n``, so the quotient by ``L`` is 1 only where ``A`` is 0.  A loss that
     ignores ``n`` leaves no gradient.
 
     Args:
-        scale: What the loss was multiplied by for the backward pass.
+        scale: Factor of the loss in the backward pass.
 
     Returns:
-        None where the loss is 0 or not finite, which tells nothing.
+        None if the loss is 0 or not finite, which tells nothing.
     """
     if not bool(torch.isfinite(loss)) or float(loss) == 0:
         return None

@@ -62,7 +62,7 @@ class StepStream:
         micro_batch_size: Examples of one forward pass on one rank.
         seed: Key of every order and choice, together with the epoch.
         sequential: Keep the order of the data set.
-        drop_last: Drop what does not fill a batch of ``loader_batch_size`` at the end of an epoch.
+        drop_last: Drop the examples at the end of an epoch that do not fill a batch of ``loader_batch_size``.
         loader_batch_size: Examples of a batch of Trainer's own loader over all ranks; None: ``batch_size``.
         slots: Techniques that select, order, batch and collate.
         loader: Keyword arguments of ``torch.utils.data.DataLoader``: workers, pinning, prefetching.

@@ -89,8 +89,8 @@ def attached(recipe: Recipe) -> Iterator[None]:
         if isinstance(self, AccelTrainerMixin):
             return plain(self, resume_from_checkpoint, *args, **kwargs)
         equip(self, recipe)
-        # Its class is another one now. A ``train`` of its own has called this one and is not entered again.
-        engine, one_pass = self.accel, super(AccelTrainerMixin, self).training_step
+        # `equip` changed its class.  If its own ``train`` called this function, do not enter it again.
+        engine, one_pass = self.accel, super(AccelTrainerMixin, self).training_step  # type: ignore[misc]
         output = engine.train(resume_from_checkpoint, lambda found: plain(self, found, *args, **kwargs), one_pass)
         if self.is_world_process_zero():
             Console(stderr=True).print(self.receipt.table())
@@ -106,11 +106,11 @@ def attached(recipe: Recipe) -> Iterator[None]:
     finally:
         Trainer.train = plain
         if ended and not met:
-            say("The script called train() of no Trainer in this process, so nothing was attached.")
+            say("The script never called Trainer.train() in this process, so nothing was attached.")
 
 
 def say(line: str) -> None:
-    """Print one line beside what the script prints."""
+    """Print one line beside the script's output."""
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"hf-accel: {line}", markup=False)
 
 
@@ -135,7 +135,7 @@ def equip(trainer: Trainer, recipe: Recipe) -> None:
 
 
 def yielding_args(trainer: Any, given: Mapping[str, Any], techniques: Sequence[Technique]) -> TrainingArguments:
-    """The script's arguments, without a length or a warm-up that the command line sets; a line says so."""
+    """Return the script's arguments without a length or a warm-up that the command line replaces; print a line."""
     args, hooks = copy.copy(trainer.args), {hook: t for t in techniques for hook in t.implemented_hooks()}
     budget, schedule = hooks.get("budget"), hooks.get("schedule")
     steps = planned_steps(trainer)
@@ -150,14 +150,14 @@ def yielding_args(trainer: Any, given: Mapping[str, Any], techniques: Sequence[T
         theirs = getattr(args, name)
         if theirs not in (value, -1, 0):
             reason = schedule if name == "warmup_steps" and schedule is not None else budget
-            whose = f"args.{name} of the recipe" if reason is None or name in given else repr(reason)
-            say(f"{whose} replaces {name}={theirs} of the script by {name}={value:.4g}.")
+            source = f"args.{name} of the recipe" if reason is None or name in given else repr(reason)
+            say(f"{source} replaces {name}={theirs} of the script by {name}={value:.4g}.")
             setattr(args, name, value)
     return args
 
 
 def planned_steps(trainer: Any) -> int | None:
-    """Updates that the script's own arguments ask for; None where the data has no length."""
+    """Return the number of updates that the script's own arguments request; None if the data has no length."""
     args = trainer.args
     if args.max_steps > 0:
         return args.max_steps
