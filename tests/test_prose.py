@@ -19,7 +19,7 @@ PRESENT: dict[str, int] = {
     "hf_accel/cli": 0,
     "hf_accel/compare": 0,
     "hf_accel/data": 0,
-    "hf_accel/engine": 59,
+    "hf_accel/engine": 0,
     "hf_accel/evidence": 0,
     "hf_accel/features": 0,
     "hf_accel/host": 0,

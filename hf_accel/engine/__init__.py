@@ -1,1 +1,1 @@
-"""The engine of a run: who takes part, the step, the optimizer, memory and checkpoints."""
+"""The engine of a run: techniques, steps, the optimizer, memory and checkpoints."""

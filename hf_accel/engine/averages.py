@@ -1,4 +1,4 @@
-"""Averaged weights: when the model has them, and with which statistics of batch normalization."""
+"""Swap averaged weights into the model, with their own statistics of batch normalization."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from hf_accel.stream.indexed import StepStream
 
 
 class AveragedWeights:
-    """Puts averages in the place of the weights, for evaluation, saving and in the end.
+    """Swap averages for the weights during evaluation and saving, and at the end of training.
 
     Args:
-        stream: Gives the stream of the run, or makes one, for the statistics of batch normalization.
-        micro_batch_size: Gives the present one.
+        stream: Return the stream of the run, or a new one, for the statistics of batch normalization.
+        micro_batch_size: Return the current size.
     """
 
     def __init__(
@@ -36,11 +36,11 @@ class AveragedWeights:
         self.host, self.roster, self.meter = host, roster, meter
         self.stream, self.micro_batch_size = stream, micro_batch_size
         self.ended = False
-        """Whether the model is what ``train`` returns."""
+        """True once the model holds the weights that ``train`` returns."""
         self._swapped = False
 
     def averages(self) -> dict[str, Tensor] | None:
-        """This rank's part of the averages, weights and their statistics; None while there are none."""
+        """Return this rank's part of the averages and their statistics, or None before there are any."""
         owner = self.roster.owner("averaging")
         averages = owner.averaging() if owner is not None else None
         return averages if averages is None else averages | self._statistics(averages)
@@ -59,7 +59,7 @@ class AveragedWeights:
 
     @contextlib.contextmanager
     def in_place(self, hook: Literal["evaluating", "saving"]) -> Iterator[None]:
-        """The weights that are evaluated or saved: averaged ones, and as the techniques' contexts leave them."""
+        """Put the weights to evaluate or save into the model: the averages, inside the techniques' contexts."""
         if self._swapped:
             yield
             return
@@ -75,7 +75,7 @@ class AveragedWeights:
             yield
 
     def evaluate(self, plain: Callable[[], Any]) -> Any:
-        """Evaluate the weights that a user gets; ``plain`` is Trainer's own method."""
+        """Evaluate the weights that the user receives; ``plain`` is Trainer's own method."""
         clock = self.meter.clock
         began = clock.seconds
         metrics = self.predict(plain)
@@ -83,7 +83,7 @@ class AveragedWeights:
         return metrics
 
     def predict(self, plain: Callable[[], Any]) -> Any:
-        """Predict with the same; ``plain`` is Trainer's own method."""
+        """Predict with the weights that the user receives; ``plain`` is Trainer's own method."""
         with self.meter.stopwatch.charge("evaluation"), self.in_place("evaluating"):
             return plain()
 

@@ -1,9 +1,9 @@
-"""Statistics of batch normalization for averaged weights.
+"""Compute statistics of batch normalization for averaged weights.
 
-The running mean and variance of such a layer describe what the weights of training make of the data; averaged weights
-make something else of them.  So they are computed from training examples, always the same ones, as the plain mean over
-micro-batches, before averaged weights are evaluated or saved.  Everything else is in evaluation mode, so that dropout
-draws nothing.  A model without such layers costs nothing.
+The running mean and variance of a layer describe activations under the training weights; averaged weights have other
+activations.  New statistics are therefore computed before averaged weights are evaluated or saved.  They are the plain
+mean over micro-batches of a fixed set of training examples.  All other layers are in evaluation mode, so dropout draws
+nothing.  A model without batch normalization costs nothing.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from hf_accel.stream.indexed import StepStream
 from hf_accel.technique import Technique
 
 NUM_EXAMPLES = 1024
-"""Most training examples that the statistics are computed from."""
+"""Maximum number of training examples for the statistics."""
 
 
 def layers(model: nn.Module) -> list[_BatchNorm]:
-    """The layers that keep running statistics."""
+    """Return the layers that keep running statistics."""
     return [module for module in model.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
 
 
 def refuse_iterables(owner: Technique, model: nn.Module, dataset: Any) -> None:
-    """Refuse averages of a model with such layers where examples have no index."""
+    """Refuse averages of a model with batch normalization if examples have no index."""
     if isinstance(dataset, IterableDataset) and layers(model):
         raise ValueError(
-            f"{owner!r} does not support batch normalization with train_dataset ({type(dataset).__name__}): it "
-            "computes statistics from examples by their index. Give a data set with __len__ and __getitem__."
+            f"{owner!r} does not support batch normalization with train_dataset ({type(dataset).__name__}) because it "
+            "reads examples by index for the statistics. Use a data set with __len__ and __getitem__."
         )
 
 
@@ -44,7 +44,7 @@ def refuse_iterables(owner: Technique, model: nn.Module, dataset: Any) -> None:
 def statistics(
     model: nn.Module, averages: Mapping[str, Tensor], inputs: Iterable[Any], predict: Callable[[Any], None]
 ) -> dict[str, Tensor]:
-    """The buffers of the model's layers, by name, under averaged weights; the model is left as found.
+    """Return the layers' buffers under averaged weights, by name, and leave the model unchanged.
 
     Every rank computes them from the same examples.
     """
@@ -76,7 +76,7 @@ def statistics(
 
 
 def micro_batches(stream: StepStream, size: int) -> Iterator[dict[str, Tensor]]:
-    """Whole micro-batches, as they are read for training."""
+    """Yield whole micro-batches, read in the same way as for training."""
     generator = torch.Generator().manual_seed(stream.seed)
     ids_N = torch.randperm(len(stream.dataset), generator=generator)[:NUM_EXAMPLES]
     whole = max(len(ids_N) // size, 1) * size

@@ -1,4 +1,4 @@
-"""How many examples, tokens and positions a batch has; None where its structure does not tell."""
+"""Count the examples, tokens and positions of a batch; None if its structure does not tell."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from hf_accel.host.view import TrainerView
 
 
 def num_examples(batch: Any) -> int | None:
-    """How many examples a batch has by its structure.
+    """Return the number of examples of a batch, according to its structure.
 
-    The first column with a length tells.  The columns of a batch are the values of a mapping, the entries of a tuple,
-    or those of a list of tensors; any other list has one example in each entry.
+    The first column with a length tells.  Columns are the values of a mapping, or the entries of a tuple or of a list
+    of tensors.  Any other list holds one example per entry.
     """
     if isinstance(batch, Tensor):
         return len(batch) if batch.dim() else None
@@ -33,7 +33,7 @@ def _num_rows(column: Any) -> int | None:
 
 
 def num_tokens(batch: Any, main_input: str) -> Tensor | int | None:
-    """How many tokens a batch has: those that its attention masks keep, or else the size of its main input."""
+    """Return the number of tokens that the attention masks keep, or else the size of the main input."""
     masks = [v for name, v in _tensors(batch) if name.endswith("attention_mask") and v.dim() in (1, 2)]
     if masks:
         return sum(mask.sum() for mask in masks)
@@ -44,12 +44,12 @@ def num_tokens(batch: Any, main_input: str) -> Tensor | int | None:
 
 
 def num_positions(batch: Any, main_input: str) -> int:
-    """The size of a batch, padding included: positions of text, pixels of images; 0 where there is no main input."""
+    """Return the size of the main input, including padding: positions of text, pixels of images; 0 without one."""
     return sum(v.numel() for name, v in _tensors(batch) if name == main_input)
 
 
 def _tensors(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a batch, with the nearest key that it is found under."""
+    """Yield every tensor of a batch, with the nearest key above it."""
     if isinstance(batch, Tensor):
         yield name, batch
     elif isinstance(batch, Mapping):
@@ -61,9 +61,9 @@ def _tensors(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 class LoaderCounter:
-    """Counts the examples that Trainer's own loader draws, whatever a collator makes of them.
+    """Count the examples that Trainer's own loader draws, before any collator.
 
-    A collator may lay several examples in a row or make several rows of one, so its batches do not tell.
+    A collator may pack several examples into a row or split one into several, so its batches do not tell.
 
     Args:
         batch_size: Examples of a batch over all ranks.
@@ -74,18 +74,18 @@ class LoaderCounter:
         self.batch_size, self.length, self.drawn = batch_size, length, 0
 
     def begin_epoch(self, batches: int) -> None:
-        """Note a new epoch, of whose batches some were read in an earlier process."""
+        """Begin an epoch; an earlier process has read the given number of its batches."""
         self.drawn = batches * self.batch_size
 
     def count(self, batches: Sequence[Any]) -> int:
-        """The examples of the next batches."""
+        """Return the number of examples in the next batches."""
         size = max(min(len(batches) * self.batch_size, self.length - self.drawn), 0)
         self.drawn += size
         return size
 
 
 def loader_counter(host: TrainerView) -> LoaderCounter | None:
-    """The counter of the loader that Trainer makes; None where a trainer makes its own, or its batches vary."""
+    """Return a counter for Trainer's own loader, or None if the trainer makes another or batch sizes vary."""
     own = any(host.overrides(name) for name in ("get_train_dataloader", "_get_dataloader", "_get_train_sampler"))
     varied = host.args.train_sampling_strategy not in ("random", "sequential", "group_by_length")
     if own or varied or not has_length(host.train_dataset):
@@ -94,7 +94,7 @@ def loader_counter(host: TrainerView) -> LoaderCounter | None:
 
 
 def samples_of(batches: Sequence[Any], counter: LoaderCounter | None, world_size: int) -> int | None:
-    """How many examples the batches of an update have over all ranks; None where that is not known."""
+    """Return the number of examples in the batches of an update over all ranks, or None if it is unknown."""
     if counter is not None:
         return counter.count(batches)
     total = 0

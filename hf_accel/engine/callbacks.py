@@ -1,5 +1,6 @@
-"""Keeps Trainer's own notion of time in step with the clock: epochs, the live estimate of ``max_steps``, and fractions
-of progress at which to log, evaluate and save.
+"""Keep Trainer's own notion of time in step with the clock.
+
+The callbacks set epochs, the live estimate of ``max_steps``, and the progress at which to log, evaluate and save.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from hf_accel.host.view import TrainerView
 from hf_accel.technique import Technique
 
 BEAT_SECONDS = 2.0
-"""How often the seconds spent are written down."""
+"""Interval between two records of the seconds spent."""
 
 
 class TimedRun(Protocol):
-    """What the callbacks need of the engine; the meter and the stream are others in each ``train()``."""
+    """The part of the engine that callbacks use; each ``train()`` has a new meter and stream."""
 
     host: TrainerView
     roster: Roster
@@ -35,17 +36,17 @@ class TimedRun(Protocol):
 
     @property
     def stream(self) -> Any:
-        """The stream of the run."""
+        """Return the stream of the run."""
 
     def end_step(self) -> None:
-        """Tell the clock what the step spent."""
+        """Advance the clock by the cost of the step."""
 
     def fit_memory(self) -> None:
-        """Find the micro-batch that fits."""
+        """Find the largest micro-batch that fits into memory."""
 
 
 class ClockCallback(TrainerCallback):
-    """First among the callbacks, so that all others see the right epoch and end."""
+    """Update Trainer's time before all other callbacks, so that they see the right epoch and end."""
 
     def __init__(self, run: TimedRun):
         self.run = run
@@ -100,10 +101,10 @@ class ClockCallback(TrainerCallback):
 
 
 class SigtermCallback(TrainerCallback):
-    """Saves and stops at the end of the step in which SIGTERM came, where ``enable_jit_checkpoint`` asks for it.
+    """Save and stop at the end of the step in which SIGTERM arrives, if ``enable_jit_checkpoint`` is set.
 
-    Trainer's own callback, whose place it takes, saves in the middle of a step, when the step's examples count as
-    trained on and the update is still to come.
+    It replaces Trainer's own callback, which saves in the middle of a step.  The step's examples then count as trained
+    on, but the update is still missing.
     """
 
     def __init__(self, ranks: Ranks, replaced: JITCheckpointCallback):
@@ -116,7 +117,7 @@ class SigtermCallback(TrainerCallback):
         self.before = signal.signal(signal.SIGTERM, lambda number, frame: setattr(self, "asked", True))
 
     def on_step_end(self, args, state, control, **kwargs):
-        (asked,) = self.ranks.share([float(self.asked)])  # ranks do not hear of it in the same step
+        (asked,) = self.ranks.share([float(self.asked)])  # ranks may receive the signal in different steps
         if asked:
             control.should_save = control.should_training_stop = True
         return control
@@ -126,8 +127,7 @@ class SigtermCallback(TrainerCallback):
 
 
 class RestoreCallback(TrainerCallback):
-    """Last among the callbacks: restores techniques after their own ``on_train_begin``, and skips evaluations that
-    would overrun the budget."""
+    """Run after all other callbacks: restore techniques, and skip evaluations that would overrun the budget."""
 
     def __init__(self, run: TimedRun):
         self.run = run
@@ -146,7 +146,7 @@ class RestoreCallback(TrainerCallback):
 
 
 GIVEN_TO_CALLBACKS = ("model", "processing_class", "optimizer", "lr_scheduler", "train_dataloader", "eval_dataloader")
-"""By Trainer's handler of callbacks, beside arguments, state and control."""
+"""Keyword arguments from Trainer's callback handler, beside arguments, state and control."""
 
 
 def _listens(callback: TrainerCallback, event: str) -> bool:
@@ -154,14 +154,14 @@ def _listens(callback: TrainerCallback, event: str) -> bool:
 
 
 def charging(handler_class: type) -> type:
-    """A callback handler that charges each technique for its events."""
+    """Return a subclass of a callback handler that charges each technique for its events."""
 
     class ChargingHandler(handler_class):
         def call_event(self, event, args, state, control, **kwargs):
             if not any(isinstance(c, Technique) and _listens(c, event) for c in self.callbacks):
                 return super().call_event(event, args, state, control, **kwargs)
             given: dict[str, Any] = {name: getattr(self, name) for name in GIVEN_TO_CALLBACKS} | kwargs
-            for callback in self.callbacks:  # which may change them, as in Trainer
+            for callback in self.callbacks:  # a callback may change the list, as in Trainer
                 charged = isinstance(callback, Technique) and callback.run_ is not None
                 with callback.run_.charge(callback) if charged else contextlib.nullcontext():
                     control = getattr(callback, event)(args, state, control, **given) or control

@@ -1,4 +1,4 @@
-"""The checkpoints of one run: what the engine adds to Trainer's, and how a run resumes from them."""
+"""Add the engine's state to Trainer's checkpoints, and resume a run from them."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from hf_accel.technique import Technique
 
 
 class RunCheckpoints:
-    """Writes and reads the checkpoints of one call of ``train()``.
+    """Write and read the checkpoints of one call of ``train()``.
 
     Args:
-        write_metadata: Writes recipe and receipt into a folder.
+        write_metadata: Write recipe and receipt into a folder.
     """
 
     def __init__(
@@ -66,13 +66,13 @@ class RunCheckpoints:
             self.meter.saving_seconds = seconds
 
     def finish(self) -> None:
-        """Wait until the checkpoint that is being written is whole; raise where it could not be written."""
+        """Wait until a checkpoint in progress is complete; raise if it could not be written."""
         if self.writer.is_writing:
             with self.meter.stopwatch.charge("saving"):
                 self.meter.saving_seconds = self.writer.finish()
 
     def _add_state(self, directory: Path) -> None:
-        """Write what a checkpoint of Trainer lacks."""
+        """Write the state that Trainer's checkpoint lacks."""
         args, techniques, put = self.host.args, self.roster.techniques, self.writer.put
         if (averages := self.averages.averages()) is not None:
             averages = weights.gather(self.host.model, averages)
@@ -86,7 +86,7 @@ class RunCheckpoints:
             put(ckpt.save_state, directory, f"accel_rank{args.process_index}", {"states": states["rank"]})
 
     def _state(self, of_techniques: list[Any]) -> dict[str, Any]:
-        """The state that is the same on every rank."""
+        """Return the state that is the same on every rank."""
         state: dict[str, Any] = {
             "run_id": self.run_id,
             "world_size": self.host.args.world_size,
@@ -104,16 +104,16 @@ class RunCheckpoints:
 
     def push(self, folder: str, plain: Callable[[str], Any]) -> None:
         """Push a checkpoint that is complete; ``plain`` is Trainer's own method."""
-        if not Path(folder, ckpt.INCOMPLETE).exists():  # else Trainer asks before ours is written
+        if not Path(folder, ckpt.INCOMPLETE).exists():  # Trainer also asks before our part is written
             self.write_metadata(self.host.args.output_dir)
             plain(folder)
 
     def beat(self) -> None:
-        """Write down the seconds and joules spent, for a run that is killed before its next checkpoint."""
+        """Record the seconds and joules spent, in case the run is killed before its next checkpoint."""
         clock = self.meter.clock
         try:
             self._heartbeat().write(clock.seconds, clock.spent["joules"])
-        except OSError as error:  # a full disk ends no run that need not save
+        except OSError as error:  # a full disk must not end a run that need not save
             warnings.warn(
                 f"{self._heartbeat().path} could not be written: {error}. Free space on the disk.", stacklevel=2
             )
@@ -125,18 +125,18 @@ class RunCheckpoints:
 
     @property
     def state(self) -> dict[str, Any] | None:
-        """Our state in the checkpoint that the run resumes from; None where it resumes from none."""
+        """Return our state in the checkpoint of a resumed run, or None if the run is not resumed."""
         return None if self._reader is None else self._reader.state
 
     def find(self, resume: str | bool | None) -> str | None:
-        """The checkpoint to resume from."""
+        """Return the checkpoint to resume from, or None."""
         owner, output_dir = self.roster.owner("budget"), self.host.args.output_dir
         if owner is not None and owner.extends_previous_run():
             return reading.checkpoint_to_extend(resume, output_dir, owner)
         return reading.checkpoint_to_resume(resume, output_dir)
 
     def resume(self, checkpoint: str, *, allow_changes: bool) -> None:
-        """Continue the clock of a checkpoint's run, and find the states of the techniques."""
+        """Continue the clock of the checkpoint's run, and find the states of the techniques."""
         reader = self._reader = reading.CheckpointReader(self.host, checkpoint)
         extends = resuming.check(reader, self.roster, self.host.args.output_dir, allow_changes=allow_changes)
         reader.find_states(self.roster.techniques)
@@ -149,11 +149,11 @@ class RunCheckpoints:
             resuming.continue_run(reader, self.roster, self.meter, self.optimization, self._heartbeat().read())
 
     def state_of(self, technique: Technique) -> Any:
-        """What ``state_dict("global")`` gave for the checkpoint that the run resumes from; None where there is none."""
+        """Return a technique's ``state_dict("global")`` in the checkpoint of a resumed run, or None."""
         return None if self._reader is None else self._reader.state_of(technique)
 
     def restore_techniques(self) -> None:
-        """Give the techniques their states; after their ``on_train_begin``."""
+        """Load the states of the techniques, after their ``on_train_begin``."""
         if self._reader is not None:
             self._reader.restore_techniques()
 
@@ -171,11 +171,11 @@ class RunCheckpoints:
             plain()
 
     def check_loaded(self, load_result: Any) -> Any:
-        """What Trainer warns of after weights were read."""
+        """Return the load result that Trainer reports, after loading weights under their renamed keys."""
         return reading.load_renamed_weights(self.host, self._loaded_from, load_result)
 
     def load_best_model(self, plain: Callable[[], Any]) -> None:
-        """Read the best model, averaged where it was; ``plain`` is Trainer's own method."""
+        """Read the best model, with its averages if it has any; ``plain`` is Trainer's own method."""
         best = self.host.state.best_model_checkpoint
         self.load_weights(best, plain)
         averages = ckpt.load_averaged(str(best))

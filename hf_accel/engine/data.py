@@ -1,4 +1,4 @@
-"""The training set of a run: as the techniques prepare it, and as a stream of step batches."""
+"""Prepare the training set of a run, and make a stream of step batches from it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from hf_accel.stream.iterable import IterableStepStream
 
 @contextlib.contextmanager
 def prepared_dataset(host: TrainerView, roster: Roster, meter: Meter) -> Iterator[None]:
-    """Inside, the trainer has the training set that the techniques make of its own."""
+    """Give the trainer the training set that the techniques prepare; restore the original on exit."""
     given = host.train_dataset
     try:
         for technique in roster.with_hook("prepare_dataset"):
@@ -36,14 +36,14 @@ def prepared_dataset(host: TrainerView, roster: Roster, meter: Meter) -> Iterato
 
 
 def without_unused_columns(host: TrainerView, dataset: Any) -> tuple[Any, Callable]:
-    """A data set and its collator, one of which leaves out what the model does not take."""
+    """Return a data set and its collator; one of them removes the columns that the model does not take."""
     if isinstance(dataset, datasets.Dataset):
         return host.remove_unused_columns(dataset, description="training"), host.data_collator
     return dataset, host.get_collator_with_removed_columns(host.data_collator, description="training")
 
 
 def stream_of(host: TrainerView, roster: Roster, dataset: Any, batch_size: int, micro_batch_size: int) -> StepStream:
-    """The stream of a data set.
+    """Return the stream of a data set.
 
     Args:
         batch_size: Examples of an update over all ranks.
@@ -60,7 +60,7 @@ def stream_of(host: TrainerView, roster: Roster, dataset: Any, batch_size: int, 
         collator,
         batch_size=batch_size,
         micro_batch_size=micro_batch_size,
-        # accelerate seeds Trainer's own order like this.
+        # accelerate seeds Trainer's own order in the same way.
         seed=args.data_seed if args.data_seed is not None else torch.random.initial_seed(),
         rank=args.process_index,
         world=args.world_size,

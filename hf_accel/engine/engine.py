@@ -1,7 +1,7 @@
-"""The engine of a trainer: who takes part, what a run spends, and how its steps, updates and checkpoints are made.
+"""Run techniques in a trainer: connect the roster, meter, steps, updates and checkpoints.
 
-`AccelTrainerMixin` has one attribute, its engine, and answers Trainer's questions by asking it.  What belongs to one
-call of ``train()`` is made afresh for it (`Engine.begin`).
+`AccelTrainerMixin` has one attribute, its engine, and answers Trainer's questions by asking it.  `Engine.begin` makes
+new parts for each call of ``train()``.
 """
 
 from __future__ import annotations
@@ -43,15 +43,15 @@ from hf_accel.technique import Technique
 
 
 class Engine:
-    """What `AccelTrainerMixin` asks; implements `hf_accel.run.Run` for the techniques.
+    """Answer the questions of `AccelTrainerMixin`; `view` shows the run to the techniques.
 
     Args:
-        trainer: The one that it belongs to.
-        techniques: Asked in this order.
-        recipe: Saved beside the model, with the arguments and techniques of the run.
-        gauges: What measures for the clock; None: what the owner of ``budget`` gives.
-        streamed: Whether batches come from the stream, whatever the techniques need.
-        paced: Whether Trainer's notion of time follows the clock, whatever the techniques need.
+        trainer: The trainer that the engine belongs to.
+        techniques: Techniques, in the order in which they are asked.
+        recipe: Recipe to save beside the model, with the arguments and techniques of the run.
+        gauges: Gauges of the clock, by unit; None: those of the owner of ``budget``.
+        streamed: True to take batches from the stream even if no technique needs it.
+        paced: True to let Trainer's notion of time follow the clock even if no technique needs it.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Engine:
         self.begin({})
 
     def begin(self, limits: dict[str, float], now: Callable[[], float] = time.monotonic) -> None:
-        """Make what belongs to one call of ``train()``."""
+        """Make the parts that belong to one call of ``train()``."""
         clock = Clock(limits, now=now, share=self.ranks.share)
         self.meter = Meter(clock, self.gauges or {}, self.roster, self.ranks)
         self.optimization = Optimization(self.host, self.roster, clock)
@@ -135,7 +135,7 @@ class Engine:
     # Construction ---------------------------------------------------------------------------------------------------
 
     def prepare_args(self, args: TrainingArguments, dataset: Any) -> TrainingArguments:
-        """The arguments that Trainer sees."""
+        """Return the arguments that Trainer sees."""
         self._explicit_args = hosts.recorded_arguments(args)
         args = setup.prepared_args(args, dataset, self.roster, self.options)
         self.accumulation_steps = args.gradient_accumulation_steps
@@ -144,18 +144,18 @@ class Engine:
         return args
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
-        """The model that the techniques make of a model."""
+        """Return the model that the techniques make of a model."""
         return setup.prepared_model(model, self.roster)
 
     def prepare_quantized_model(self, model: nn.Module, args: TrainingArguments) -> nn.Module:
-        """The same of quantized weights, which Trainer refuses unless they have adapters."""
+        """Return the prepared model of quantized weights, which Trainer refuses unless they have adapters."""
         self.host.args = args
         model = self.prepare_model(model)
         hosts.refuse_quantized(model)
         return model
 
     def settle(self, *, model_is_prepared: bool = False) -> None:
-        """Complete the engine once Trainer is built: the model, the callbacks, the loss and the size of a step."""
+        """Complete the engine once Trainer is built: model, callbacks, loss and batch sizes."""
         host, roster = self.host, self.roster
         hosts.refuse_overrides(host, roster.techniques, streamed=roster.streamed)
         if roster.streamed:
@@ -174,20 +174,19 @@ class Engine:
         self.begin({}, self.meter.clock.now)
 
     def settle_sizes(self) -> None:
-        """Read the sizes of a step off the arguments."""
+        """Compute the batch sizes from the arguments."""
         self.nominal_batch_size = self.host.train_batch_size * self.accumulation_steps * self.ranks.world_size
         size = memory.first_micro_batch_size(self.host, self.options.micro_batch_size, self.accumulation_steps)
         self._micro_batch_size = self.step.micro_batch_size = size
 
     def find_head(self) -> losses.Head | None:
-        """The kind of loss; None where it is not known, and nobody needs it."""
+        """Return the head that computes losses of items, or None if it is unknown and no technique needs it."""
         return setup.find_head(self.host, self.roster, self.options.example_loss_func)
 
     # The run --------------------------------------------------------------------------------------------------------
 
     def train(self, resume: str | bool | None, plain: Callable[[str | None], Any], one_pass: OnePass) -> Any:
-        """Train; ``plain`` is Trainer's own ``train``, of the checkpoint to resume from, and ``one_pass`` its own
-        ``training_step``."""
+        """Train with Trainer's own ``train``, ``plain(checkpoint)``, and its ``training_step``, ``one_pass``."""
         self.checkpoints.finish()  # of a run that was interrupted
         args = self.host.args
         self._show_run_to_techniques()
@@ -197,7 +196,7 @@ class Engine:
         if checkpoint is not None:
             self.checkpoints.resume(checkpoint, allow_changes=self.options.allow_changes)
         self.meter.start(resumed=self.resumed)
-        if args.device.type == "cuda" and not self.host.is_in_train:  # a short run within a run is a part of it
+        if args.device.type == "cuda" and not self.host.is_in_train:  # a short run inside a run is part of it
             torch.cuda.reset_peak_memory_stats(args.device)
         with self.meter.stopwatch.charge("other"):
             output = plain(checkpoint)
@@ -208,14 +207,14 @@ class Engine:
         return output
 
     def limits(self) -> dict[str, float]:
-        """What may be spent, per unit."""
+        """Return the limits of the run, per unit."""
         args, owner = self.host.args, self.roster.owner("budget")
         if owner is not None:
             return dict(owner.budget())
         return {"steps": float(args.max_steps)} if args.max_steps > 0 else {"epochs": float(args.num_train_epochs)}
 
     def change_trial(self, trial: Any, plain: Callable[[Any], Any]) -> None:
-        """Take the arguments of a trial of a hyperparameter search; ``plain`` is Trainer's own method."""
+        """Apply the arguments of a hyperparameter search's trial; ``plain`` is Trainer's own method."""
         args = self.host.args
         if self.roster.streamed:
             args.gradient_accumulation_steps = self.accumulation_steps
@@ -230,7 +229,7 @@ class Engine:
             self.meter.clock.limits = self.limits()
 
     def initial_values(self, args: TrainingArguments, values: tuple) -> tuple:
-        """Trainer's numbers of epochs and steps, where these follow the clock."""
+        """Return Trainer's initial values, with epochs and steps that follow the clock in a paced run."""
         found = list(values)
         self.steps_per_epoch = int(found[1] or 1)
         if self.roster.paced:
@@ -243,7 +242,7 @@ class Engine:
         return tuple(found)
 
     def initial_position(self, position: tuple[int, int]) -> tuple[int, int]:
-        """Epoch and step at which Trainer begins."""
+        """Return the epoch and step at which Trainer begins."""
         host, stream = self.host, self.step.stream
         if self.roster.paced:
             for kind in ("logging", "eval", "save"):
@@ -265,26 +264,26 @@ class Engine:
         return stream.epoch + int(stream.epoch_is_over), 0
 
     def run_epoch(self, plain: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
-        """One epoch; ``plain`` is Trainer's own method."""
+        """Run one epoch; ``plain`` is Trainer's own method."""
         if (self.roster.techniques or self.roster.streamed) and self.resumed and self.meter.clock.done:
-            self.host.control.should_training_stop = True  # Trainer would take one step more
+            self.host.control.should_training_stop = True  # Trainer would take one more step
             return None
         continued = kwargs["epoch"] == kwargs["epochs_trained"] and not self.host.args.ignore_data_skip
         self.step.begin_epoch(kwargs["steps_trained_in_current_epoch"] if continued else 0)
         if self.step.stream is not None:
             self.step.stream.epoch_begins = True
-            # The stream ends its epochs itself (see `ClockCallback`): how many steps they have is not known before.
+            # The stream ends its epochs itself (see `ClockCallback`), because their steps are unknown in advance.
             kwargs |= {"steps_in_epoch": sys.maxsize, "num_update_steps_per_epoch": sys.maxsize}
         return plain(**kwargs)
 
     def end_step(self) -> None:
-        """Tell the clock what the step spent; before the learning rate of the next one is set."""
+        """Advance the clock by the cost of the step, before the scheduler sets the next learning rate."""
         stream, steps = self.step.stream, self.host.state.global_step + 1
         epochs = steps / self.steps_per_epoch if stream is None else stream.epochs
         self.meter.end_step(refused=self.step.refused, epochs=epochs)
 
     def finish(self, num_train_samples: float) -> float:
-        """Leave the model as ``train`` returns it; the number of samples for Trainer's speed."""
+        """Leave the final weights in the model; return the number of samples for Trainer's speed metrics."""
         self.checkpoints.finish()
         self.meter.count_tokens()
         self.step.flush_observations()
@@ -292,22 +291,22 @@ class Engine:
         self.averages.finish()
         self._reports = [dict(technique.report()) for technique in self.roster.techniques]
         self.averages.ended = True
-        if samples := self.meter.clock.spent["samples"]:  # Trainer wants those of the whole schedule
+        if samples := self.meter.clock.spent["samples"]:  # Trainer expects those of the whole schedule
             return samples * self.host.state.max_steps / max(self.host.state.global_step, 1)
         return num_train_samples
 
     @property
     def stream(self) -> StepStream | None:
-        """The stream of step batches, where one is used."""
+        """Return the stream of step batches, or None if Trainer's own loader is used."""
         return self.step.stream
 
     @property
     def resumed(self) -> bool:
-        """Whether the run began in an earlier process."""
+        """Return whether the run resumes from a checkpoint."""
         return self.checkpoints.state is not None
 
     def fit_memory(self) -> None:
-        """Where several ranks must agree, find the micro-batch that fits before the first step."""
+        """Find the largest micro-batch that fits before the first step, if several ranks must agree on it."""
         if self.options.micro_batch_size == "auto" and self.ranks.world_size > 1 and not self.resumed:
             assert self.step.stream is not None
             dataset, size = self.step.stream.reader.dataset, self.step.micro_batch_size
@@ -317,10 +316,10 @@ class Engine:
     # Data -----------------------------------------------------------------------------------------------------------
 
     def train_loader(self, plain: Callable[[], Any]) -> Any:
-        """What gives batches: the stream, or Trainer's own loader."""
+        """Return the stream, or Trainer's own loader."""
         host = self.host
         replaced = self.head is not None and host.overrides("compute_loss") is not None  # on the instance
-        if self.roster.streamed and (host.model_init is not None or replaced):  # another model, or another loss
+        if self.roster.streamed and (host.model_init is not None or replaced):  # another model or loss
             self.step.head = self.head = self.find_head()
             vars(self.step).pop("_host_scales_rightly", None)
         with prepared_dataset(host, self.roster, self.meter):
@@ -328,7 +327,7 @@ class Engine:
             if not self.roster.streamed or host.train_dataset is None:
                 return plain()
             stream = self.make_stream(host.train_dataset)
-            stream.serves_looks = True  # Trainer and everybody else get it from the same method
+            stream.serves_looks = True  # Trainer and other callers get it from the same method
             if self.step.stream is not None and host.is_in_train:  # the run has its own
                 return stream
             self.step.stream = stream
@@ -337,13 +336,13 @@ class Engine:
         return stream
 
     def make_stream(self, dataset: Any) -> StepStream:
-        """The stream of a data set."""
+        """Return the stream of a data set."""
         return stream_of(self.host, self.roster, dataset, self.nominal_batch_size, self.step.micro_batch_size)
 
     # Steps ----------------------------------------------------------------------------------------------------------
 
     def next_batches(self, epoch_iterator: Any, plain: Callable[[], tuple[list[Any], Any]]) -> tuple[list[Any], Any]:
-        """The batches of the next update, and what its loss is divided by; ``plain`` is Trainer's own method."""
+        """Return the batches of the next update and the divisor of its loss; ``plain`` is Trainer's own method."""
         self.meter.clock.step_begins()
         if self.step.stream is not None:
             return self.step.next_batch(epoch_iterator)
@@ -353,12 +352,12 @@ class Engine:
         return batches, items
 
     def flops(self, inputs: Any, plain: Callable[[Any], float]) -> float:
-        """Operations of a batch by Trainer's rule; ``plain`` is its own method."""
+        """Return a batch's operations by Trainer's rule; ``plain`` is its own method."""
         if isinstance(inputs, StepBatch):
             return sum(self.flops(micro.inputs, plain) for micro in inputs.micro_batches)
         if getattr(plain, "__func__", None) is not Trainer.floating_point_ops:
             return plain(inputs)
-        # Trainer counts all parameters in every step. A model that gets others gives them to the optimizer.
+        # Trainer counts all parameters in every step. A model with new parameters gives them to the optimizer.
         groups = self.host.optimizer.param_groups
         size = self.step.num_positions(inputs), sum(len(group["params"]) for group in groups)
         if size not in self._flops_by_size:
@@ -366,7 +365,7 @@ class Engine:
         return self._flops_by_size[size]
 
     def make_optimizer(self, model: Any, plain: Callable[[Any], Any]) -> Any:
-        """The optimizer; ``plain`` is Trainer's own way to make it."""
+        """Return the optimizer; ``plain`` is Trainer's own method to make it."""
         present = self.host.optimizer
         optimizer = self.optimization.make_optimizer(model, plain, made=self._made_optimizer)
         self._made_optimizer |= present is None and self.optimization.makes_optimizer()
@@ -375,7 +374,7 @@ class Engine:
     # Evaluation and saving ------------------------------------------------------------------------------------------
 
     def save_model(self, output_dir: Any, plain: Callable[[], Any]) -> None:
-        """Save the model that a user gets; ``plain`` is Trainer's own method."""
+        """Save the model that the user receives; ``plain`` is Trainer's own method."""
         with self.averages.in_place("saving"):
             plain()
         self.write_run_metadata(output_dir or self.host.args.output_dir)
@@ -388,7 +387,7 @@ class Engine:
             self.write_run_metadata(self.host.args.output_dir)
 
     def write_run_metadata(self, directory: str | Path) -> None:
-        """Write the recipe, and the receipt where there is one, beside a saved model."""
+        """Write the recipe, and the receipt if there is one, beside a saved model."""
         if not self.host.args.should_save:
             return
         recipe = self.recipe.of_run(self._explicit_args, self.roster.techniques)

@@ -1,4 +1,4 @@
-"""What is proved of the loss on the first steps of a run, before it is taken apart or divided."""
+"""Prove assumptions about the loss on the first steps of a run, before code splits or divides it."""
 
 from __future__ import annotations
 
@@ -23,31 +23,33 @@ from hf_accel.preserve import buffers_kept, evaluation_mode, random_state_kept
 
 
 class LossProof:
-    """Compares the loss that is computed with what is assumed of it.
+    """Compare the computed loss with our assumptions about it.
 
-    Two assumptions are checked where they are first relied on.  A head gives the model's own loss: the two are compared
-    on the first step, in evaluation mode, so neither weights, statistics nor generators change.  A loss that is given
-    the number of items is divided by it: the first divided step shows it by its derivative.  Any other loss is a mean,
-    and a step's loss is the mean over its micro-batches by their items.
+    Each of the two assumptions is checked when a step first relies on it:
+
+    - A head gives the model's own loss.  The first step compares the two in evaluation mode, so neither weights,
+      statistics nor generators change.
+    - A loss that receives the number of items is divided by it.  The first divided step shows this by the derivative.
+      Any other loss is a mean, and a step's loss is the mean over its micro-batches, weighted by their items.
     """
 
     def __init__(self, host: TrainerView, roster: Roster, ranks: Ranks):
         self.host, self.roster, self.ranks = host, roster, ranks
         self.head_is_proved = False
         self.loss_is_mean: bool | None = None
-        """Whether the loss ignores the number of items, or has terms that do; None while that is not known."""
+        """True if the loss, or one of its terms, ignores the number of items; None while this is unknown."""
 
     def prove_head(self, head: losses.Head, batch: StepBatch, read: Callable[[StepPlan], StepBatch]) -> bool:
-        """Whether a head gives the model's own loss; raise where it does not and a technique needs it.
+        """Return whether a head gives the model's own loss; raise if it does not and a technique needs it.
 
         Args:
-            read: Reads a plan, on this rank alone.
+            read: Read a plan, on this rank alone.
         """
         self.head_is_proved = True
-        if "loss_head" in self.roster.answered:  # one example: a technique may be there to spare memory for logits
+        if "loss_head" in self.roster.answered:  # one example: the technique may exist to save memory for logits
             head, plan = losses.head_of(self.host.model), batch.plan
             batch = read(StepPlan(plan.epoch, plan.ids_N[:1], None, 1, seed=plan.seed))
-        if self.host.label_smoother is not None:  # Trainer itself takes the loss from the logits then
+        if self.host.label_smoother is not None:  # Trainer then computes the loss from the logits
             return True
         found = self._difference(head, batch)
         if not self.ranks.sum([float(found is not None)])[0]:
@@ -57,8 +59,8 @@ class LossProof:
             theirs, ours = found or (math.nan, math.nan)
             raise ValueError(
                 f"{', '.join(map(repr, needing))} does not support the loss of "
-                f"{type(unwrapped(self.host.model)).__name__}: it is {theirs:.4f} in the first step, and the loss of a "
-                f"{head.kind} model is {ours:.4f}. Give the loss of each example as example_loss_func=."
+                f"{type(unwrapped(self.host.model)).__name__} because it is {theirs:.4f} in the first step, but "
+                f"{ours:.4f} for a {head.kind} model. Pass the loss of each example as example_loss_func=."
             )
         return False
 
@@ -80,12 +82,12 @@ class LossProof:
         return found
 
     def is_mean(self, num_items: Any) -> bool:
-        """Whether each micro-batch gives a mean, which Trainer divides."""
+        """Return whether each micro-batch gives a mean, which Trainer divides."""
         return self.host.loss_is_scaled_for_ga is False or (num_items is None and not self.host.loss_is_scaled_for_ga)
 
     @contextlib.contextmanager
     def means(self) -> Iterator[None]:
-        """Let Trainer divide what the loss function gives, whoever made it."""
+        """Let Trainer divide the result of any loss function."""
         given = self.host.loss_is_scaled_for_ga
         self.host.loss_is_scaled_for_ga = False
         try:
@@ -94,7 +96,7 @@ class LossProof:
             self.host.loss_is_scaled_for_ga = given
 
     def divisors(self, batch: StepBatch) -> list[float]:
-        """What each micro-batch's mean is divided by, to make the mean of the step: its share of the items."""
+        """Return the divisor of each micro-batch's mean that gives the mean of the step: 1 / its share of the items."""
         shifted = self.host.loss_shifts_labels
         items = [
             losses.items_of_mean(micro.inputs, len(micro.ids_B), shifted=shifted) if micro.ids_B[0] >= 0 else 0
@@ -105,7 +107,7 @@ class LossProof:
         return [sum(items) / n if n else math.inf for n in items]
 
     def must_watch(self, batch: StepBatch, num_items: Any) -> bool:
-        """Whether the coming step is the first that shows if the loss is divided by the number of items."""
+        """Return whether the next step is the first to show if the loss is divided by the number of items."""
         divided = len(batch.micro_batches) > 1 or self.ranks.world_size > 1
         return (
             divided
@@ -116,7 +118,7 @@ class LossProof:
         )
 
     def watch(self, attempt: Callable[[Any], Tensor], num_items: Any, before: StepSnapshot) -> Tensor:
-        """``attempt(num_items)``; done again with means where the loss is not divided by the number of items."""
+        """Return ``attempt(num_items)``; repeat it with means if the loss is not divided by the number of items."""
         items = num_items.detach().to(torch.float32, copy=True).requires_grad_()
         loss = attempt(items)
         scaler = self.host.accelerator.scaler

@@ -1,9 +1,10 @@
-"""The largest micro-batch that fits, without a change to the examples of an update.
+"""Find the largest micro-batch that fits, without a change to the examples of an update.
 
-One process: where memory does not suffice, the gradients of the step are dropped, generators and buffers are restored,
-the micro-batch halves and the same step is done again; the result is that of a run that started at the smaller size.
-Several ranks: the size is agreed on before the first step, by a trial at the longest examples; a retry of one rank
-alone would leave the others waiting.
+One process halves the micro-batch when it runs out of memory.  It drops the gradients of the step, restores generators
+and buffers, and repeats the step.  The result equals that of a run that started at the smaller size.
+
+Several ranks agree on the size before the first step, by a trial at the longest examples.  A retry of one rank alone
+would leave the others waiting.
 """
 
 from __future__ import annotations
@@ -29,40 +30,40 @@ Result = TypeVar("Result")
 TechniqueState = tuple[Technique, Literal["global", "rank"], State]
 
 HOOKS_WITHIN_A_STEP = frozenset({"transform_batch", "example_weights", "token_weights", "extra_loss"})
-"""Hooks that are asked again when a step is done again."""
+"""Hooks that run again when a step is repeated."""
 
 PATIENCE = datetime.timedelta(seconds=30)
-"""How long sharded ranks, which go in step, wait for each other at the end of a trial."""
+"""Timeout of sharded ranks, which run in lockstep, at the end of a trial."""
 
 
 class NotEnoughMemory(RuntimeError):
-    """Memory does not suffice; says what to do about it."""
+    """Report a lack of memory, and how to continue."""
 
 
 def first_micro_batch_size(host: TrainerView, requested: int | Literal["auto"] | None, accumulation_steps: int) -> int:
-    """The size to start with."""
+    """Return the first size of a micro-batch."""
     if requested is None:
         return host.train_batch_size
     if requested == "auto":
         if host.is_deepspeed_enabled:
-            raise ValueError("micro_batch_size='auto' does not support DeepSpeed. Give a number.")
+            raise ValueError("micro_batch_size='auto' does not support DeepSpeed. Pass a number.")
         if host.is_fsdp_enabled and not host.accelerator.is_fsdp2:
-            raise ValueError("micro_batch_size='auto' does not support FSDP version 1. Use version 2, or a number.")
+            raise ValueError("micro_batch_size='auto' does not support FSDP version 1. Use version 2 or pass a number.")
         return host.train_batch_size * accumulation_steps
     if not isinstance(requested, int) or isinstance(requested, bool) or requested < 1:
-        raise ValueError(f"micro_batch_size({requested!r}): must be 'auto' or a number above zero. Give one.")
+        raise ValueError(f"micro_batch_size({requested!r}): must be 'auto' or a number above zero. Pass one.")
     return requested
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory did not suffice."""
+    """Return whether an exception reports a lack of memory."""
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, Exception) and should_reduce_batch_size(error)
     )
 
 
 class StepSnapshot:
-    """Snapshot of everything that a failed attempt at a step may have changed."""
+    """Keep a copy of everything that a failed attempt at a step may change."""
 
     def __init__(self, model: nn.Module, device: torch.device, states: list[TechniqueState], observed: list[Any]):
         self.model, self.device, self.states, self.observed = model, device, states, observed
@@ -87,26 +88,26 @@ class StepSnapshot:
 
 
 def technique_states(roster: Roster) -> list[TechniqueState]:
-    """States of the techniques whose hooks run within a step, for some count how often they are asked."""
+    """Return the states of techniques with hooks inside a step, because some count their calls."""
     asked = [t for t in roster.techniques if t.implemented_hooks() & HOOKS_WITHIN_A_STEP]
     return [(t, scope, copy.deepcopy(t.state_dict(scope))) for t in asked for scope in ("global", "rank")]
 
 
 def smaller(size: int, rows: int) -> int:
-    """The next size, by halving, that divides micro-batches of so many rows."""
+    """Halve the size until it is less than the given number of rows."""
     while size >= rows:
         size //= 2
     return size
 
 
 def advice(rows: int, micro_batch_size: int, step: int, output_dir: str) -> str:
-    """What to do where micro-batches of so many rows do not fit."""
+    """Return an error message for micro-batches of so many rows, with a remedy."""
     if rows == 1:
-        return "memory does not suffice for one example. Shorten the examples or shard the model."
+        return "One example does not fit into memory. Shorten the examples or shard the model."
     whole, _ = ckpt.newest_complete(output_dir)
-    where = f"resume from {whole}" if whole else "start anew"
+    where = f"Resume from {whole}" if whole else "Start again"
     return (
-        f"memory does not suffice for micro-batches of {rows} examples at step {step}: "
+        f"Micro-batches of {rows} examples do not fit into memory at step {step}. "
         f"{where} with micro_batch_size={smaller(micro_batch_size, rows)}."
     )
 
@@ -114,12 +115,12 @@ def advice(rows: int, micro_batch_size: int, step: int, output_dir: str) -> str:
 def agree_micro_batch_size(
     size: int, fits: Callable[[int, int], bool], dataset: Any, host: TrainerView, ranks: Ranks
 ) -> int:
-    """The largest micro-batch, by halving, that fits on every rank at the longest examples.
+    """Return the largest micro-batch, by halving, of the longest examples that fits on every rank.
 
     Args:
-        fits: Of a size and the index of an example, whether so many copies of it fit on this rank.
+        fits: Return whether ``size`` copies of the example at ``index`` fit on this rank.
     """
-    group = ranks.cpu_group  # made before a rank may fail: all ranks make it
+    group = ranks.cpu_group  # all ranks must create it, so before one may fail
     longest = _longest(dataset)
     while True:
         fitting = torch.tensor(float(fits(size, longest)))
@@ -128,9 +129,9 @@ def agree_micro_batch_size(
         try:
             work.wait(PATIENCE) if isinstance(host.model, FSDPModule) else work.wait()
         except RuntimeError as error:
-            # Sharded ranks that do not run out of memory together wait for each other in vain: end them.
+            # If only some sharded ranks run out of memory, the others wait for them forever, so end them.
             raise NotEnoughMemory(
-                f"memory suffices for micro-batches of {size} examples on some ranks only: start anew with "
+                f"Micro-batches of {size} examples fit into memory on some ranks only. Start again with "
                 f"micro_batch_size={max(size // 2, 1)}."
             ) from error
         if fitting.item():
@@ -141,14 +142,14 @@ def agree_micro_batch_size(
 
 
 def moments(model: nn.Module, optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    """As much memory as an optimizer with two moments takes in its first step; none where it has taken it."""
+    """Allocate as much memory as an optimizer with two moments; nothing if it already has its state."""
     if optimizer.state:
         return []
     return [torch.empty_like(p) for p in model.parameters() if p.requires_grad for _ in range(2)]
 
 
 def fits(model: nn.Module, optimizer: torch.optim.Optimizer, before: StepSnapshot, attempt: Callable[[], Any]) -> bool:
-    """Whether one forward and backward pass, ``attempt()``, fits on this rank beside the moments of the optimizer."""
+    """Return whether the passes of ``attempt()`` fit on this rank beside the moments of the optimizer."""
     held: list[Tensor] = []
     try:
         held += moments(model, optimizer)
@@ -160,14 +161,14 @@ def fits(model: nn.Module, optimizer: torch.optim.Optimizer, before: StepSnapsho
         return False
     finally:
         if isinstance(model, FSDPModule):
-            # Leave it as after a whole pass, wherever it broke off; the same place on every rank.
+            # Finish the interrupted pass in FSDP's own state; it stopped at the same place on every rank.
             model._get_fsdp_state()._root_post_backward_final_callback()
         held.clear()
         before.restore()
 
 
 def _longest(dataset: Any) -> int:
-    """Index of the longest example, by its ``input_ids``; 0 where examples have none."""
+    """Return the index of the example with the most ``input_ids``; 0 if examples have none."""
     first = dataset[0]
     if "input_ids" not in first:
         return 0

@@ -1,4 +1,4 @@
-"""What a run spends: the clock, the stopwatch, and the tokens, operations and joules of each step."""
+"""Measure the cost of a run: the clock, the stopwatch, and the tokens, operations and joules of each step."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Result = TypeVar("Result")
 
 
 class Meter:
-    """Counts what one call of ``train()`` spends.
+    """Count the cost of one call of ``train()``.
 
     Args:
-        clock: Of the run.
-        gauges: What measures operations (``flops``), energy (``joules``) and the seconds of a job (``seconds``).
+        clock: Clock of the run.
+        gauges: Gauges of operations (``flops``), energy (``joules``) and the seconds of a job (``seconds``).
     """
 
     def __init__(self, clock: Clock, gauges: Mapping[str, Any], roster: Roster, ranks: Ranks):
@@ -31,9 +31,9 @@ class Meter:
         self.stopwatch = Stopwatch()
         self.skipped_steps = 0
         self.samples = 0.0
-        """Examples of the present step, over all ranks."""
+        """Examples of the current step, over all ranks."""
         self.positions = 0
-        """The size of the present step's batches on this rank, padding included."""
+        """Size of the current step's batches on this rank, including padding."""
         self.evaluation_seconds = self.saving_seconds = 0.0
         self._earlier_tokens: Tensor | int = 0
         self._step_tokens: Tensor | int = 0
@@ -41,11 +41,11 @@ class Meter:
         self._joules_read = 0.0
 
     def charge(self, technique: Technique) -> AbstractContextManager:
-        """Charge what happens inside to a technique."""
+        """Charge the time that is spent inside to a technique."""
         return self.stopwatch.charge(self.roster.name_of(technique))
 
     def start(self, resumed: bool) -> None:
-        """Begin to count; the seconds of a budget that began before ``train()`` are excluded from progress."""
+        """Begin to count; exclude the seconds before ``train()`` from progress, if the budget counts them."""
         if (passed := self.gauges.get("seconds")) is None:
             self.clock.start()
         else:
@@ -57,17 +57,17 @@ class Meter:
             self._joules_read = self.gauges["joules"]()
 
     def begin_step(self, samples: float, positions: int, tokens: Tensor | int) -> None:
-        """Note the size of a new step."""
+        """Record the size of a new step."""
         self.samples, self.positions = samples, positions
         self._earlier_tokens = self._earlier_tokens + self._step_tokens
         self._step_tokens = tokens
 
     def repeat_step(self, tokens: Tensor | int) -> None:
-        """Note the tokens of a step that is done again, which are counted once."""
+        """Record the tokens of a repeated step, so that they count once."""
         self._step_tokens = tokens
 
     def count(self, model: nn.Module, inputs: Any, run: Callable[[], Result], *, needed: bool = True) -> Result:
-        """What ``run`` returns, which computes a model over inputs; its operations are counted if they are limited."""
+        """Return the result of ``run``, which computes a model over inputs; count its operations if limited."""
         if (gauge := self.gauges.get("flops")) is None:
             return run()
         varied = (needed, *(technique.flops_key() for technique in self.roster.techniques))
@@ -77,7 +77,7 @@ class Meter:
         return result
 
     def end_step(self, *, refused: bool, epochs: float) -> None:
-        """Tell the clock what the step spent."""
+        """Advance the clock by the cost of the step."""
         tokens = self.read_tokens() if "tokens" in self.clock.limits else 0.0
         flops, model_flops, joules = self._read() if self.gauges else (0.0, 0.0, 0.0)
         self.clock.model_flops += model_flops
@@ -86,16 +86,16 @@ class Meter:
         )
 
     def count_tokens(self) -> None:
-        """Tell the clock the tokens since it was last told."""
+        """Add the tokens since the last count to the clock."""
         self.clock.spent["tokens"] += self.read_tokens()
 
     def count_energy(self) -> None:
-        """Tell the clock the energy since the last step."""
+        """Add the energy since the last step to the clock."""
         if "joules" in self.gauges:
             self.clock.spent["joules"] += self._read()[2]
 
     def first_step_cost(self) -> dict[str, float]:
-        """What the first step has taken until its update, of the units that are known only afterward."""
+        """Return the cost of the first step until its update, in the units that are known only afterward."""
         joules = self.gauges["joules"]() - self._joules_read if "joules" in self.gauges else 0.0
         local = [float(self._earlier_tokens + self._step_tokens), self._step_flops[0], joules]
         tokens, flops, joules = self.ranks.sum(local)
@@ -103,13 +103,13 @@ class Meter:
         return {"tokens": tokens, "flops": flops, "joules": earlier + joules, "seconds": self.clock.seconds}
 
     def read_tokens(self) -> float:
-        """Tokens since the last call, over all ranks."""
+        """Return the tokens since the last call, over all ranks."""
         tokens = float(self._earlier_tokens + self._step_tokens)
         self._earlier_tokens = self._step_tokens = 0
         return self.ranks.sum([tokens])[0]
 
     def _read(self) -> list[float]:
-        """Operations, those of them that the model needs, and joules since the last call, over all ranks."""
+        """Return operations, those that the model needs, and joules since the last call, over all ranks."""
         joules = self.gauges["joules"]() if "joules" in self.gauges else 0.0
         local = [*self._step_flops, joules - self._joules_read]
         self._step_flops, self._joules_read = (0.0, 0.0), joules
@@ -119,7 +119,7 @@ class Meter:
 def receipt_of(
     host: TrainerView, roster: Roster, meter: Meter, learning_rate: float, reports: Sequence[Mapping[str, Any]]
 ) -> Receipt:
-    """The receipt of a run that ended, with the last learning rate and the reports of the techniques."""
+    """Return the receipt of a finished run, with its last learning rate and the techniques' reports."""
     clock, args, counts_flops = meter.clock, host.args, "flops" in meter.gauges
     seconds = dict(meter.stopwatch.seconds)
     return Receipt(

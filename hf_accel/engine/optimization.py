@@ -1,4 +1,4 @@
-"""The update: parameter groups, the optimizer and the learning rate, as the techniques and the clock say."""
+"""Make parameter groups, the optimizer and the learning-rate schedule from techniques and the clock."""
 
 from __future__ import annotations
 
@@ -16,19 +16,21 @@ from hf_accel.engine.roster import Roster
 from hf_accel.host.view import TrainerView
 
 REWARMED = 0.02
-"""Share of the further budget in which a continued run returns to its schedule.  Ibrahim et al. (2024), Simple and
-scalable strategies to continually pre-train large language models, https://arxiv.org/abs/2403.08763: a finished run
-must be warmed up again; how long, from nothing to 2 %, does not matter."""
+"""Share of the further budget in which a continued run returns to its schedule.
+
+A finished run must be warmed up again; the length, from nothing to 2 %, does not matter.  Source: Ibrahim et al.
+(2024), Simple and scalable strategies to continually pre-train large language models,
+https://arxiv.org/abs/2403.08763."""
 
 Shape = Callable[[float], float]
-"""The factor on the peak learning rate at a progress."""
+"""Factor on the peak learning rate as a function of progress."""
 
 
 def entered(shape: Shape, progress: float, rate: float) -> Shape:
-    """The schedule of a run that begins at a progress above 0, where the learning rate was ``rate`` of its peak.
+    """Return the schedule of a run that begins at a progress above 0, with ``rate`` times its peak learning rate.
 
-    Its own warm-up is over.  The rate returns to the schedule in a straight line; if the earlier run had not started
-    to decay, there is nothing to return from.
+    The run skips its own warm-up.  The rate returns to the schedule in a straight line; if the earlier run had not
+    started to decay, it is already there.
     """
     peak = max(range(1001), key=lambda i: (shape(i / 1000), -i)) / 1000
 
@@ -40,23 +42,23 @@ def entered(shape: Shape, progress: float, rate: float) -> Shape:
 
 
 class Optimization:
-    """Makes the optimizer and the schedule of one call of ``train()``."""
+    """Make the optimizer and the schedule of one call of ``train()``."""
 
     def __init__(self, host: TrainerView, roster: Roster, clock: Clock):
         self.host, self.roster, self.clock = host, roster, clock
         self.nominal_steps: int | None = None
         self.learning_rate_factor: Shape | None = None
         self.continuation_point: Sequence[float] | None = None
-        """Progress, and the share of the peak learning rate, at which an earlier run was left."""
+        """Progress and share of the peak learning rate at the end of an earlier run."""
 
     def make_optimizer(self, model: Any, plain: Callable[[Any], Any], made: bool) -> Any:
-        """The optimizer; ``plain`` is Trainer's own way to make it, and ``made`` whether we made the present one."""
+        """Return the optimizer; ``plain`` is Trainer's own method, and ``made`` is True if the present one is ours."""
         host, owner = self.host, self.roster.owner("optimizer")
         asked = [t for t in self.roster.techniques if t.implemented_hooks() & {"optimizer", "parameter_rules"}]
         if asked and host.optimizer is not None and not made:
             raise ValueError(
-                f"optimizer ({type(host.optimizer).__name__}): it was given, so {asked[0]!r} has no say in it. "
-                "Leave one of the two out."
+                f"{asked[0]!r} does not support a ready-made optimizer ({type(host.optimizer).__name__}) because "
+                "its parameter groups are fixed. Remove one of the two."
             )
         if host.optimizer is not None or not asked:
             return plain(model)
@@ -66,11 +68,11 @@ class Optimization:
         return host.optimizer
 
     def makes_optimizer(self) -> bool:
-        """Whether the optimizer is made here, and not by Trainer."""
+        """Return whether this class makes the optimizer, instead of Trainer."""
         return bool(self.roster.answered & {"optimizer", "parameter_rules"})
 
     def _of_arguments(self, model: nn.Module, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """The optimizer that the arguments name, with groups of ours."""
+        """Return the optimizer that the arguments name, with our parameter groups."""
         host = self.host
         cls, kwargs = host.optimizer_cls_and_kwargs or host.get_optimizer_cls_and_kwargs(host.args, model)
         kwargs = dict(kwargs)
@@ -78,7 +80,7 @@ class Optimization:
         own_groups = "params" in kwargs or isinstance(of_modules, dict)
         own_groups = own_groups or bool(getattr(host.args, "learning_rate_mapping", None))
         if not isinstance(cls, type) or not issubclass(cls, torch.optim.Optimizer) or own_groups:
-            raise ValueError(f"optim={host.args.optim}: it makes its own parameter groups. Choose another optimizer.")
+            raise ValueError(f"optim={host.args.optim} makes its own parameter groups. Choose another optimizer.")
         optimizer = cls([{k: v for k, v in g.items() if k != "names"} for g in groups], **kwargs)
         if "bitsandbytes" in str(cls) and kwargs.get("optim_bits") == 8:  # as Trainer does
             from bitsandbytes.optim import GlobalOptimManager
@@ -89,7 +91,7 @@ class Optimization:
         return optimizer
 
     def parameter_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Trainable parameters by weight decay and by what the techniques say of each."""
+        """Group trainable parameters by weight decay and by the techniques' rules."""
         args = self.host.args
         decayed = set(self.host.get_decay_parameter_names(model))
         groups: dict[tuple, dict[str, Any]] = {}
@@ -109,12 +111,12 @@ class Optimization:
         return list(groups.values())
 
     def make_scheduler(self, num_training_steps: int, optimizer: Any, plain: Callable[..., Any]) -> Any:
-        """The schedule; ``plain`` is Trainer's own way to make it."""
+        """Return the schedule; ``plain`` is Trainer's own method to make it."""
         host, owner = self.host, self.roster.owner("schedule")
         if owner is not None and host.lr_scheduler is not None and not host.created_lr_scheduler:
             raise ValueError(
-                f"lr_scheduler ({type(host.lr_scheduler).__name__}): it was given, and {owner!r} is the schedule. "
-                "Leave one of the two out."
+                f"{owner!r} does not support a ready-made lr_scheduler ({type(host.lr_scheduler).__name__}) because "
+                "a run has one schedule. Remove one of the two."
             )
         if not self.roster.paced or host.lr_scheduler is not None or host.overrides("create_scheduler") is not None:
             return plain(num_training_steps, optimizer)
@@ -128,22 +130,22 @@ class Optimization:
         return host.lr_scheduler
 
     def rescale_learning_rate(self) -> None:
-        """Set the learning rate after a resume under another budget, of which another share was spent."""
+        """Set the learning rate for the new progress after a resume under another budget."""
         scheduler: Any = getattr(self.host.lr_scheduler, "scheduler", self.host.lr_scheduler)
         scheduler._last_lr = [b * f(0) for b, f in zip(scheduler.base_lrs, scheduler.lr_lambdas, strict=True)]
         for group, rate in zip(self.host.optimizer.param_groups, scheduler._last_lr, strict=True):
             group["lr"] = rate
 
     def share_of_peak(self) -> float | None:
-        """The present learning rate over its peak; None where it does not follow the clock."""
+        """Return the current learning rate divided by its peak, or None if it does not follow the clock."""
         scheduler: Any = getattr(self.host.lr_scheduler, "scheduler", self.host.lr_scheduler)
         peak = getattr(scheduler, "base_lrs", [0.0])[0]
         return scheduler.get_last_lr()[0] / peak if self.roster.paced and peak else None
 
     def _named_shape(self, optimizer: torch.optim.Optimizer) -> Shape:
-        """Trainer's named schedule as a function of progress."""
+        """Return Trainer's named schedule as a function of progress."""
         args, steps = self.host.args, self.nominal_steps or 10_000
-        # Some schedules divide by the peak that the optimizer was made with.
+        # Some schedules divide by the optimizer's initial learning rate.
         peak = getattr(optimizer, "defaults", {}).get("lr", args.learning_rate)
         scheduler = get_scheduler(
             args.lr_scheduler_type,
@@ -156,7 +158,7 @@ class Optimization:
 
         def shape(progress: float) -> float:
             step = progress * steps
-            # At whole steps, exactly Trainer's value.
+            # Return exactly Trainer's value at whole steps.
             return factor(round(step) if abs(step - round(step)) < 1e-6 else step)
 
         return shape

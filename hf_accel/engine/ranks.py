@@ -1,4 +1,4 @@
-"""What ranks tell each other outside of training itself."""
+"""Exchange small messages between ranks, outside of training itself."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from hf_accel.host.view import TrainerView
 
 
 class Ranks:
-    """Small messages between all ranks, in float64; without effect on one process."""
+    """Exchange values between all ranks, in float64; on one process, return them unchanged."""
 
     def __init__(self, host: TrainerView):
         self.host = host
 
     @property
     def world_size(self) -> int:
-        """How many there are."""
+        """Return the number of ranks."""
         return self.host.args.world_size
 
     @functools.cached_property
     def cpu_group(self) -> Any:
-        """A group whose messages do not wait for the accelerator."""
+        """Return a process group with messages that do not wait for the accelerator."""
         return dist.new_group(backend="gloo")
 
     def share(self, values: list[float]) -> list[float]:
-        """The values of rank 0, on every rank."""
+        """Return the values of rank 0 on every rank."""
         if self.world_size == 1:
             return values
         shared = torch.tensor(values, dtype=torch.float64)
@@ -37,14 +37,14 @@ class Ranks:
         return shared.tolist()
 
     def sum(self, values: list[float]) -> list[float]:
-        """The sums over all ranks."""
+        """Return the sums over all ranks."""
         sums = torch.tensor(values, dtype=torch.float64)
         if self.world_size > 1:
             dist.all_reduce(sums, group=self.cpu_group)
         return sums.tolist()
 
     def gather(self, ids_B: Tensor, values_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and values of all ranks, on the CPU, without dummy examples."""
+        """Return ids and values from all ranks, on the CPU, without fillers."""
         if self.world_size > 1:
             accelerator, device = self.host.accelerator, self.host.args.device
             ids_B, values_B = ids_B.to(device), values_B.to(device)

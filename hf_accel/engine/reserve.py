@@ -1,4 +1,4 @@
-"""Keeps back the seconds that the end of a timed run takes: an evaluation and a checkpoint."""
+"""Reserve the seconds that the end of a timed run takes: an evaluation and a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from hf_accel.host.view import TrainerView
 from hf_accel.preserve import evaluation_mode, keyed_random, random_state_kept
 
 BATCHES = 3
-"""How many batches of an evaluation are measured."""
+"""Number of batches in the first measurement of an evaluation."""
 STEADY = 5
-"""The first step whose pace is one to compare others with."""
+"""First step with a steady pace; earlier steps load and compile."""
 
 
 class EndReserve:
-    """What follows the last update in a run that ends on time: an evaluation and a checkpoint.
+    """Predict the seconds after the last update, so that the run ends on time.
 
-    Measured: first from a few batches and from the size of the model, then from every evaluation and checkpoint.  The
-    evaluation is scaled by how much longer a position of a step takes now than when it was measured, for a machine
-    that gets other work will evaluate as slowly as it trains.
+    The first prediction uses a few batches and the size of the model; every evaluation and checkpoint updates it.  The
+    prediction of an evaluation follows the training pace, because a machine that trains more slowly also evaluates
+    more slowly.
     """
 
     def __init__(self, host: TrainerView, meter: Meter):
@@ -41,7 +41,7 @@ class EndReserve:
         meter.saving_seconds = guess_saving(host.model) if self.saves else 0.0
 
     def seconds(self) -> float:
-        """The reserve: what is kept back of the budget."""
+        """Return the reserve, in seconds."""
         meter = self.meter
         seconds = meter.evaluation_seconds * self._slowdown() if self.evaluates else 0.0
         meter.clock.evaluation_seconds = seconds
@@ -50,9 +50,9 @@ class EndReserve:
         return seconds + 0.05
 
     def _slowdown(self) -> float:
-        """Seconds of a position now over those when the evaluation was measured; both about of the last ten steps.
+        """Return the seconds per position now, divided by those at the measurement of the evaluation.
 
-        1 until the fifth step, for the first ones load and compile.
+        Both are averages over about the last ten steps.  Return 1 before the fifth step.
         """
         meter, duration = self.meter, self.meter.clock.step_seconds
         if duration == 0 or meter.positions == 0:
@@ -68,9 +68,9 @@ class EndReserve:
 
 
 def probe_evaluation(host: TrainerView, now: Callable[[], float]) -> float:
-    """Seconds of one evaluation, from the duration of a few batches of the trainer's own loader.
+    """Estimate the seconds of one evaluation from a few batches of the trainer's own loader.
 
-    Where metrics are computed, a batch is predicted as for these, with generation if the arguments ask for it.
+    If the trainer computes metrics, predict for them, with generation if the arguments ask for it.
     """
     args, data = host.args, host.eval_dataset
     loss_only = args.prediction_loss_only or host.compute_metrics is None
@@ -80,10 +80,10 @@ def probe_evaluation(host: TrainerView, now: Callable[[], float]) -> float:
     seconds = 0.0
     for name in data if isinstance(data, dict) else [None]:
         if not has_length(data if name is None else data[name]):
-            continue  # an unmeasurable stream of examples: the first evaluation will tell
+            continue  # unknown length: the first evaluation tells
         with evaluation_mode(host.model), keyed_random(), random_state_kept(args.device):
             loader = host.get_eval_dataloader(name)
-            batches: Any = getattr(loader, "base_dataloader", loader)  # accelerate's own would count as a loader in use
+            batches: Any = getattr(loader, "base_dataloader", loader)  # accelerate's would count as a loader in use
             durations = []
             for inputs in itertools.islice(batches, BATCHES):
                 inputs = host.prepare_inputs(inputs)
@@ -97,8 +97,10 @@ def probe_evaluation(host: TrainerView, now: Callable[[], float]) -> float:
 
 
 def guess_saving(model: nn.Module) -> float:
-    """Seconds of one checkpoint on a disk that writes 300 MB a second: of the weights, or of adapters alone, and of two
-    moments of what is trained."""
+    """Estimate the seconds of one checkpoint on a disk that writes 300 MB a second.
+
+    The checkpoint holds the weights, or only the adapters, and two moments of each trained parameter.
+    """
     sizes = [(p.numel() * p.element_size(), p.requires_grad) for p in model.parameters()]
     trained = sum(size for size, requires_grad in sizes if requires_grad)
     weights = trained if is_adapted(model) else sum(size for size, _ in sizes)

@@ -1,4 +1,4 @@
-"""Continues the clock and the schedule of an earlier run: of one that was interrupted, or beyond one that ended."""
+"""Continue the clock and the schedule of an interrupted run, or extend a finished one."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hf_accel.engine.roster import Roster
 
 
 def check(reader: CheckpointReader, roster: Roster, output_dir: str, *, allow_changes: bool) -> bool:
-    """Whether the run goes beyond that of the checkpoint; raises where it has other techniques."""
+    """Return whether the run extends that of the checkpoint; raise if it has other techniques."""
     checkpoint, there = reader.checkpoint, reader.state["techniques"]
     here = [repr(technique) for technique in roster.techniques]
     owner = roster.owner("budget")
@@ -22,19 +22,18 @@ def check(reader: CheckpointReader, roster: Roster, output_dir: str, *, allow_ch
     same = _without_budget(here, roster) == _without_budget(there, roster) if extends else here == there
     if not same and not allow_changes:
         raise CheckpointError(
-            f"{checkpoint}: it was written with techniques [{', '.join(there)}], this run has [{', '.join(here)}]. "
-            "Use the same, or allow_changes=True."
+            f"{checkpoint} was written with techniques [{', '.join(there)}], but this run has [{', '.join(here)}]. "
+            "Use the same techniques, or set allow_changes=True."
         )
     if extends and own:
         raise CheckpointError(
-            f"{checkpoint}: lies in output_dir, where the run that continues it would mix with it. "
-            "Choose another output_dir."
+            f"{checkpoint} lies in output_dir, so the files of the two runs would mix. Choose another output_dir."
         )
     return extends
 
 
 def _without_budget(techniques: list[str], roster: Roster) -> list[str]:
-    """Techniques, as they are written, without the owner of the budget."""
+    """Return the ``repr`` of each technique except the owner of the budget."""
     owner = type(roster.owner("budget")).__name__
     return [technique for technique in techniques if not technique.startswith(f"{owner}(")]
 
@@ -46,7 +45,7 @@ def continue_run(
     optimization: Optimization,
     heartbeat: Mapping[str, float],
 ) -> None:
-    """Continue a run that was interrupted; ``heartbeat`` is what it had spent when it last wrote."""
+    """Continue an interrupted run; ``heartbeat`` holds its last record of the amounts spent."""
     state, clock, owner = reader.state, meter.clock, roster.owner("budget")
     optimization.continuation_point = state.get("continuation_point")
     if owner is not None and owner.extends_previous_run():
@@ -58,11 +57,11 @@ def continue_run(
 
 
 def extend_run(reader: CheckpointReader, meter: Meter, optimization: Optimization) -> None:
-    """Begin another run where that of the checkpoint was: with what it has spent, and more to spend."""
+    """Extend the run of the checkpoint: add the new limits to its spent amounts."""
     state, clock = reader.state, meter.clock
     if state.get("rate") is None:
         raise CheckpointError(
-            f"{reader.checkpoint}: what was spent, or at which learning rate, is not known. Name one of a budgeted run."
+            f"{reader.checkpoint} lacks its spent amounts or its learning rate. Name a checkpoint of a budgeted run."
         )
     clock.limits = {unit: state["clock"][unit] + amount for unit, amount in clock.limits.items()}
     clock.load_state_dict(state["clock"])

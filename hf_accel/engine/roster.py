@@ -1,4 +1,4 @@
-"""Who takes part in a run, and who answers what."""
+"""Find the owners of slots and the implementers of hooks among the techniques of a run."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from hf_accel.technique import HOOKS, SLOTS, STREAM, Technique, check_claims
 
 
 class Roster:
-    """The techniques of a trainer; never changed.
+    """The techniques of a trainer, fixed from its construction.
 
     Attributes:
-        techniques: In the order in which they are asked.
-        names: Of each, unique.
+        techniques: Techniques, in the order in which they are asked.
+        names: Unique name of each technique.
         answered: Names of the hooks and slots that some technique overrides.
-        streamed: Whether batches come from the `StepStream`.
-        paced: Whether Trainer's notion of time follows the clock.
+        streamed: True if batches come from the `StepStream`.
+        paced: True if Trainer's notion of time follows the clock.
     """
 
     def __init__(self, techniques: Sequence[Technique], *, streamed: bool = False, paced: bool = False):
@@ -36,13 +36,13 @@ class Roster:
         return owners[0] if owners else None
 
     def owner(self, slot: str) -> Technique | None:
-        """The technique that owns a slot."""
+        """Return the technique that owns a slot, or None."""
         return self._owners[slot]
 
     def with_hook(self, hook: str) -> list[Technique]:
-        """The techniques that answer a hook, in order."""
+        """Return the techniques that implement a hook, in order."""
         return self._by_hook[hook]
 
     def name_of(self, technique: Technique) -> str:
-        """The name under which a technique's time is charged."""
+        """Return the name that a technique's time is charged to."""
         return self.names[self.techniques.index(technique)]

@@ -1,4 +1,4 @@
-"""The run as the techniques see it; implements `hf_accel.run.Run`."""
+"""Show a run to its techniques; implement `hf_accel.run.Run`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _of_trainer(name: str) -> Any:
 
 
 class RunView:
-    """What techniques see of an engine and of its trainer."""
+    """Show techniques the public part of an engine and of its trainer."""
 
     def __init__(self, engine: Any):
         self.engine = engine
@@ -49,100 +49,100 @@ class RunView:
 
     @property
     def techniques(self) -> list[Technique]:
-        """All of them, in the order in which they are asked."""
+        """Return all techniques, in the order in which they are asked."""
         return self.engine.roster.techniques
 
     @property
     def clock(self) -> Clock:
-        """What is spent, and of how much."""
+        """Return the clock, with spent amounts, limits and progress."""
         return self.engine.meter.clock
 
     @property
     def meters(self) -> Any:
-        """What measures operations, energy and the seconds of a job."""
+        """Return the gauges of operations, energy and the seconds of a job."""
         return self.engine.meter.gauges
 
     @property
     def stopwatch(self) -> Any:
-        """The seconds by phase."""
+        """Return the stopwatch, which keeps the seconds of each phase."""
         return self.engine.meter.stopwatch
 
     @property
     def stream(self) -> StepStream | None:
-        """The stream of step batches, while one is used."""
+        """Return the stream of step batches, or None if Trainer's own loader is used."""
         return self.engine.step.stream
 
     @property
     def head(self) -> Head | None:
-        """What takes the loss apart, where it is known."""
+        """Return the head, which splits the loss into losses of items, or None if it is unknown."""
         return self.engine.step.head
 
     @property
     def micro_batch(self) -> MicroBatch | None:
-        """What the present forward pass computes; None outside of one."""
+        """Return the micro-batch of the current forward pass; None outside of one."""
         return self.engine.step.micro_batch
 
     @property
     def micro_batch_size(self) -> int:
-        """Examples of one forward pass on this rank."""
+        """Return the number of examples of one forward pass on this rank."""
         return self.engine.step.micro_batch_size
 
     @property
     def requested_micro_batch_size(self) -> int | Literal["auto"] | None:
-        """What the user asked for."""
+        """Return the micro-batch size that the user requested."""
         return self.engine.options.micro_batch_size
 
     @property
     def nominal_batch_size(self) -> int:
-        """Examples of an update over all ranks, where no technique says otherwise."""
+        """Return the number of examples of an update over all ranks, unless a technique decides."""
         return self.engine.nominal_batch_size
 
     @property
     def nominal_steps(self) -> int | None:
-        """Updates that the budget buys, where that is known beforehand."""
+        """Return the expected updates of the budget, or None if they are unknown in advance."""
         return self.engine.optimization.nominal_steps
 
     @property
     def steps_per_epoch(self) -> int:
-        """Nominal steps of an epoch."""
+        """Return the nominal number of steps of an epoch."""
         return self.engine.steps_per_epoch
 
     @property
     def grad_norm(self) -> Any:
-        """Of the last step, before clipping."""
+        """Return the gradient norm of the last step, before clipping."""
         return self.engine.step.grad_norm
 
     @property
     def learning_rate_factor(self) -> Callable[[float], float] | None:
-        """The factor on the peak learning rate at a progress, where the schedule follows the clock."""
+        """Return the factor on the peak learning rate by progress, or None if the schedule ignores the clock."""
         return self.engine.optimization.learning_rate_factor
 
     @property
     def searched_hyperparameters(self) -> Any:
-        """What a hyperparameter search chose for this run."""
+        """Return the values of the current trial of a hyperparameter search; empty outside of one."""
         return self.engine.searched_hyperparameters
 
     @property
     def resumed(self) -> bool:
-        """Whether the run began in an earlier process."""
+        """Return whether the run resumes from a checkpoint."""
         return self.engine.resumed
 
     @property
     def streamed(self) -> bool:
-        """Whether batches come from the stream."""
+        """Return whether batches come from the stream."""
         return self.engine.roster.streamed
 
     @property
     def paced(self) -> bool:
-        """Whether Trainer's notion of time follows the clock."""
+        """Return whether Trainer's notion of time follows the clock."""
         return self.engine.roster.paced
 
     def owner(self, slot: str) -> Technique | None:
-        """The technique that owns a slot."""
+        """Return the technique that owns a slot, or None."""
         return self.engine.roster.owner(slot)
 
     def with_hook(self, hook: str) -> list[Technique]:
-        """The techniques that answer a hook, in order."""
+        """Return the techniques that implement a hook, in order."""
         return self.engine.roster.with_hook(hook)
 
     def charge(self, technique: Technique) -> AbstractContextManager:
@@ -150,15 +150,15 @@ class RunView:
         return self.engine.meter.charge(technique)
 
     def count(self, inputs: Any, run: Callable[[], Result], *, needed: bool = True) -> Result:
-        """What ``run`` returns, which computes the model over inputs; its operations are counted if limited."""
+        """Return the result of ``run``, which computes the model over inputs; count its operations if limited."""
         return self.engine.meter.count(self.model, inputs, run, needed=needed)
 
     def count_energy(self) -> None:
-        """Tell the clock the energy since the last step."""
+        """Add the energy since the last step to the clock."""
         self.engine.meter.count_energy()
 
     def first_step_cost(self) -> dict[str, float]:
-        """What the first step has taken until its update."""
+        """Return the cost of the first step until its update, in the units that are known only afterward."""
         return self.engine.meter.first_step_cost()
 
     def add_flops(self, flops: float) -> None:
@@ -166,23 +166,23 @@ class RunView:
         self.engine.host.current_flos += flops
 
     def share(self, values: list[float]) -> list[float]:
-        """The values of rank 0, on every rank."""
+        """Return the values of rank 0 on every rank."""
         return self.engine.ranks.share(values)
 
     def gather(self, ids_B: Tensor, values_B: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids of examples and their values, of all ranks, on the CPU."""
+        """Return ids of examples and their values from all ranks, on the CPU."""
         return self.engine.ranks.gather(ids_B, values_B)
 
     def find_head(self) -> Head | None:
-        """What takes the loss of the present model apart; None where it is not known."""
+        """Return the head of the current model, or None if its loss is unknown."""
         return self.engine.find_head()
 
     def prepare_inputs(self, inputs: dict[str, Any]) -> Any:
-        """Inputs on the device, as the model is given them."""
+        """Return inputs on the device, as the model receives them."""
         return self.engine.host.prepare_inputs(inputs)
 
     def without_unused_columns(self, dataset: Any) -> tuple[Any, Callable]:
-        """A data set and its collator, one of which leaves out what the model does not take."""
+        """Return a data set and its collator; one of them removes the columns that the model does not take."""
         return without_unused_columns(self.engine.host, dataset)
 
     def unobserved(self) -> AbstractContextManager:
@@ -190,5 +190,5 @@ class RunView:
         return self.engine.step.unobserved()
 
     def resumed_state(self, technique: Technique) -> Any:
-        """What ``state_dict("global")`` gave for the checkpoint that the run resumes from; None where there is none."""
+        """Return a technique's ``state_dict("global")`` in the checkpoint of a resumed run, or None."""
         return self.engine.checkpoints.state_of(technique)

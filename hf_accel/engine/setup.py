@@ -1,4 +1,4 @@
-"""What a trainer is built from: its arguments, model and loss, as the techniques want them."""
+"""Prepare the arguments, model, callbacks and loss of a trainer for its techniques."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from hf_accel.host.view import TrainerView
 
 @dataclass
 class Options:
-    """What a trainer with techniques takes beside them; see `AccelTrainerMixin`."""
+    """Options of a trainer beside its techniques; see `AccelTrainerMixin`."""
 
     micro_batch_size: int | Literal["auto"] | None = None
     allow_changes: bool = False
@@ -32,7 +32,7 @@ class Options:
 
 
 def prepared_args(args: TrainingArguments, dataset: Any, roster: Roster, options: Options) -> TrainingArguments:
-    """A copy of the arguments, as techniques and the stream want them."""
+    """Return a copy of the arguments, changed as techniques and the stream need."""
     args = copy.copy(args)
     for technique in roster.with_hook("prepare_args"):
         args = technique.prepare_args(args)
@@ -40,7 +40,7 @@ def prepared_args(args: TrainingArguments, dataset: Any, roster: Roster, options
         hosts.refuse_two_budgets(args, owner)
         if dataset is not None and not has_length(dataset):
             hosts.refuse_unknown_epochs(owner, dataset)
-            args.max_steps = sys.maxsize  # Trainer asks for a number where the data has no length
+            args.max_steps = sys.maxsize  # Trainer needs a number if the data has no length
     hosts.refuse_two_optimizers(args, roster.owner("optimizer"))
     if roster.paced:
         hosts.refuse_schedules(args, roster.owner("schedule"))
@@ -53,14 +53,14 @@ def prepared_args(args: TrainingArguments, dataset: Any, roster: Roster, options
 
 
 def prepared_model(model: nn.Module, roster: Roster) -> nn.Module:
-    """The model that the techniques make of a model."""
+    """Return the model that the techniques make of a model."""
     for technique in roster.with_hook("prepare_model"):
         model = technique.prepare_model(model)
     return model
 
 
 def replace_model(host: TrainerView, roster: Roster) -> None:
-    """Give the trainer the model that the techniques make of its own; one that it makes itself is asked for later."""
+    """Replace the trainer's model by the prepared one; ``model_init`` makes its model later."""
     if host.model_init is not None or "prepare_model" not in roster.answered:
         return
     model = prepared_model(host.model, roster)
@@ -73,7 +73,7 @@ def replace_model(host: TrainerView, roster: Roster) -> None:
 
 
 def add_callbacks(host: TrainerView, ranks: Ranks, first: TrainerCallback, last: TrainerCallback) -> None:
-    """Put our callbacks around the trainer's own, and a callback that saves whole steps in the place of its own."""
+    """Put our callbacks around the trainer's own, and replace its SIGTERM callback by one that saves whole steps."""
     handler = host.callback_handler
     if host.args.enable_jit_checkpoint:
         replaced: Any = host.pop_callback(JITCheckpointCallback)
@@ -86,13 +86,13 @@ def add_callbacks(host: TrainerView, ranks: Ranks, first: TrainerCallback, last:
 def find_head(
     host: TrainerView, roster: Roster, example_loss_func: Callable | losses.Head | None
 ) -> losses.Head | None:
-    """The kind of loss; needed where a technique asks for the loss of an example."""
+    """Return the head, or None if it is unknown; raise if a technique needs it for losses of examples."""
     needing = [t for t in roster.techniques if t.implemented_hooks() & hosts.NEEDS_EXAMPLE_LOSSES]
     try:
         if example_loss_func is not None:
             head = losses.head_from(example_loss_func)
         elif host.compute_loss_func is not None:
-            raise ValueError("compute_loss_func gives one loss for all examples. Give example_loss_func= as well.")
+            raise ValueError("compute_loss_func gives one loss for all examples. Pass example_loss_func= as well.")
         else:
             hosts.refuse_own_losses(host)
             head = losses.head_of(host.model)

@@ -1,8 +1,8 @@
-"""Short runs of a copy of a trainer's model: what the run would do, with another learning rate and a shorter horizon.
+"""Train a copy of a trainer's model with another learning rate and a shorter horizon.
 
-A short run has the trainer's own data, loss, optimizer, schedule and techniques, the seed of its arguments and the
-weights that its model has now.  Warm-up and decay lie inside the short horizon.  The trainer, its model and the global
-random generators stay as they are.  Techniques that prepare the training set are left out: it is prepared already.
+A short run uses the trainer's data, loss, optimizer, schedule, techniques and seed, and the current weights of its
+model.  Warm-up and decay lie inside the short horizon.  The trainer, its model and the global random generators do not
+change.  A short run drops techniques that prepare the training set, because it is prepared already.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ QUIET = {
 
 @dataclass(eq=False)
 class Horizon(Technique):
-    """How far a short run goes, per unit of the clock."""
+    """Limit a short run, per unit of the clock."""
 
     limits: Mapping[str, float] = field(default_factory=lambda: {"steps": 1.0})
 
@@ -53,17 +53,17 @@ class Horizon(Technique):
 
 @dataclass
 class ShortRun:
-    """What came of a short run.
+    """The result of a short run.
 
     Args:
-        loss: Of the evaluation; NaN where there was none, infinite where a technique gave the run up.
-        losses: Of each step, where they were asked for; the last infinite where a technique gave the run up.
-        steps: Updates.
-        spent: What the clock counted, per unit.
-        step_seconds: Of a step, of about the last ten.
-        evaluated: Examples of the evaluation.
-        evaluation_seconds: What it took.
-        flops: As Trainer counts them, without the evaluation's.
+        loss: Evaluation loss; NaN without an evaluation, infinite if a technique gave up the run.
+        losses: Training loss of each step, if requested; the last is infinite if a technique gave up the run.
+        steps: Number of updates.
+        spent: Amounts that the clock counted, per unit.
+        step_seconds: Seconds of a step, averaged over about the last ten.
+        evaluated: Number of examples in the evaluation.
+        evaluation_seconds: Seconds of the evaluation.
+        flops: Operations of training by Trainer's rule, without the evaluation.
     """
 
     loss: float
@@ -87,17 +87,17 @@ def short_run(
     warmup: float | None = None,
     probe: Any = None,
 ) -> ShortRun:
-    """Train a copy of the model of a trainer, and evaluate it.
+    """Train a copy of a trainer's model, and evaluate it.
 
     Args:
-        engine: Of the trainer, before or at the start of its own training.
-        learning_rate: The peak.
-        limits: What may be spent.
-        techniques: More of them; those of the trainer that own the same slots are left out.
-        without: Those of the trainer that are left out, too.
-        each_step: Whether the loss of every step is wanted.
-        warmup: In the place of ``warmup_steps``.
-        probe: What is evaluated; nothing: no evaluation.
+        engine: Engine of the trainer, before or at the start of its own training.
+        learning_rate: Peak learning rate.
+        limits: Limits, per unit of the clock.
+        techniques: Additional techniques; they replace the trainer's techniques that own the same slots.
+        without: The trainer's techniques that the short run drops as well.
+        each_step: True to record the loss of every step.
+        warmup: Replacement for ``warmup_steps``; None to keep it.
+        probe: Examples to evaluate; None to skip the evaluation.
     """
     with tempfile.TemporaryDirectory() as directory, _shared_state_kept(engine):
         changes = QUIET | {"learning_rate": learning_rate, "output_dir": directory, "logging_steps": 1}
@@ -127,7 +127,7 @@ def short_run(
 
 @contextlib.contextmanager
 def many_runs() -> Iterator[None]:
-    """Around short runs: each collects garbage, which is not to mean the objects of all imports every time."""
+    """Freeze existing objects around short runs, so that each garbage collection skips the objects of all imports."""
     frozen = gc.get_freeze_count() > 0
     if not frozen:
         gc.freeze()
@@ -139,7 +139,7 @@ def many_runs() -> Iterator[None]:
 
 
 def probe_of(engine: Engine, examples: int) -> Any:
-    """Some examples to evaluate on, always the same: of the evaluation set, or without one of the training set."""
+    """Return a fixed sample of the evaluation set, or of the training set if there is no evaluation set."""
     host = engine.host
     data = host.train_dataset if host.eval_dataset is None else host.eval_dataset
     data = next(iter(data.values())) if isinstance(data, dict) else data
@@ -153,18 +153,18 @@ def probe_of(engine: Engine, examples: int) -> Any:
 def _evaluation_loss(trainer: Any, probe: Any) -> float:
     metrics = trainer.evaluate(probe)
     if "eval_loss" not in metrics:
-        raise ValueError("eval_dataset: its examples have no labels, so there is no loss. Give labels.")
+        raise ValueError("eval_dataset needs labels for a loss. Add a column of labels.")
     return metrics["eval_loss"]
 
 
 def _twin(engine: Engine, techniques: Sequence[Technique], without: Sequence[Technique], changes: Mapping) -> Any:
-    """A trainer of a copy of the model, with an engine of its own and copies of the techniques."""
+    """Return a trainer of a copy of the model, with its own engine and copies of the techniques."""
     if engine.ranks.world_size > 1:
         _ = engine.ranks.cpu_group  # one for all copies
     taken = {slot for technique in techniques for slot in technique.implemented_hooks() & set(SLOTS)}
     left_out = {*taken, "prepare_dataset"}
     own = [t for t in engine.roster.techniques if t not in without and not t.implemented_hooks() & left_out]
-    fresh = [*techniques, *map(copy.copy, own)]  # with what they know of the model that they prepared
+    fresh = [*techniques, *map(copy.copy, own)]  # copies keep their knowledge of the prepared model
     twin = engine.host.twin(_copy_of_model(engine.host.model))
     for name, value in changes.items():
         setattr(twin.args, name, value)
@@ -183,16 +183,16 @@ def _twin(engine: Engine, techniques: Sequence[Technique], without: Sequence[Tec
 
 def _copy_of_model(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model)
-    if "_original_forward" in vars(copied):  # accelerate's wrapper, which leads to the model that it was made for
+    if "_original_forward" in vars(copied):  # accelerate's wrapper, which calls the original model
         del copied._original_forward, copied.forward
-    copied._forward_pre_hooks.clear()  # who watches the model's passes is not to see those of the copy
+    copied._forward_pre_hooks.clear()  # watchers of the model must not see passes of the copy
     copied._forward_hooks.clear()
     return copied
 
 
 @contextlib.contextmanager
 def _shared_state_kept(engine: Engine) -> Iterator[None]:
-    """Leave what copies share with the trainer as found: random generators, and accelerate's list of loaders."""
+    """Restore the state that copies share with the trainer: random generators and accelerate's gradient state."""
     shared = engine.host.accelerator.gradient_state
     loaders, synchronized = shared.dataloader_references, shared.sync_gradients
     with keyed_random(), random_state_kept(engine.host.args.device):

@@ -1,7 +1,7 @@
-"""One step: a step batch is drawn, transformed and counted, and its gradient accumulated over micro-batches.
+"""Run one step: draw, transform and count a step batch, and accumulate its gradient over micro-batches.
 
-The loss is the model's own wherever that is right; else it is made from the losses of the examples, weighted as the
-techniques say and divided by what the whole step counts over micro-batches and ranks.
+The step uses the model's own loss if it is correct.  Otherwise, techniques weight the losses of the examples.  The sum
+is then divided by the items of the whole step, over micro-batches and ranks.
 
 Shape suffixes: ``B`` examples, ``L`` items of an example, ``K`` terms of the loss.
 """
@@ -35,20 +35,20 @@ from hf_accel.stream.indexed import StepStream
 from hf_accel.technique import Technique
 
 OWN_LOSS = frozenset({"example_weights", "token_weights", "extra_loss", "loss_head"})
-"""Hooks for which the loss is made from the losses of the examples."""
+"""Hooks that need a loss made from the losses of the examples."""
 
 OnePass = Callable[[nn.Module, Mapping[str, Any], Any], Tensor]
 """Trainer's own ``training_step``: forward and backward of one micro-batch."""
 
 
 class StepRunner:
-    """Runs the steps of one call of ``train()``.
+    """Run the steps of one call of ``train()``.
 
     Args:
-        head: What takes the loss apart, where it is known.
-        example_loss: Whether the user gave the loss of an example.
+        head: Head, which splits the loss into losses of items; None if it is unknown.
+        example_loss: True if the user passed ``example_loss_func``.
         micro_batch_size: Examples of one forward pass.
-        halves: Whether the size is halved where memory does not suffice (``micro_batch_size="auto"``).
+        halves: True to halve the size when memory runs out (``micro_batch_size="auto"``).
     """
 
     def __init__(
@@ -80,14 +80,14 @@ class StepRunner:
     # The batch ------------------------------------------------------------------------------------------------------
 
     def begin_epoch(self, batches: int) -> None:
-        """Note a new epoch, of whose batches some were read in an earlier process."""
+        """Begin an epoch; an earlier process has read the given number of its batches."""
         self.flush_observations()
         if self.loader_counter is not None:
             self.loader_counter.begin_epoch(batches)
 
     def plain_batches(self, batches: list[Any]) -> None:
         """Count batches of Trainer's own loader."""
-        # Where the data has no length, Trainer would ask as often as a budget might have steps.
+        # If the data has no length, Trainer would ask for as many batches as a budget might have steps.
         self.host.control.should_epoch_stop |= not batches
         samples = sizes.samples_of(batches, self.loader_counter, self.ranks.world_size)
         positions, tokens = sum(map(self.num_positions, batches)), [self._num_tokens(batch) for batch in batches]
@@ -95,11 +95,11 @@ class StepRunner:
         self.meter.begin_step(samples or 0, positions, sum(t for t in tokens if t is not None))
 
     def next_batch(self, batches: Iterator[StepBatch]) -> tuple[list[StepBatch], Any]:
-        """The next step batch of the stream, and what its loss is divided by."""
+        """Return the next step batch of the stream and the divisor of its loss."""
         with self.meter.stopwatch.charge("data"):
             batch = next(batches, None)
             if batch is None:
-                self.host.control.should_epoch_stop = True  # a stream that gave nothing in a later epoch
+                self.host.control.should_epoch_stop = True  # the stream was empty in a later epoch
                 return [], None
             if self.halves or self.roster.owner("step_select") is not None:
                 self._states = memory.technique_states(self.roster)
@@ -116,43 +116,43 @@ class StepRunner:
         return [batch], self.count_items(batch)
 
     def _prove_head(self, batch: StepBatch) -> StepBatch:
-        """Compare our loss with the model's own; without its head, the model's own is used."""
+        """Compare our loss with the model's own; drop the head if they differ, to use the model's own."""
         assert self.head is not None and self.stream is not None
         if not self.proof.prove_head(self.head, batch, self.stream.read):
             self.head = None
         return batch
 
     def read_again(self, plan: StepPlan) -> StepBatch:
-        """A step batch by its plan, in micro-batches of the present size."""
+        """Read a planned step batch again, in micro-batches of the current size."""
         assert self.stream is not None
         plan = dataclasses.replace(plan, micro_batch_size=self.micro_batch_size)
         return self.transformed(self.stream.read(plan))
 
     def transformed(self, batch: StepBatch) -> StepBatch:
-        """The step batch as the techniques change it."""
+        """Return the step batch as the techniques change it."""
         for technique in self.roster.with_hook("transform_batch"):
             with self.meter.charge(technique):
                 batch = technique.transform_batch(batch)
         return batch
 
     def _selected(self, owner: Technique, batch: StepBatch) -> StepBatch:
-        """The examples of a drawn step that its owner keeps, judged by the losses of all of them."""
+        """Return the examples that the owner of ``step_select`` keeps, given the losses of all of them."""
         plan = batch.plan
         by_id = self._losses_by_id(batch)
         kept, kept_weights = owner.step_select(plan.ids_N, torch.tensor([by_id[i] for i in plan.ids_N.tolist()]))
         if len(kept) == 0:
-            raise ValueError(f"{owner!r} kept no example of a step. Keep more.")
+            raise ValueError(f"{owner!r} kept no example of a step. Keep at least one.")
         if len(kept) == len(plan.ids_N) and kept_weights is None:
             return batch
         if plan.weights_N is not None:
             kept_weights = plan.weights_N[kept] * (1.0 if kept_weights is None else kept_weights)
         for technique, scope, state in self._states:
             if technique is not owner:
-                technique.load_state_dict(scope, copy.deepcopy(state))  # what is transformed again is counted once
+                technique.load_state_dict(scope, copy.deepcopy(state))  # count a repeated transform once
         return self.read_again(plan.chosen(kept, kept_weights))
 
     def _losses_by_id(self, batch: StepBatch) -> dict[int, float]:
-        """The loss of each example of a step, over all ranks."""
+        """Return the loss of each example of a step, over all ranks."""
         assert self.head is not None
         model: Any = self.host.model_wrapped
         ids_of, values_of = [], []
@@ -177,7 +177,7 @@ class StepRunner:
         return sizes.num_tokens(inputs, self._main_input)
 
     def num_positions(self, inputs: Any) -> int:
-        """The size of a batch, padding included: positions of text, pixels of images."""
+        """Return the size of a batch, including padding: positions of text, pixels of images."""
         return sizes.num_positions(inputs, self._main_input)
 
     @property
@@ -185,7 +185,7 @@ class StepRunner:
         return getattr(self.host.model, "main_input_name", "input_ids")
 
     def count_items(self, batch: StepBatch) -> Tensor | int | None:
-        """What the step's loss is divided by, over micro-batches and ranks."""
+        """Return the divisor of the step's loss, over micro-batches and ranks."""
         args = self.host.args
         self._own_loss = self._needs_own_loss(batch)
         if not self._own_loss:
@@ -201,7 +201,7 @@ class StepRunner:
         return items_K.clamp(min=1)
 
     def _needs_own_loss(self, batch: StepBatch) -> bool:
-        """Whether the model's own loss would not do: it knows no weights, and some models mis-scale it."""
+        """Return whether the model's own loss is unsuitable: it ignores weights, and some models mis-scale it."""
         if self.head is None:
             return False
         if self.roster.answered & OWN_LOSS or self.example_loss:
@@ -213,7 +213,7 @@ class StepRunner:
 
     @functools.cached_property
     def _host_scales_rightly(self) -> bool:
-        """Whether the model's own loss is right when it is divided by the number of items that Trainer counts."""
+        """Return whether the model's own loss is correct when divided by Trainer's number of items."""
         if getattr(self.head, "shift", False) != self.host.loss_shifts_labels:
             return False
         if self.host.label_smoother is not None:
@@ -223,7 +223,7 @@ class StepRunner:
     # Memory ---------------------------------------------------------------------------------------------------------
 
     def set_micro_batch_size(self, size: int) -> None:
-        """From now on, read micro-batches of this size."""
+        """Set the size of the micro-batches that are read next."""
         self.micro_batch_size = size
         if self.stream is not None:
             self.stream.micro_batch_size = size
@@ -231,9 +231,9 @@ class StepRunner:
     def retry_on_oom(
         self, model: nn.Module, batch: StepBatch, attempt: Callable[[StepBatch], memory.Result]
     ) -> memory.Result:
-        """``attempt(batch)``, in micro-batches that fit.
+        """Return ``attempt(batch)``, in micro-batches that fit.
 
-        ``batch`` holds in the end what was attempted last: Trainer counts the operations of the batch that it knows.
+        ``batch`` holds the micro-batches of the last attempt at the end, because Trainer counts its operations.
         """
         if not self.halves:
             return attempt(batch)
@@ -245,39 +245,39 @@ class StepRunner:
             except RuntimeError as error:
                 if not memory.is_out_of_memory(error):
                     raise
-                # Of examples: a technique may have cut them into pieces.
+                # Count examples, because a technique may have cut them into pieces.
                 rows = min(max(len(micro.ids_B) for micro in batch.micro_batches), self.micro_batch_size)
                 if before is None or rows == 1:
                     step, folder = self.host.state.global_step + 1, self.host.args.output_dir
                     raise memory.NotEnoughMemory(memory.advice(rows, self.micro_batch_size, step, folder)) from error
-            # Outside of the handler, which would keep the failed attempt's activations alive.
+            # The handler would keep the failed attempt's activations alive, so restore outside of it.
             before.restore()
             self.set_micro_batch_size(memory.smaller(self.micro_batch_size, rows))
             batch.micro_batches[:] = self.read_again(batch.plan).micro_batches
 
     def snapshot(self, model: nn.Module, states: list[memory.TechniqueState]) -> memory.StepSnapshot:
-        """Everything that a failed attempt at a step may change."""
+        """Copy everything that a failed attempt at a step may change."""
         return memory.StepSnapshot(model, self.host.args.device, states, self._observed)
 
     def fits(self, size: int, longest: int) -> bool:
-        """Whether micro-batches of so many copies of the longest example fit on this rank."""
+        """Return whether a micro-batch of ``size`` copies of the example at ``longest`` fits on this rank."""
         assert self.stream is not None
         plan = StepPlan(0, torch.full((size,), longest), None, size, seed=self.stream.seed)
         batch = self.stream.read(plan)
-        # Not through DDP, which would wait for the other ranks; a sharded model is sharded in place.
+        # Bypass DDP, which would wait for the other ranks; a sharded model is sharded in place.
         model = self.host.model
         before = self.snapshot(model, memory.technique_states(self.roster))
-        items = self.count_items(batch)  # of all ranks, before memory may not suffice on one of them
+        items = self.count_items(batch)  # needs all ranks, so before memory may run out on one
         attempt = functools.partial(self.accumulate_once, model, batch, items)
         return memory.fits(model, self.host.optimizer, before, attempt)
 
     # The gradient ---------------------------------------------------------------------------------------------------
 
     def run(self, model: nn.Module, inputs: Any, num_items: Any) -> Tensor:
-        """The gradient of a step, and its loss; of a step batch, or of a batch of Trainer's own loader."""
+        """Compute the gradient of a step and return its loss; take a step batch or a batch of Trainer's loader."""
         assert self.one_pass is not None
         if not isinstance(inputs, StepBatch):
-            with self.meter.stopwatch.charge("backward"):  # what is not forward
+            with self.meter.stopwatch.charge("backward"):  # except the forward pass, which `loss` charges
                 step = functools.partial(self.one_pass, model, inputs, num_items)
                 return self.meter.count(self.host.model, inputs, step)
         backward = functools.partial(self.accumulate, model, inputs, num_items)
@@ -287,11 +287,11 @@ class StepRunner:
             return owner.objective(model, backward)
 
     def accumulate(self, model: nn.Module, batch: StepBatch, num_items: Any) -> Tensor:
-        """Forward and backward over the micro-batches of a step, in smaller ones where memory does not suffice."""
+        """Run forward and backward over a step's micro-batches, in smaller ones if memory runs out."""
 
         def attempt(batch: StepBatch) -> Tensor:
             items = num_items
-            if self.micro_batch_size != batch.plan.micro_batch_size:  # for which ``num_items`` was counted
+            if self.micro_batch_size != batch.plan.micro_batch_size:  # ``num_items`` is for the old size
                 self.meter.repeat_step(self._tokens_of(batch))
                 items = self.count_items(batch)
             once = functools.partial(self.accumulate_once, model, batch)
@@ -302,9 +302,9 @@ class StepRunner:
         return self.retry_on_oom(model, batch, attempt)
 
     def accumulate_once(self, model: nn.Module, batch: StepBatch, num_items: Any) -> Tensor:
-        """Forward and backward over the micro-batches of a step."""
+        """Run forward and backward over the micro-batches of a step."""
         host, micros = self.host, batch.micro_batches
-        # Our own loss is divided by what the whole step counts; there is nothing left to divide by.
+        # Our own loss is already divided by the items of the whole step.
         mean = not self._own_loss and self.proof.is_mean(num_items)
         divisors = self.proof.divisors(batch) if mean else [1 if self._own_loss else len(micros)] * len(micros)
         owner = self.roster.owner("synchronize")
@@ -320,7 +320,7 @@ class StepRunner:
         return total
 
     def _pass_over(self, model: nn.Module, micro: MicroBatch, num_items: Any, *, last: bool, synchronizes: bool):
-        """Forward and backward of one micro-batch; ranks exchange gradients in the last one."""
+        """Run forward and backward of one micro-batch; ranks exchange gradients in the last one."""
         assert self.one_pass is not None
         accelerator = self.host.accelerator
         accelerator.gradient_state._set_sync_gradients(last)
@@ -338,13 +338,13 @@ class StepRunner:
             self.micro_batch = None
 
     def judge(self, model: nn.Module, norm: Any) -> Any:
-        """Ask whether the update may happen, given the norm of the gradient before clipping; the norm."""
+        """Ask techniques to accept the update, given the gradient norm before clipping; return the norm."""
         self.grad_norm, self.refused = norm, False
         for technique in self.roster.with_hook("accept_step"):
             with self.meter.charge(technique):
                 self.refused |= not technique.accept_step(norm)
         if self.refused:
-            # Optimizers pass over parameters without a gradient: neither moments nor weight decay move.
+            # Optimizers skip parameters without a gradient, so neither moments nor weights change.
             model.zero_grad(set_to_none=True)
             self.meter.skipped_steps += 1
         return norm
@@ -354,7 +354,7 @@ class StepRunner:
     def loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool, num_items: Any, plain: Callable[..., Any]
     ) -> Any:
-        """The loss of a micro-batch; ``plain`` is Trainer's own ``compute_loss``."""
+        """Return the loss of a micro-batch; ``plain`` is Trainer's own ``compute_loss``."""
         micro = self.micro_batch
         if not model.training:
             return plain(model, inputs, return_outputs, num_items)
@@ -388,7 +388,7 @@ class StepRunner:
             del self._observed[number:]
 
     def flush_observations(self) -> None:
-        """Tell the techniques the losses of what was trained on, over all ranks."""
+        """Give techniques the losses of the examples trained on, over all ranks."""
         if not self._observed:
             return
         columns = zip(*self._observed, strict=True)

@@ -1,4 +1,4 @@
-"""The loss of a micro-batch from the losses of its examples."""
+"""Compute the loss of a micro-batch from the losses of its examples."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ def weighted_loss(
     micro: MicroBatch,
     items_K: Tensor,
 ) -> tuple[Tensor, Any, losses.ExampleLosses]:
-    """The loss, weighted as the techniques say and divided by what the whole step counts; outputs; example losses."""
+    """Return the loss, the outputs and the example losses.
+
+    Techniques weight the loss, and the items of the whole step divide it.
+    """
     outputs = model(**head.without_labels(host.model, inputs))
     smoothing = host.args.label_smoothing_factor if host.label_smoother is not None else 0.0
     example = head.losses(outputs, inputs, len(micro.ids_B), label_smoothing=smoothing)

@@ -99,7 +99,7 @@ def test_what_cannot_go_on_says_so(tmp_path):
     with pytest.raises(ValueError, match="there is no whole checkpoint of a run of hf_accel. Name another"):
         tiny_trainer([Budget("+1h")], tmp_path / "a").train(resume_from_checkpoint=str(tmp_path))
     tiny_trainer([Budget("2steps")], tmp_path / "b", **SAVING).train()
-    with pytest.raises(ValueError, match="lies in output_dir, where .* Choose another output_dir"):
+    with pytest.raises(ValueError, match="lies in output_dir, so .* Choose another output_dir"):
         tiny_trainer([Budget("+1h")], tmp_path / "b").train(resume_from_checkpoint=str(tmp_path / "b"))
     for limit in (["+1h", "3steps"], "+job"):
         with pytest.raises(ValueError, match="Put '\\+' on all limits or on none"):

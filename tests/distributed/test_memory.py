@@ -69,7 +69,7 @@ def test_the_smallest_of_all_ranks_is_agreed_on(backend, rows, place, size, tmp_
 def test_no_example_fits(backend, tmp_path):
     with pytest.raises(pytest.fail.Exception) as caught:
         run_on_ranks(train, tmp_path, backend, "auto", (0, 0), backend=backend)
-    assert "NotEnoughMemory: memory does not suffice for one example. Shorten the" in str(caught.value)
+    assert "NotEnoughMemory: One example does not fit into memory. Shorten the" in str(caught.value)
 
 
 @pytest.mark.parametrize("backend", ["ddp", "fsdp2"])
@@ -80,8 +80,8 @@ def test_a_later_shortage_ends_all_ranks(backend, tmp_path):
         run_on_ranks(train, tmp_path, backend, "auto", (8, 5), from_step=6, backend=backend, timeout=90, **args)
     assert time.monotonic() - began < 60
     sentence = (
-        "NotEnoughMemory: memory does not suffice for micro-batches of 8 examples at step 7: "
-        f"resume from {tmp_path}/checkpoint-4 with micro_batch_size=4."
+        "NotEnoughMemory: Micro-batches of 8 examples do not fit into memory at step 7. "
+        f"Resume from {tmp_path}/checkpoint-4 with micro_batch_size=4."
     )
     assert sentence in str(caught.value)
     checkpoint = str(tmp_path / "checkpoint-4")
@@ -96,5 +96,5 @@ def test_sharded_ranks_that_run_out_apart(tmp_path, monkeypatch):
     with pytest.raises(pytest.fail.Exception) as caught:
         run_on_ranks(train, tmp_path, "fsdp2", "auto", (8, 5), backend="fsdp2")
     assert time.monotonic() - began < 30
-    sentence = "memory suffices for micro-batches of 8 examples on some ranks only: start anew with micro_batch_size=4."
+    sentence = "Micro-batches of 8 examples fit into memory on some ranks only. Start again with micro_batch_size=4."
     assert f"NotEnoughMemory: {sentence}" in str(caught.value)

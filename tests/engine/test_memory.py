@@ -192,7 +192,7 @@ def test_a_resume_keeps_the_size(step, tmp_path):
 def test_one_example_that_does_not_fit(tmp_path):
     with pytest.raises(NotEnoughMemory) as caught:
         train([Watch()], tmp_path, "auto", 0)
-    assert str(caught.value) == "memory does not suffice for one example. Shorten the examples or shard the model."
+    assert str(caught.value) == "One example does not fit into memory. Shorten the examples or shard the model."
 
 
 def test_a_given_size_is_kept(tmp_path):

@@ -65,13 +65,19 @@ def given(technique, directory, with_schedule):
 
 
 def test_a_schedule_that_was_given_to_the_trainer_is_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"lr_scheduler \(LambdaLR\): it was given, and REX\(.*\) is the schedule"):
+    with pytest.raises(
+        ValueError,
+        match=r"REX\(.*\) does not support a ready-made lr_scheduler \(LambdaLR\) because a run has one schedule",
+    ):
         given(REX(), tmp_path, with_schedule=True).train()
 
 
 def test_an_optimizer_that_was_given_to_the_trainer_keeps_its_own_groups(tmp_path):
     given(REX(), tmp_path, with_schedule=False).train()
-    with pytest.raises(ValueError, match=r"optimizer \(SGD\): it was given, so LayerwiseDecay\(.*\) has no say in it"):
+    with pytest.raises(
+        ValueError,
+        match=r"LayerwiseDecay\(.*\) does not support a ready-made optimizer \(SGD\) because its parameter groups",
+    ):
         given(LayerwiseDecay(), tmp_path, with_schedule=False).train()
 
 
