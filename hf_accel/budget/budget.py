@@ -106,12 +106,7 @@ class Budget(Technique):
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if state.global_step == 0:
             run: Any = self.run_
-            taken = run.first_step_cost()
-            if "tokens" in run.clock.limits and not taken["tokens"]:
-                raise ValueError(
-                    f"{self!r} does not support tokens because the batches hold none. Use samples or epochs."
-                )
-            self._refuse_too_little(taken)
+            self._refuse_too_little(run.first_step_cost())
 
     def _refuse_too_little(self, taken: Mapping[str, float]) -> None:
         """Raise on every rank, before the first update, if the budget is too small for it."""

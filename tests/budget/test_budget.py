@@ -211,9 +211,7 @@ def test_evaluations_of_a_stream_are_kept_back_for_once_one_has_been_made(tmp_pa
 def test_tokens_of_images_are_refused_before_the_first_update(tmp_path):
     trainer = tiny_trainer([Budget("100tok")], tmp_path, modality="image")
     before = [p.clone() for p in trainer.model.parameters()]
-    with pytest.raises(
-        ValueError, match=r"Budget\(limit='100tok'\) does not support tokens because the batches hold none\. Use sam"
-    ):
+    with pytest.raises(ValueError, match=r"Budget does not support tokens here .* Give the budget in steps, epochs or"):
         trainer.train()
     assert all(map(torch.equal, before, trainer.model.parameters()))
 
@@ -271,10 +269,10 @@ def test_a_first_step_that_compiles_changes_neither_the_reserve_nor_the_end(tmp_
     assert reserves == pytest.approx([reserves[0]] * len(reserves), rel=0.15)
 
 
-def test_of_adapters_a_checkpoint_holds_the_trained_weights_alone(tmp_path):
+def test_of_adapters_a_checkpoint_holds_the_trained_weights_alone():
     model = get_peft_model(tiny_llama(), LoraConfig(r=2, target_modules=["q_proj"]))
     trained = 4 * sum(p.numel() for name, p in model.named_parameters() if "lora" in name)
-    assert guess_saving(tiny_trainer([], tmp_path, model=model)) == pytest.approx(0.1 + 3 * trained / 300e6, rel=1e-9)
+    assert guess_saving(model) == pytest.approx(0.1 + 3 * trained / 300e6, rel=1e-9)
     whole = tiny_llama()
     size = 4 * sum(p.numel() for p in whole.parameters())
-    assert guess_saving(tiny_trainer([], tmp_path, model=whole)) == pytest.approx(0.1 + 3 * size / 300e6, rel=1e-9)
+    assert guess_saving(whole) == pytest.approx(0.1 + 3 * size / 300e6, rel=1e-9)

@@ -29,7 +29,8 @@ class Recorder(TrainerCallback):
         self.hook = model.register_forward_pre_hook(self.see, with_kwargs=True)
 
     def see(self, model, args, inputs):
-        self.inputs.append(inputs)
+        if model.training:  # the first step is evaluated, too, to see which loss the model has
+            self.inputs.append(inputs)
 
     def on_pre_optimizer_step(self, args, state, control, model, **kwargs):
         self.grads = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
