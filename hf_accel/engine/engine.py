@@ -268,7 +268,8 @@ class Engine:
         if (self.roster.techniques or self.roster.streamed) and self.resumed and self.meter.clock.done:
             self.host.control.should_training_stop = True  # Trainer would take one more step
             return None
-        self.step.begin_epoch(kwargs["steps_trained_in_current_epoch"])
+        continued = kwargs["epoch"] == kwargs["epochs_trained"] and not self.host.args.ignore_data_skip
+        self.step.begin_epoch(kwargs["steps_trained_in_current_epoch"] if continued else 0)
         if self.step.stream is not None:
             self.step.stream.epoch_begins = True
             # The stream ends its epochs itself (see `ClockCallback`), because their steps are unknown in advance.

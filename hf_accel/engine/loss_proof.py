@@ -117,7 +117,7 @@ class LossProof:
             and self.host.accelerator.distributed_type != DistributedType.DEEPSPEED  # it scales by itself
         )
 
-    def watch(self, attempt: Callable[[Any], Tensor], num_items: Tensor, before: StepSnapshot) -> Tensor:
+    def watch(self, attempt: Callable[[Any], Tensor], num_items: Any, before: StepSnapshot) -> Tensor:
         """Return ``attempt(num_items)``; repeat it with means if the loss is not divided by the number of items."""
         items = num_items.detach().to(torch.float32, copy=True).requires_grad_()
         loss = attempt(items)

@@ -257,15 +257,21 @@ def check_trains_twice(technique: Technique, directory: Path) -> None:
 
 def check_evaluates_what_it_returns(technique: Technique, directory: Path) -> None:
     """Check that the last evaluation, the returned model and the saved model agree."""
-    _assert_evaluates_what_it_returns(_run(technique, directory, **AT_END), directory)
+    run = _run(technique, directory, **AT_END)
+    _assert_evaluates_what_it_returns(run)
+    _assert_saves_what_it_returns(run, directory)
 
 
-def _assert_evaluates_what_it_returns(
+def _assert_evaluates_what_it_returns(run: Run) -> None:
+    _, logged, returned = run.evaluated
+    assert logged is not None, f"{run.technique!r}: no evaluation was logged"
+    assert math.isclose(logged, returned, rel_tol=1e-6), f"{run.technique!r}: evaluated {logged}, returned {returned}"
+
+
+def _assert_saves_what_it_returns(
     run: Run, directory: Path, base: Callable[[], Any] | None = None, **settings: Any
 ) -> None:
-    technique, (_, logged, returned) = run.technique, run.evaluated
-    assert logged is not None, f"{technique!r}: no evaluation was logged"
-    assert math.isclose(logged, returned, rel_tol=1e-6), f"{technique!r}: evaluated {logged}, returned {returned}"
+    technique, (_, _, returned) = run.technique, run.evaluated
     saved = PROBES[technique.modality].model(0.0, torch.float32) if base is None else base()
     if (run.directory / "saved" / "adapter_config.json").is_file():
         from peft import PeftModel
@@ -379,15 +385,22 @@ def check_tied_head(technique: Technique, directory: Path) -> None:
 
 def _check_mode(
     technique: Technique, directory: Path, model: Callable[[], torch.nn.Module] | None = None, **settings: Any
+) -> None:
+    run = _run_in_mode(technique, directory, model, **AT_END, **settings)
+    _assert_evaluates_what_it_returns(run)
+
+
+def _run_in_mode(
+    technique: Technique, directory: Path, model: Callable[[], torch.nn.Module] | None = None, **settings: Any
 ) -> Run:
     def made() -> dict[str, Any]:
-        return AT_END | settings | ({} if model is None else {"model": model()})
+        return settings if model is None else settings | {"model": model()}
 
     run = _run(technique, directory / "straight", save_strategy="steps", save_steps=4, **made())
     _assert_trains(run)
     steps = range(4, run.steps, 4)
     _assert_resumes(run, directory / "resumed", steps[len(steps) // 2], **made())
-    _assert_evaluates_what_it_returns(run, directory, model, **settings)
+    _assert_saves_what_it_returns(run, directory, model, **settings)
     return run
 
 
@@ -395,7 +408,7 @@ def _check_checkpointing(technique: Technique, directory: Path, use_reentrant: b
     if not PROBES[technique.modality].model(0.0, torch.float32).supports_gradient_checkpointing:
         return
     settings = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}}
-    run, without = _check_mode(technique, directory, weight_decay=WEIGHT_DECAY, **settings), _straight(technique)
+    run, without = _run_in_mode(technique, directory, weight_decay=WEIGHT_DECAY, **settings), _straight(technique)
     assert run.losses == without.losses, f"{technique!r}: activation checkpointing changes the losses"
     difference = largest_difference(run.weights, without.weights)
     assert difference == 0.0, f"{technique!r}: weights differ by {difference} with activation checkpointing"

@@ -90,7 +90,7 @@ def attached(recipe: Recipe) -> Iterator[None]:
             return plain(self, resume_from_checkpoint, *args, **kwargs)
         equip(self, recipe)
         # `equip` changed its class.  If its own ``train`` called this function, do not enter it again.
-        engine, one_pass = self.accel, super(AccelTrainerMixin, self).training_step
+        engine, one_pass = self.accel, super(AccelTrainerMixin, self).training_step  # type: ignore[misc]
         output = engine.train(resume_from_checkpoint, lambda found: plain(self, found, *args, **kwargs), one_pass)
         if self.is_world_process_zero():
             Console(stderr=True).print(self.receipt.table())

@@ -127,7 +127,7 @@ class DifficultyCurriculum(Technique):
         end: Progress, in [0, 1], from which all examples are admitted.
     """
 
-    difficulty: str = "length"
+    difficulty: str = "length"  # one of the paper's two, beside rarity
     start: Annotated[float, at.Interval(gt=0, le=1)] = 0.01  # the paper's
     end: Fraction = 0.2  # evidence: as a warm-up of 10 to 20 %
     neutral: ClassVar = {"start": 1.0}

@@ -75,7 +75,7 @@ class CutMix(Technique):
     """
 
     alpha: Annotated[float, at.Ge(0)] = 1.0  # the paper's
-    ramp: Fraction = 0.0
+    ramp: Fraction = 0.0  # no ramp, as in the paper
     modality: ClassVar = "image"
     neutral: ClassVar = {"alpha": 0.0}
     rank_counters: ClassVar = ("pasted", "seen")

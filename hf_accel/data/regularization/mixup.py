@@ -56,7 +56,7 @@ class Mixup(Technique):
     """
 
     alpha: Annotated[float, at.Ge(0)] = 0.2  # the paper's, for ImageNet
-    ramp: Fraction = 0.0
+    ramp: Fraction = 0.0  # no ramp, as in the paper
     modality: ClassVar = "image"
     neutral: ClassVar = {"alpha": 0.0}
     rank_counters: ClassVar = ("mixed", "seen")

@@ -98,7 +98,7 @@ class RandAugment(Technique):
 
     num_ops: Annotated[int, at.Ge(0)] = 2  # the paper's, for ImageNet
     magnitude: Annotated[float, at.Interval(ge=0, le=30)] = 9.0  # the paper's, for ImageNet
-    ramp: Fraction = 0.0
+    ramp: Fraction = 0.0  # no ramp, as in the paper
     modality: ClassVar = "image"
     neutral: ClassVar = {"num_ops": 0}
     rank_counters: ClassVar = ("changed", "seen")

@@ -84,7 +84,7 @@ class RandomErasing(Technique):
 
     probability: Fraction = 0.5  # the paper's
     largest: Annotated[float, at.Interval(gt=SMALLEST, le=1)] = 0.4  # the paper's
-    ramp: Fraction = 0.0
+    ramp: Fraction = 0.0  # no ramp, as in the paper
     modality: ClassVar = "image"
     neutral: ClassVar = {"probability": 0.0}
     rank_counters: ClassVar = ("erased", "seen")

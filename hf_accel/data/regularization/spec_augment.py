@@ -70,9 +70,9 @@ class SpecAugment(Technique):
 
     frequency_masks: Annotated[int, at.Ge(0)] = 2  # the paper's policy LD
     frequency_width: Fraction = 0.33  # 27 of 80 bands
-    time_masks: Annotated[int, at.Ge(0)] = 2
+    time_masks: Annotated[int, at.Ge(0)] = 2  # the paper's policy LD
     time_width: Fraction = 0.07  # 100 of about 1,500 frames
-    ramp: Fraction = 0.0
+    ramp: Fraction = 0.0  # no ramp, as in the paper
     modality: ClassVar = "speech"
     neutral: ClassVar = {"frequency_masks": 0, "time_masks": 0}
     variations: ClassVar = {"time_width": 0.5}

@@ -70,7 +70,7 @@ class TokenCutoff(Technique):
     """
 
     share: Annotated[float, at.Interval(ge=0, lt=1)] = 0.1  # the paper tunes it for each task
-    ramp: Fraction = 0.0
+    ramp: Fraction = 0.0  # no ramp, as in the paper
     neutral: ClassVar = {"share": 0.0}
     rank_counters: ClassVar = ("cut", "seen")
 

@@ -65,7 +65,7 @@ class Coreset(StaticSubset):
             last hidden states.
     """
 
-    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5
+    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5  # not taken from a paper
     column: str | None = None
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"keep": 1.0}

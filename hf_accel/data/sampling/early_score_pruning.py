@@ -52,9 +52,9 @@ class EarlyScorePruning(Technique):
         balance: Column with classes, to keep the same share of each; None: classes do not matter.
     """
 
-    score: Literal["el2n", "loss", "forgetting"] = "el2n"
-    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.7
-    after: Fraction = 0.2
+    score: Literal["el2n", "loss", "forgetting"] = "el2n"  # from Paul et al.
+    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.7  # not taken from a paper
+    after: Fraction = 0.2  # not taken from a paper
     balance: str | None = None
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"keep": 1.0}

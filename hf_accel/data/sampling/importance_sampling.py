@@ -71,9 +71,9 @@ class ImportanceSampling(Technique):
         check_every: Steps between measurements of tau while it does not sample, at least 1.
     """
 
-    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.33
+    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.33  # not taken from a paper
     threshold: Annotated[float, at.Ge(0)] | None = None
-    check_every: Annotated[int, at.Ge(1)] = 10
+    check_every: Annotated[int, at.Ge(1)] = 10  # not taken from a paper
     fidelity: ClassVar = "unbiased"
     variations: ClassVar = {"threshold": 0.0}
     counters: ClassVar = ("tau", "judged", "sampled")

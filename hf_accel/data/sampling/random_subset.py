@@ -82,7 +82,7 @@ class RandomSubset(Technique):
         keep: Share of the examples that an epoch trains on, in (0, 1].
     """
 
-    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5
+    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.5  # not taken from a paper
     fidelity: ClassVar = "unbiased"
     neutral: ClassVar = {"keep": 1.0}
     counters: ClassVar = ("kept",)

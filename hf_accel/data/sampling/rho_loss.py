@@ -87,11 +87,11 @@ class RHOLoss(Technique):
         depth: Share of the model's blocks in the smaller copy, in (0, 1].
     """
 
-    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.1
+    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.1  # the authors' (percent_train in their configurations)
     column: str | None = None
-    holdout: Annotated[float, at.Interval(gt=0, lt=1)] = 0.1
-    epochs: Annotated[int, at.Ge(1)] = 3
-    depth: Annotated[float, at.Interval(gt=0, le=1)] = 0.5
+    holdout: Annotated[float, at.Interval(gt=0, lt=1)] = 0.1  # not taken from a paper
+    epochs: Annotated[int, at.Ge(1)] = 3  # not taken from a paper
+    depth: Annotated[float, at.Interval(gt=0, le=1)] = 0.5  # not taken from a paper
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"keep": 1.0}
     refused_backends: ClassVar = WHOLE_WEIGHTS

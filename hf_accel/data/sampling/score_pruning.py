@@ -73,9 +73,9 @@ class ScorePruning(StaticSubset):
         balance: Column with classes, to keep the same share of each; None: classes do not matter.
     """
 
-    score: str = "el2n"
-    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.7
-    prefer: Literal["hard", "easy"] = "hard"
+    score: str = "el2n"  # from Paul et al.
+    keep: Annotated[float, at.Interval(gt=0, le=1)] = 0.7  # not taken from a paper
+    prefer: Literal["hard", "easy"] = "hard"  # as in Paul et al.
     balance: str | None = None
     fidelity: ClassVar = "lossy"
     neutral: ClassVar = {"keep": 1.0}

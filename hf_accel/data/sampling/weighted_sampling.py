@@ -56,8 +56,8 @@ class WeightedSampling(Technique):
             draws (shares need not add up to 1); ``"column"``: the column holds each example's weight.
     """
 
-    by: str = "label"
-    weights: Literal["balanced", "column"] | Mapping[Any, float] = "balanced"
+    by: str = "label"  # not taken from a paper
+    weights: Literal["balanced", "column"] | Mapping[Any, float] = "balanced"  # random oversampling, from He and Garcia
     fidelity: ClassVar = "lossy"
     variations: ClassVar = {"by": "score", "weights": {0: 0.8, 1: 0.1, 2: 0.1}}
     counters: ClassVar = ("drawn", "distinct")

@@ -87,6 +87,7 @@ class SharpnessAware(Technique):
     rho: Positive = 0.05  # Foret et al.
     every: Annotated[int, at.Ge(1)] = 5  # Liu et al.
     reuse: Annotated[float, at.Ge(0)] = 0.7  # Liu et al., alpha
+    expected_failed_checks: ClassVar = {"check_bf16_weights": "refused: weights in bfloat16 round the ascent away"}
     refused_backends: ClassVar = {"zero": "its gradients are not accessible to techniques"}
 
     def on_train_begin(self, args, state, control, **kwargs):

@@ -53,6 +53,7 @@ def test_a_budget_is_shared_with_the_search(limit, tmp_path):
     assert trainer.receipt.final_learning_rate == 0.0 and trainer.clock.progress == 1.0
 
 
+@pytest.mark.ci  # it takes real seconds
 def test_seconds_are_shared_with_the_search(tmp_path):
     technique = LearningRateSearch(share=0.5)
     trainer = tiny_trainer([Budget("3s"), technique, LinearToZero(warmup=0.25)], tmp_path)
