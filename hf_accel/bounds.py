@@ -1,4 +1,4 @@
-"""Bounds that annotations of fields declare, and the values that break them."""
+"""Check values of fields against the bounds that their annotations declare."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def field_hints(kind: type) -> dict[str, Any]:
 
 
 def check_bounds(technique: Any) -> None:
-    """Raise ValueError where a field breaks the bound or the choice that its annotation declares."""
+    """Raise ValueError if a field breaks the bound or the choice that its annotation declares."""
     hints = field_hints(type(technique))
     for field in dataclasses.fields(technique):
         value, hint = getattr(technique, field.name), hints[field.name]
@@ -28,7 +28,7 @@ def check_bounds(technique: Any) -> None:
 
 
 def broken_rule(value: Any, hint: Any) -> str | None:
-    """The rule of an annotation that a value breaks, in words; None where it breaks none."""
+    """Describe the rule of an annotation that a value breaks; return None if it breaks none."""
     if getattr(hint, "__metadata__", None) is None:
         options = get_args(hint)
         if options and all(isinstance(option, str) for option in options):  # Literal

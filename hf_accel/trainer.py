@@ -1,8 +1,8 @@
-"""`transformers.Trainer` with techniques: overrides of Trainer that ask the engine, and nothing else.
+"""Add techniques to `transformers.Trainer`: overrides of Trainer that ask the engine, and nothing else.
 
-The body of training stays Trainer's.  The mixin has one attribute, ``accel``, the `Engine`, and answers Trainer's own
-questions (which batches, which loss, which learning rate, what is saved) by asking it.  No line here knows a technique
-by name.  Without a technique nothing is changed.
+Trainer keeps its own training loop.  The mixin has one attribute, ``accel``, the `Engine`.  It answers Trainer's own
+questions about batches, the loss, the learning rate and saving.  No line here knows a technique by name.  Without
+techniques, nothing changes.
 """
 
 from __future__ import annotations
@@ -33,24 +33,24 @@ else:
 
 
 class AccelTrainerMixin(Base):
-    """Hosts techniques on any Trainer; comes first among the bases of a class.
+    """Add techniques to any Trainer class; put the mixin first among the bases.
 
     Args:
-        techniques: Asked in this order.
-        recipe: A `Recipe` or the path of one; its techniques come first, its arguments fill in what is not given.
+        techniques: Techniques, in the order in which they are asked.
+        recipe: A `Recipe` or its path.  Its techniques come first, and its arguments fill in those that are missing.
         micro_batch_size: Examples of one forward pass on one device.  None: ``per_device_train_batch_size``;
-            ``"auto"``: the largest that fits, found by halving.  The examples of an update stay
-            ``per_device_train_batch_size x gradient_accumulation_steps x ranks``.
-        allow_changes: Resume although the checkpoint was written with other techniques.
+            ``"auto"``: the largest that fits, found by halving.  An update always has
+            ``per_device_train_batch_size x gradient_accumulation_steps x ranks`` examples.
+        allow_changes: Resume even if the checkpoint was written with other techniques.
         async_checkpoints: Write checkpoints during training (`hf_accel.checkpoints.background`), on one process, under
-            DDP and FSDP2; weights and optimizer state are copied to the CPU for it.  A run of the same kind resumes
-            from them, with it or without.
-        example_loss_func: ``(outputs, inputs) -> losses_B`` for models or trainers whose loss is none of the common
-            heads', or a `losses.Head`.
+            DDP and FSDP2, from a copy of weights and optimizer state on the CPU.  Runs of the same kind can resume
+            from these checkpoints, with this option or without.
+        example_loss_func: ``(outputs, inputs) -> losses_B`` or a `losses.Head`, for models and trainers without one
+            of the common losses.
     """
 
     accel: Engine
-    """All that hf_accel adds to a trainer."""
+    """Everything that hf_accel adds to a trainer."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class AccelTrainerMixin(Base):
             model = self.accel.prepare_quantized_model(model, args)
         if positional:
             super().__init__(model, args, *positional, **kwargs)
-        else:  # by name, for not every trainer has its arguments second
+        else:  # by name, because some trainers do not take their arguments second
             super().__init__(model=model, args=args, **kwargs)
         self.accel.settle(model_is_prepared=quantized)
 
@@ -91,32 +91,32 @@ class AccelTrainerMixin(Base):
 
     @property
     def techniques(self) -> list[Technique]:
-        """In the order in which they are asked."""
+        """Return the techniques, in the order in which they are asked."""
         return self.accel.roster.techniques
 
     @property
     def recipe(self) -> Recipe:
-        """What the run was made from."""
+        """Return the recipe that the trainer was built from."""
         return self.accel.recipe
 
     @property
     def receipt(self) -> Receipt | None:
-        """What the last ``train()`` spent."""
+        """Return the receipt of the last ``train()``: its costs and reports; None before it ends."""
         return self.accel.receipt
 
     @property
     def clock(self) -> Clock:
-        """What is spent, and of how much."""
+        """Return the clock, with spent amounts, limits and progress."""
         return self.accel.meter.clock
 
     @property
     def stream(self) -> StepStream | None:
-        """The stream of step batches, where one is used."""
+        """Return the stream of step batches, or None if Trainer's own loader is used."""
         return self.accel.step.stream
 
     @property
     def micro_batch_size(self) -> int:
-        """Examples of one forward pass on one device."""
+        """Return the number of examples of one forward pass on one device."""
         return self.accel.step.micro_batch_size
 
     # The run --------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ class AccelTrainerMixin(Base):
         return super()._finalize_training(trial, self.accel.finish(num_train_samples), start_time)
 
     def log(self, logs, start_time=None):
-        evaluated = any(key.startswith("eval_") for key in logs)  # a model card makes a column of each of its keys
+        evaluated = any(key.startswith("eval_") for key in logs)  # a model card has a column for each of its keys
         if self.accel.roster.paced and self.is_in_train and not evaluated:
             logs["accel/progress"] = self.accel.meter.clock.progress
         return super().log(logs, start_time)
@@ -197,7 +197,7 @@ class AccelTrainerMixin(Base):
     def evaluate(self, *args, **kwargs):
         return self.accel.averages.evaluate(functools.partial(super().evaluate, *args, **kwargs))
 
-    def evaluation_loop(self, *args, **kwargs):  # also called by an ``evaluate`` of a user's own
+    def evaluation_loop(self, *args, **kwargs):  # also called by a custom ``evaluate``
         return self.accel.averages.predict(functools.partial(super().evaluation_loop, *args, **kwargs))
 
     def predict(self, *args, **kwargs):
@@ -240,12 +240,12 @@ class AccelTrainerMixin(Base):
 
 
 class AccelTrainer(AccelTrainerMixin, Trainer):
-    """`transformers.Trainer` with ``techniques=[...]``."""
+    """Train like `transformers.Trainer`, with ``techniques=[...]``."""
 
 
 @functools.cache
 def accelerated(trainer_class: type[Trainer]) -> type:
-    """A subclass of any Trainer class that hosts techniques: ``accelerated(SFTTrainer)(..., techniques=[...])``."""
+    """Return a subclass that takes techniques: ``accelerated(SFTTrainer)(..., techniques=[...])``."""
     if issubclass(trainer_class, AccelTrainerMixin):
         return trainer_class
     return type(f"Accel{trainer_class.__name__}", (AccelTrainerMixin, trainer_class), {})
@@ -260,16 +260,16 @@ def attach(
     async_checkpoints: bool = False,
     example_loss_func: Callable | losses.Head | None = None,
 ) -> None:
-    """Equip an existing trainer, before ``train()``; arguments as of `AccelTrainerMixin`.
+    """Add techniques to an existing trainer, before ``train()``; for the arguments, see `AccelTrainerMixin`.
 
-    Where something is refused, the trainer stays as it was, but for what a technique did to its model.
+    If this raises, the trainer is restored, except for changes that a technique has made to its model.
     """
     if isinstance(trainer, AccelTrainerMixin):
         raise ValueError(
-            f"attach({type(trainer).__name__}): it hosts techniques already. Give them to its constructor."
+            f"attach({type(trainer).__name__}): the trainer takes techniques itself. Pass them to its constructor."
         )
     if trainer.is_in_train or trainer.state.global_step > 0:
-        raise ValueError(f"attach({type(trainer).__name__}): it has begun to train. Attach before train().")
+        raise ValueError(f"attach({type(trainer).__name__}): the trainer has begun to train. Attach before train().")
     host.check_signatures()
     handler = trainer.callback_handler
     before = type(trainer), dict(vars(trainer)), type(handler), list(handler.callbacks)

@@ -294,7 +294,7 @@ def test_attach_equips_an_existing_trainer(tmp_path):
     attach(attached, [Watch()])
     attached.train()
     assert largest_difference(weights_of(built), weights_of(attached)) == 0.0
-    with pytest.raises(ValueError, match="hosts techniques already"):
+    with pytest.raises(ValueError, match="takes techniques itself"):
         attach(attached, [Watch()])
 
 

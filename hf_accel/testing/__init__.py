@@ -1,7 +1,7 @@
-"""The contract that every technique passes, for ours and for yours: ``check_technique(MyTechnique())``.
+"""Check the contract that every technique passes, ours and yours: ``check_technique(MyTechnique(), directory)``.
 
-Each check is a function of a technique and a directory, and raises ``AssertionError`` where the contract is broken.  A
-technique that is known to break one says so in ``expected_failed_checks``, with the reason.
+Each check takes a technique and a directory, and raises ``AssertionError`` if the technique breaks the contract.  A
+technique declares checks that it fails in ``expected_failed_checks``, with reasons.
 
     @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
     def test_contract(check, tmp_path):

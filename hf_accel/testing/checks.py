@@ -1,4 +1,4 @@
-"""The checks of one technique on one process."""
+"""Check one technique on one process."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ __all__ = [
 ]
 
 WEIGHT_DECAY = 0.1
-"""Weight decay of most runs, for techniques that have a say in it."""
+"""Weight decay of most runs, for techniques that change it."""
 
 AT_END: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 100}
-"""To evaluate after the last step, and before it where a technique wants to."""
+"""Arguments to evaluate after the last step, and before it if a technique needs to."""
 
 CHECKPOINTING = next(
     name
@@ -62,7 +62,7 @@ CHECKPOINTING = next(
 
 
 def check_stores_only_hyperparameters(technique: Technique, directory: Path) -> None:
-    """The constructor stores the fields, and draws from no global generator."""
+    """Check that the constructor stores only the fields, and draws from no global generator."""
     before = random.getstate(), str(np.random.get_state()), torch.random.get_rng_state()
     fresh = again(technique)
     fields = {f.name for f in dataclasses.fields(technique)}  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ def check_stores_only_hyperparameters(technique: Technique, directory: Path) -> 
 
 
 def check_names_bad_values(technique: Technique, directory: Path) -> None:
-    """A value out of bounds raises an error that names the technique, the field and the value."""
+    """Check that a value out of bounds raises an error that names the technique, the field and the value."""
     for name, bad in bad_values(type(technique)):
         try:
             dataclasses.replace(technique, **{name: bad})  # type: ignore[type-var]
@@ -87,7 +87,7 @@ def check_names_bad_values(technique: Technique, directory: Path) -> None:
 
 
 def bad_values(kind: type[Technique]) -> Iterator[tuple[str, Any]]:
-    """Values that break the declared bounds, generated from them."""
+    """Yield values that break the declared bounds, with their fields."""
     hints = field_hints(kind)
     for field in dataclasses.fields(kind):  # type: ignore[arg-type]
         for bound in _bounds(hints[field.name]):
@@ -109,7 +109,7 @@ def _bounds(hint: Any) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """An uninterrupted run of a technique, with checkpoints."""
+    """An uninterrupted run of a technique, with or without checkpoints."""
 
     technique: Technique
     """The instance that trained."""
@@ -121,9 +121,9 @@ class Run:
     progress: float
     report: dict[str, Any]
     evaluated: tuple[float, float | None, float]
-    """Losses on other examples: before training, as logged last, and of the model that was returned."""
+    """Losses on other examples: before training, last logged, and of the returned model."""
     outfits: tuple[list[Any], list[Any]]
-    """Of the model, before and after."""
+    """Flags, hooks, forward methods and modes of the model, before and after training."""
 
 
 def _run(technique: Technique, directory: Path, **settings: Any) -> Run:
@@ -154,11 +154,11 @@ def _run(technique: Technique, directory: Path, **settings: Any) -> Run:
 
 
 _straight_runs: dict[tuple[type[Technique], str], Run] = {}
-"""The latest one only: checks of a technique follow each other."""
+"""The latest run only, because checks of a technique follow each other."""
 
 
 def _straight(technique: Technique) -> Run:
-    """The run that checks of a technique compare with, made once; what is given is a copy."""
+    """Return a copy of the run that checks of a technique compare with, which is made once."""
     key = type(technique), repr(technique)
     if key not in _straight_runs:
         _straight_runs.clear()
@@ -177,7 +177,7 @@ def _straight(technique: Technique) -> Run:
 
 @functools.cache
 def _plain(modality: str) -> tuple[tuple[float, ...], dict[str, Tensor]]:
-    """Losses and weights of a plain Trainer."""
+    """Return losses and weights of a plain Trainer."""
     with tempfile.TemporaryDirectory() as directory:
         trainer = tiny_trainer([], directory, trainer_class=Trainer, modality=modality)
         trainer.train()
@@ -196,7 +196,7 @@ def _outfit(model: torch.nn.Module) -> list[Any]:
 
 
 def check_trains(technique: Technique, directory: Path) -> None:
-    """Training lowers the loss on other examples, and the report shows what the technique is for."""
+    """Check that training lowers the loss on other examples, and that the report shows an effect."""
     _assert_trains(_straight(technique))
 
 
@@ -208,7 +208,7 @@ def _assert_trains(run: Run) -> None:
 
 
 def check_neutral_is_trainer(technique: Technique, directory: Path) -> None:
-    """With the neutral values, training is bit-identical to Trainer's."""
+    """Check that training with the neutral values is bit-identical to Trainer's."""
     if technique.neutral is None:
         return
     neutral = dataclasses.replace(technique, **technique.neutral)  # type: ignore[type-var]
@@ -222,13 +222,13 @@ def check_neutral_is_trainer(technique: Technique, directory: Path) -> None:
 
 
 def check_resumes_bit_exactly(technique: Technique, directory: Path) -> None:
-    """Stopping in the middle of an epoch, and going on, gives the uninterrupted run, bit for bit."""
+    """Check that a run resumed in the middle of an epoch equals the uninterrupted run, bit for bit."""
     straight = _straight(technique)
     _assert_resumes(straight, directory, straight.steps // 2 + 1, weight_decay=WEIGHT_DECAY)
 
 
 def check_resumes_early_and_late(technique: Technique, directory: Path) -> None:
-    """The same after the first third, which is the end of an epoch, and before the last step."""
+    """Check the same after the first third, which is the end of an epoch, and before the last step."""
     straight = _straight(technique)
     for step in sorted({max(straight.steps // 3, 1), straight.steps - 1}):
         _assert_resumes(straight, directory / str(step), step, weight_decay=WEIGHT_DECAY)
@@ -246,17 +246,17 @@ def _assert_resumes(straight: Run, directory: Path, step: int, **settings: Any) 
 
 
 def check_trains_twice(technique: Technique, directory: Path) -> None:
-    """The same instance gives the same run a second time, also where nothing is saved on the way."""
+    """Check that the same instance gives the same run a second time, even without checkpoints."""
     first = _straight(technique)
     second = tiny_trainer([first.technique], directory, weight_decay=WEIGHT_DECAY)
     second.train()
-    assert losses_of(second) == first.losses, f"{first.technique!r}: the second run is another one"
+    assert losses_of(second) == first.losses, f"{first.technique!r}: the second run differs from the first"
     assert largest_difference(weights_of(second), first.weights) == 0.0
     assert second.receipt.techniques[0]["report"] == first.report
 
 
 def check_evaluates_what_it_returns(technique: Technique, directory: Path) -> None:
-    """The last evaluation, the returned model and the saved model agree."""
+    """Check that the last evaluation, the returned model and the saved model agree."""
     run = _run(technique, directory, **AT_END)
     _assert_evaluates_what_it_returns(run)
     _assert_saves_what_it_returns(run, directory)
@@ -264,7 +264,7 @@ def check_evaluates_what_it_returns(technique: Technique, directory: Path) -> No
 
 def _assert_evaluates_what_it_returns(run: Run) -> None:
     _, logged, returned = run.evaluated
-    assert logged is not None, f"{run.technique!r}: nothing was evaluated"
+    assert logged is not None, f"{run.technique!r}: no evaluation was logged"
     assert math.isclose(logged, returned, rel_tol=1e-6), f"{run.technique!r}: evaluated {logged}, returned {returned}"
 
 
@@ -285,7 +285,7 @@ def _assert_saves_what_it_returns(
 
 
 def check_micro_batch_invariant(technique: Technique, directory: Path) -> None:
-    """The size of a micro-batch changes nothing but rounding (float64, no dropout)."""
+    """Check that the size of a micro-batch changes only rounding (float64, no dropout)."""
     runs = []
     for size in (8, 3):
         trainer = tiny_trainer([again(technique)], directory, dropout=0.0, dtype=torch.float64, micro_batch_size=size)
@@ -296,13 +296,13 @@ def check_micro_batch_invariant(technique: Technique, directory: Path) -> None:
 
 
 def check_leaves_the_model_as_found(technique: Technique, directory: Path) -> None:
-    """After training, ``requires_grad``, hooks, train/eval flags and forward methods are as before."""
+    """Check that training restores ``requires_grad``, hooks, train/eval flags and forward methods."""
     before, after = _straight(technique).outfits
     assert after == before, f"{technique!r}: it left the model changed"
 
 
 def check_every_option_matters(technique: Technique, directory: Path) -> None:
-    """Another value of any field changes the run or its report."""
+    """Check that another value of any field changes the run or its report."""
 
     straight = _straight(technique)
     for name, other in other_values(technique):
@@ -315,7 +315,7 @@ def check_every_option_matters(technique: Technique, directory: Path) -> None:
 
 
 def other_values(technique: Technique) -> Iterator[tuple[str, Any]]:
-    """For each field, a value that differs from the present one and keeps to the bounds."""
+    """Yield each field with another value within the bounds."""
     hints = field_hints(type(technique))
     for field in dataclasses.fields(technique):  # type: ignore[arg-type]
         if field.name in technique.variations:
@@ -339,20 +339,20 @@ def other_values(technique: Technique) -> Iterator[tuple[str, Any]]:
                 yield field.name, candidate
                 break
         else:
-            raise AssertionError(f"{type(technique).__name__}.{field.name}: say another value in `variations`")
+            raise AssertionError(f"{type(technique).__name__}.{field.name}: give another value in `variations`")
 
 
 # Modes in which people train; float32 is the reference ----------------------------------------------------------------
 
 
 def check_bf16_autocast(technique: Technique, directory: Path) -> None:
-    """With ``bf16=True`` it trains, resumes bit for bit, and evaluates what it returns."""
-    # LoRA trains at ten times the rate, at which rounding would decide whether it learns.
+    """Check that with ``bf16=True`` it trains, resumes bit for bit, and evaluates the model that it returns."""
+    # LoRA multiplies the rate by ten; at a higher rate, rounding would decide whether it learns.
     _check_mode(technique, directory, bf16=True, learning_rate=1e-3)
 
 
 def check_bf16_weights(technique: Technique, directory: Path) -> None:
-    """The same with weights of bfloat16."""
+    """Check the same with weights of bfloat16."""
     probe = PROBES[technique.modality]
 
     def model() -> torch.nn.Module:
@@ -365,19 +365,19 @@ def check_bf16_weights(technique: Technique, directory: Path) -> None:
 
 
 def check_checkpointing(technique: Technique, directory: Path) -> None:
-    """With activation checkpointing it gives the run without, bit for bit, and resumes."""
+    """Check that activation checkpointing does not change the run, bit for bit, and that it resumes."""
     _check_checkpointing(technique, directory, use_reentrant=False)
 
 
 def check_reentrant_checkpointing(technique: Technique, directory: Path) -> None:
-    """The same with the older kind of it, ``use_reentrant=True``."""
+    """Check the same with the older kind of checkpointing, ``use_reentrant=True``."""
     _check_checkpointing(technique, directory, use_reentrant=True)
 
 
 def check_tied_head(technique: Technique, directory: Path) -> None:
-    """The same as in bfloat16, in float32 and with a head that shares the weight of the embeddings.
+    """Check the same as in bfloat16, in float32 and with a head that shares the weight of the embeddings.
 
-    For techniques on text only: the other models have no such head, or are tied already.
+    Check only techniques on text, because the other models have no such head or are tied already.
     """
     if technique.modality == "text":
         _check_mode(technique, directory, model=functools.partial(tiny_llama, tied=True))

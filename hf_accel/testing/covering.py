@@ -1,4 +1,4 @@
-"""Few lists of techniques in which every pair meets."""
+"""Choose a few lists of techniques that cover every pair."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ def covering_array(
     relations: Callable[[str, str], Collection[str]] = lambda a, b: ("before", "without"),
     given: Sequence[Sequence[str]] = (),
 ) -> list[list[str]]:
-    """Few runs, each an ordered list of techniques, that show how every pair gets along.
+    """Return a few runs, each an ordered list of techniques, that cover the relations of every pair.
 
-    No run has two owners of a slot.  Greedy: of random runs, the one with most that is new.
+    No run has two owners of a slot.  The greedy search keeps the random run that shows the most new relations.
 
     Args:
-        owners_by_slot: Techniques that cannot meet.
-        free_techniques: The others.
-        seed: Of the random runs.
-        relations: What must be shown of an ordered pair, unless it cannot meet: ``with``, ``before``, ``without``.
-        given: Runs that exist already; what they show is not shown again.
+        owners_by_slot: Owners of each slot, which cannot share a run.
+        free_techniques: All other techniques.
+        seed: Seed of the random runs.
+        relations: Return the relations to show of an ordered pair that can share a run: ``with``, ``before``,
+            ``without``.
+        given: Runs that exist already; the result need not repeat their relations.
     """
     names = sorted({*free_techniques, *(name for owners in owners_by_slot.values() for name in owners)})
     clashes = {frozenset(pair) for owners in owners_by_slot.values() for pair in combinations(owners, 2)}
@@ -56,8 +57,10 @@ def covering_array(
 
 
 def relations_shown(runs: Sequence[Sequence[str]], names: Collection[str]) -> set[tuple[str, str, str]]:
-    """Pairs of names that the runs have together (``with``, both ways), in an order (``before``), or one ``without``
-    the other."""
+    """Return the relations of pairs of names in the runs.
+
+    Names are together (``with``, both ways), in an order (``before``), or one ``without`` the other.
+    """
     shown = set()
     for run in runs:
         for a, b in combinations(run, 2):

@@ -1,4 +1,4 @@
-"""What the contract trains techniques on: tiny models, examples that they can learn, and a trainer of both."""
+"""Make tiny models, examples that they can learn, and trainers, for the contract of techniques."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ EPOCHS = 3
 
 
 class CountingText(Dataset):
-    """Sequences that count upwards modulo the vocabulary, of mixed length; a language model can learn them.
+    """Sequences of mixed length that count upward modulo the vocabulary; a language model can learn them.
 
-    Columns that the model does not see: ``label`` (the stride), ``score`` (the start) and ``text``.
+    The model does not see the columns ``label`` (the stride), ``score`` (the start) and ``text``.
     """
 
     def __init__(self, num_examples: int = EXAMPLES, longest: int = 24, seed: int = 0):
@@ -94,7 +94,7 @@ class CountingText(Dataset):
 
 
 def collate_padded(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Pad to the longest example; padding carries no label."""
+    """Pad to the longest example; padding has no label."""
     longest = max(len(f["input_ids"]) for f in features)
 
     def padded(key: str, value: int) -> Tensor:
@@ -105,7 +105,7 @@ def collate_padded(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def _seeded(kind: Any, config: Any, dtype: torch.dtype, seed: int) -> Any:
-    """A model from its configuration, the same for the same seed; the global generator is left alone."""
+    """Return a model that depends only on its configuration and the seed; keep the global generator unchanged."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return kind(config).to(dtype)
@@ -114,7 +114,7 @@ def _seeded(kind: Any, config: Any, dtype: torch.dtype, seed: int) -> Any:
 def tiny_llama(
     dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0, tied: bool = False
 ) -> LlamaForCausalLM:
-    """A Llama of four blocks and 15,000 parameters, the same for the same seed; the global generator is left alone."""
+    """Return a Llama of four blocks and 15,000 parameters from a seed; keep the global generator unchanged."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -133,17 +133,17 @@ def tiny_llama(
 
 
 def tiny_teacher() -> LlamaForCausalLM:
-    """Another model than `tiny_llama`, for the same vocabulary."""
+    """Return another model than `tiny_llama`, for the same vocabulary."""
     return tiny_llama(dropout=0.0, seed=1)
 
 
 def tiny_smaller() -> LlamaForCausalLM:
-    """A Llama of half the width and depth of `tiny_llama`, with heads of the same size."""
+    """Return a Llama with half the width and depth of `tiny_llama`, and heads of the same size."""
     return _resized_llama(hidden_size=8, intermediate_size=16, num_hidden_layers=2, heads=1)
 
 
 def tiny_larger() -> LlamaForCausalLM:
-    """A Llama of twice the width and depth of `tiny_llama`, with heads of the same size."""
+    """Return a Llama with twice the width and depth of `tiny_llama`, and heads of the same size."""
     return _resized_llama(hidden_size=32, intermediate_size=64, num_hidden_layers=8, heads=4)
 
 
@@ -154,13 +154,13 @@ def _resized_llama(heads: int, **sizes: int) -> LlamaForCausalLM:
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Reads numbers below the vocabulary's size; 0 is padding and 1 the mask."""
+    """Return a tokenizer of numbers below the vocabulary's size; 0 is padding and 1 is the mask."""
     words = Tokenizer(models.WordLevel({str(i): i for i in range(VOCABULARY)}, unk_token="2"))
     return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", mask_token="1", unk_token="2")
 
 
 def collate_masked(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """As `collate_padded`, of fewer words, with masks and labels at every fifth token."""
+    """Collate like `collate_padded`, with fewer words, and masks and labels at every fifth token."""
     batch = collate_padded(features)
     ids_BL, mask_BL = batch["input_ids"], batch["attention_mask"]
     ids_BL = torch.where(mask_BL == 1, ids_BL % 12 + 3, 0)
@@ -170,7 +170,7 @@ def collate_masked(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 
 
 def collate_replaced(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """As `collate_masked`, with every fifth token replaced, and labels that say which."""
+    """Collate like `collate_masked`, with every fifth token replaced, and labels that mark these tokens."""
     batch = collate_masked(features)
     replaced_BL, mask_BL = batch["labels"] != -100, batch["attention_mask"]
     ids_BL = torch.where(replaced_BL, (batch["labels"] + 20) % VOCABULARY, batch["input_ids"])
@@ -184,7 +184,7 @@ def collate_replaced(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
 def tiny_bert(
     dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0, kind: Any = BertForMaskedLM
 ) -> PreTrainedModel:
-    """A BERT of two blocks with a head for masked tokens, or another one, the same for the same seed."""
+    """Return a BERT of two blocks from a seed, with a head for masked tokens or that of ``kind``."""
     config = BertConfig(
         vocab_size=VOCABULARY,
         hidden_size=16,
@@ -199,7 +199,7 @@ def tiny_bert(
 
 
 class Patterns(Dataset):
-    """Noisy copies, in [0, 1], of one of four coarse patterns, which is the class; a classifier can learn them."""
+    """Noisy copies, in [0, 1], of four coarse patterns, which are the classes; a classifier can learn them."""
 
     def __init__(self, name: str, shape: tuple[int, int, int], num_examples: int, seed: int, dtype: torch.dtype):
         patterns = torch.rand(4, shape[0], 2, 2, generator=torch.Generator().manual_seed(99))
@@ -220,14 +220,14 @@ class Patterns(Dataset):
 
 
 def collate_stacked(features: Sequence[dict[str, Any]]) -> dict[str, Tensor]:
-    """Examples of one shape, one after the other."""
+    """Stack examples of one shape."""
     return {name: torch.stack([torch.as_tensor(f[name]) for f in features]) for name in features[0]}
 
 
 def tiny_convnext(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A ConvNeXt of two blocks for images of any size, the same for the same seed.
+    """Return a ConvNeXt of two blocks for images of any size, from a seed.
 
-    Not a ViT: a plain Trainer of transformers 5.23 resumes nothing of models whose weights are saved under other names.
+    A ViT would not do: a plain Trainer of transformers 5.23 cannot resume models that save weights under other names.
     """
     config = ConvNextConfig(
         num_stages=2,
@@ -241,7 +241,7 @@ def tiny_convnext(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed
 
 
 def tiny_whisper(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed: int = 0) -> PreTrainedModel:
-    """A Whisper encoder of two blocks that classifies 40 frames of 8 bands, the same for the same seed."""
+    """Return a Whisper encoder of two blocks that classifies 40 frames of 8 bands, from a seed."""
     config = WhisperConfig(
         d_model=16,
         encoder_layers=2,
@@ -260,11 +260,11 @@ def tiny_whisper(dropout: float = 0.1, dtype: torch.dtype = torch.float32, seed:
 
 
 class Probe(NamedTuple):
-    """What the contract trains techniques of one modality on."""
+    """Model, examples and collator of one modality, for the contract's runs."""
 
     model: Callable[[float, torch.dtype], PreTrainedModel]
     examples: Callable[[int, int, torch.dtype], Dataset]
-    """Of a number, a seed and a type."""
+    """Return examples, given their number, a seed and a type."""
     collate: Callable[[Sequence[Any]], dict[str, Tensor]]
     tokenizer: Callable[[], PreTrainedTokenizerFast] | None = None
 
@@ -285,7 +285,7 @@ PROBES = {
 
 
 def modality_of(techniques: Sequence[Technique]) -> str:
-    """The modality that techniques can be trained on together."""
+    """Return the modality that all techniques can train on."""
     return next((t.modality for t in techniques if t.modality != "text"), "text")
 
 
@@ -301,8 +301,10 @@ def tiny_trainer(
     modality: str | None = None,
     **args: Any,
 ) -> Any:
-    """A trainer of the probe of a modality, the techniques' own where none is given, for text `tiny_llama` on
-    `CountingText`: 24 updates of 8 examples; ``args`` are TrainingArguments."""
+    """Return a trainer of a modality's probe, for 24 updates of 8 examples; ``args`` are TrainingArguments.
+
+    The default modality is that of the techniques; text is `tiny_llama` on `CountingText`.
+    """
     probe = PROBES[modality or modality_of(techniques)]
     settings: dict[str, Any] = {
         "output_dir": str(directory),
@@ -344,22 +346,22 @@ def tiny_trainer(
 
 
 def weights_of(trainer: Trainer) -> dict[str, Tensor]:
-    """A copy of the model's state."""
+    """Return a copy of the model's state."""
     return {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
 
 
 def losses_of(trainer: Trainer) -> list[float]:
-    """The training loss of every step."""
+    """Return the training loss of every step."""
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def largest_difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Between two models of the same shape; infinite where the shapes differ."""
+    """Return the largest difference between two models' weights, infinite if the shapes differ."""
     if a.keys() != b.keys() or any(a[k].shape != b[k].shape for k in a):
         return math.inf
     return max(float((a[k].double() - b[k].double()).abs().max()) for k in a)
 
 
 def again(technique: Technique) -> Technique:
-    """A fresh technique with the same hyperparameters."""
+    """Return a new technique with the same hyperparameters."""
     return dataclasses.replace(technique)  # type: ignore[type-var]

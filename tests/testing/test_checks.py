@@ -140,7 +140,7 @@ class Draws(Shrinks):
         (Always, check_every_option_matters, "changes nothing"),
         (Forgets, check_resumes_bit_exactly, "after resuming at 13"),
         (Forgets, check_resumes_early_and_late, "after resuming at 8"),
-        (Carries, check_trains_twice, "the second run is another one"),
+        (Carries, check_trains_twice, "the second run differs from the first"),
         (Hooks, check_leaves_the_model_as_found, "it left the model changed"),
         (Ruins, check_evaluates_what_it_returns, "evaluated"),
         (Draws, check_checkpointing, "activation checkpointing changes the losses"),
