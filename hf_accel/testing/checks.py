@@ -48,8 +48,7 @@ __all__ = [
     "other_values",
 ]
 
-WEIGHT_DECAY = 0.1
-"""Weight decay of most runs, for techniques that change it."""
+WEIGHT_DECAY = 0.1  # of most runs, for techniques that change it
 
 AT_END: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 100}
 """Arguments to evaluate after the last step, and before it if a technique needs to."""
@@ -111,8 +110,7 @@ def _bounds(hint: Any) -> list[Any]:
 class Run:
     """An uninterrupted run of a technique, with or without checkpoints."""
 
-    technique: Technique
-    """The instance that trained."""
+    technique: Technique  # the instance that trained
     directory: Path
     steps: int
     losses: list[float]
@@ -120,10 +118,8 @@ class Run:
     samples: int
     progress: float
     report: dict[str, Any]
-    evaluated: tuple[float, float | None, float]
-    """Losses on other examples: before training, last logged, and of the returned model."""
-    outfits: tuple[list[Any], list[Any]]
-    """Flags, hooks, forward methods and modes of the model, before and after training."""
+    evaluated: tuple[float, float | None, float]  # losses before training, last logged, and of the returned model
+    outfits: tuple[list[Any], list[Any]]  # see `_outfit`, before and after training
 
 
 def _run(technique: Technique, directory: Path, **settings: Any) -> Run:
@@ -153,8 +149,7 @@ def _run(technique: Technique, directory: Path, **settings: Any) -> Run:
     )
 
 
-_straight_runs: dict[tuple[type[Technique], str], Run] = {}
-"""The latest run only, because checks of a technique follow each other."""
+_straight_runs: dict[tuple[type[Technique], str], Run] = {}  # the latest only: one technique is checked at a time
 
 
 def _straight(technique: Technique) -> Run:
@@ -303,7 +298,6 @@ def check_leaves_the_model_as_found(technique: Technique, directory: Path) -> No
 
 def check_every_option_matters(technique: Technique, directory: Path) -> None:
     """Check that another value of any field changes the run or its report."""
-
     straight = _straight(technique)
     for name, other in other_values(technique):
         varied = dataclasses.replace(technique, **{name: other})  # type: ignore[type-var]
@@ -375,11 +369,8 @@ def check_reentrant_checkpointing(technique: Technique, directory: Path) -> None
 
 
 def check_tied_head(technique: Technique, directory: Path) -> None:
-    """Check the same as in bfloat16, in float32 and with a head that shares the weight of the embeddings.
-
-    Check only techniques on text, because the other models have no such head or are tied already.
-    """
-    if technique.modality == "text":
+    """Check the same as in bfloat16, in float32 and with a head that shares the weight of the embeddings."""
+    if technique.modality == "text":  # the other models have no such head or are tied already
         _check_mode(technique, directory, model=functools.partial(tiny_llama, tied=True))
 
 
