@@ -1,7 +1,7 @@
 """Every field of TrainingArguments while the stream is active: honored, re-interpreted or refused, and shown to be so.
 
 A field is honored where a streamed run with another value than the default is a plain Trainer's run with that value:
-weights, log, files, state and outfit.  ``pytest tests/host/test_arguments.py --write-docs`` writes
+weights, log, files, state and outfit.  ``pytest tests/host/test_arguments.py -m "not full" --write-docs`` writes
 docs/training_arguments.md from what passed.
 """
 
@@ -301,7 +301,7 @@ def table(rows):
         "every argument itself. *Honored*: a run with a value other than the default equals Trainer's run bit for bit,",
         "in weights, log, files, state and events.",
         "",
-        "Written by `pytest tests/host/test_arguments.py --write-docs`.",
+        'Written by `pytest tests/host/test_arguments.py -m "not full" --write-docs`.',
         "",
         "| argument | treatment | meaning | shown by |",
         "|---|---|---|---|",

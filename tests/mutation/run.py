@@ -49,6 +49,7 @@ IMPORTED = (
 """What every test imports, before a process is forked for each fault; nothing of ours."""
 # Not `test_faults.py`, which sees that a text is gone and nothing else.
 OPTIONS = "-x -q -n 0 -p no:cacheprovider --tb=short -rfE --ignore=tests/mutation".split()
+OPTIONS += ["-m", "not full"]  # as in continuous integration; options that are given later replace it
 OPTIONS += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # of what was imported before pytest was asked
 
 

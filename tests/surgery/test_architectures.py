@@ -1,6 +1,6 @@
 """Techniques of the model on every architecture: each works, or is refused, as docs/architectures.md says.
 
-``pytest tests/model/test_architectures.py --write-docs`` writes the table from what ran; it is checked otherwise.
+``pytest tests/surgery/test_architectures.py --write-docs`` writes the table from what ran; it is checked otherwise.
 """
 
 import math
@@ -29,7 +29,7 @@ DONORS = {
 """Sizes of the model of the same architecture that a technique starts from."""
 HEADING = """# Techniques of the model, by architecture
 
-<!-- Written by pytest tests/model/test_architectures.py --write-docs, from what ran. -->
+<!-- Written by pytest tests/surgery/test_architectures.py --write-docs, from what ran. -->
 
 *Works*: the technique trained a tiny model for four steps and showed its effect. A number refers to the error below,
 which comes before the first step. Architectures with the same parts behave alike. Qwen is Qwen3; ResNet has batch norm.
