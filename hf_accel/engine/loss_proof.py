@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -49,6 +49,8 @@ class LossProof:
         if "loss_head" in self.roster.answered:  # one example: the technique may exist to save memory for logits
             head, plan = losses.head_of(self.host.model), batch.plan
             batch = read(StepPlan(plan.epoch, plan.ids_N[:1], None, 1, seed=plan.seed))
+        elif any(_has_soft_labels(micro.inputs) for micro in batch.micro_batches):
+            batch = read(batch.plan)  # a technique mixed the labels, which the model's own loss may not take
         if self.host.label_smoother is not None:  # Trainer then computes the loss from the logits
             return True
         found = self._difference(head, batch)
@@ -131,3 +133,8 @@ class LossProof:
             return loss
         before.restore()
         return attempt(None)
+
+
+def _has_soft_labels(inputs: Mapping[str, Any]) -> bool:
+    labels = inputs.get("labels")
+    return isinstance(labels, Tensor) and labels.is_floating_point() and labels.dim() > 1
