@@ -439,7 +439,7 @@ def test_length_column_is_the_techniques(shown, tmp_path):
         trainer = tiny_trainer([technique], tmp_path, num_train_epochs=1, length_column_name=name)
         trainer.train_dataset = Sized()
         trainer.train()
-        lengths.append(technique.lengths_N_.tolist())
+        lengths.append(technique.lengths_.longest_N.tolist())
     assert lengths[0] == list(range(64))
     assert lengths[1] == [len(row) for row in CountingText().rows]
     shown["length_column_name"] = "`LengthGrouped`"
@@ -460,7 +460,7 @@ class Shrinking(Technique):
 
     def transform_batch(self, batch):
         self.steps_.append([len(micro.ids_B) for micro in batch.micro_batches])
-        self.rates_.append((self.run_.clock.progress, self.run_._get_learning_rate()))
+        self.rates_.append((self.run_.clock.progress, self.run_.optimizer.param_groups[0]["lr"]))
         return batch
 
 
