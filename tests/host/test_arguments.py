@@ -29,6 +29,8 @@ from hf_accel.engine.callbacks import SigtermCallback
 from hf_accel.host import REFUSED, REINTERPRETED, TESTED, treatment
 from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_trainer, weights_of
 
+pytestmark = pytest.mark.ci
+
 TABLE = Path(__file__).parents[2] / "docs" / "training_arguments.md"
 FIELDS = [field.name for field in fields(TrainingArguments)]
 
