@@ -89,7 +89,7 @@ def test_other_units():
     with pytest.raises(ValueError, match=r"budget: the start, one step and the evaluations take 6.9 s.*Give more"):
         forecast.steps({"seconds": 6})
     forecast.spent["tokens"] = 0.0
-    with pytest.raises(ValueError, match=r"budget: the batches contain no tokens\. Give samples or epochs"):
+    with pytest.raises(ValueError, match=r"budget: the batches hold no tokens\. Give samples or epochs"):
         forecast.steps({"tokens": 1e4})
 
 
