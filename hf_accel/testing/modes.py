@@ -70,7 +70,7 @@ def check_reentrant_checkpointing(technique: Technique, directory: Path) -> None
 
 
 def check_tied_head(technique: Technique, directory: Path) -> None:
-    """Check that with a head that shares the weight of the embeddings, all of `check_bf16_autocast` holds in float32."""
+    """Check that all of `check_bf16_autocast` holds in float32 with a head that shares the weight of the embeddings."""
     if technique.modality == "text":  # the other models have no such head or are tied already
         _check_mode(technique, directory, model=functools.partial(tiny_llama, tied=True))
 
