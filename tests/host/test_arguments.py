@@ -122,7 +122,6 @@ UNSEEN = {
 }
 """The same, where one process on a CPU gives the same outcome with the default value."""
 
-SLOW = ("dataloader_multiprocessing_context", "torch_compile_backend")
 
 NOT_RUN = {
     "fp16": "needs a GPU",
@@ -319,6 +318,7 @@ def note(shown, name, how):
 
 
 @pytest.mark.filterwarnings("ignore")  # of arguments that torch and transformers think unwise
+@pytest.mark.ci
 @pytest.mark.parametrize("name", [name for name in HONORED if name in FIELDS])
 def test_honored(name, shown):
     value, beside = HONORED[name]
@@ -331,7 +331,8 @@ def test_honored(name, shown):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.ci) if n in SLOW else n for n in UNSEEN])
+@pytest.mark.ci
+@pytest.mark.parametrize("name", UNSEEN)
 def test_honored_without_a_trace(name, shown):
     value, beside = UNSEEN[name]
     plain = run(Trainer, **beside, **{name: value})
