@@ -118,7 +118,7 @@ class Budget(Technique):
             )
 
     def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        meter = self.run_.meters.get("flops") if scope == "rank" else None  # type: ignore[union-attr]
+        meter = None if scope == "global" or self.run_ is None else self.run_.meters.get("flops")
         return {} if meter is None else {"flops": meter.state_dict()}
 
     def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
