@@ -53,6 +53,7 @@ def texts(folder):
     return {"data.source": folder / "text.txt"}
 
 
+@pytest.mark.ci  # it takes real seconds
 @pytest.mark.parametrize("name", ["masked-lm", "causal-lm", "image-classification"])
 def test_budgeted_recipes_run_in_time(name, tmp_path):
     """A smaller model, and a budget of seconds."""

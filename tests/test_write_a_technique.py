@@ -4,12 +4,15 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from hf_accel.technique import HOOKS, SLOTS
 
 PAGE = (Path(__file__).parents[1] / "docs" / "write_a_technique.md").read_text()
 BLOCKS = re.findall(r"^```python\n(.*?)^```", PAGE, re.DOTALL | re.MULTILINE)
 
 
+@pytest.mark.ci
 def test_the_example_keeps_the_contract(tmp_path, monkeypatch):
     (tmp_path / "cap_loss.py").write_text(BLOCKS[0])
     monkeypatch.syspath_prepend(tmp_path)

@@ -69,7 +69,8 @@ def embedding_layers(model: nn.Module) -> list[nn.Module]:
         inputs = base.get_input_embeddings()
     except (NotImplementedError, AttributeError):  # models of images and speech
         inputs = None
-    return [layer for layer in (inputs, base.get_output_embeddings()) if layer is not None]
+    # Perceiver's input embeddings are a parameter.
+    return [layer for layer in (inputs, base.get_output_embeddings()) if isinstance(layer, nn.Module)]
 
 
 def linear_layers(model: Any) -> dict[str, Any]:

@@ -313,7 +313,7 @@ def test_one_rank_cannot_write(tmp_path):
 def refused(directory):
     from ranks import backend_args
 
-    with pytest.raises(ValueError, match="async_checkpoints=True: under DeepSpeed the engine writes"):
+    with pytest.raises(ValueError, match="async_checkpoints=True does not support DeepSpeed, whose engine writes"):
         make(directory, per_device_train_batch_size=4, given=lambda: [], **backend_args("zero1"))
     return True
 

@@ -29,6 +29,8 @@ from hf_accel.engine.callbacks import SigtermCallback
 from hf_accel.host import REFUSED, REINTERPRETED, TESTED, treatment
 from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_trainer, weights_of
 
+pytestmark = pytest.mark.ci
+
 TABLE = Path(__file__).parents[2] / "docs" / "training_arguments.md"
 FIELDS = [field.name for field in fields(TrainingArguments)]
 
@@ -120,7 +122,6 @@ UNSEEN = {
 }
 """The same, where one process on a CPU gives the same outcome with the default value."""
 
-SLOW = ("dataloader_multiprocessing_context", "torch_compile_backend")
 
 NOT_RUN = {
     "fp16": "needs a GPU",
@@ -317,6 +318,7 @@ def note(shown, name, how):
 
 
 @pytest.mark.filterwarnings("ignore")  # of arguments that torch and transformers think unwise
+@pytest.mark.ci
 @pytest.mark.parametrize("name", [name for name in HONORED if name in FIELDS])
 def test_honored(name, shown):
     value, beside = HONORED[name]
@@ -329,7 +331,8 @@ def test_honored(name, shown):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.ci) if n in SLOW else n for n in UNSEEN])
+@pytest.mark.ci
+@pytest.mark.parametrize("name", UNSEEN)
 def test_honored_without_a_trace(name, shown):
     value, beside = UNSEEN[name]
     plain = run(Trainer, **beside, **{name: value})
@@ -439,7 +442,7 @@ def test_length_column_is_the_techniques(shown, tmp_path):
         trainer = tiny_trainer([technique], tmp_path, num_train_epochs=1, length_column_name=name)
         trainer.train_dataset = Sized()
         trainer.train()
-        lengths.append(technique.lengths_N_.tolist())
+        lengths.append(technique.lengths_.longest_N.tolist())
     assert lengths[0] == list(range(64))
     assert lengths[1] == [len(row) for row in CountingText().rows]
     shown["length_column_name"] = "`LengthGrouped`"
@@ -460,7 +463,7 @@ class Shrinking(Technique):
 
     def transform_batch(self, batch):
         self.steps_.append([len(micro.ids_B) for micro in batch.micro_batches])
-        self.rates_.append((self.run_.clock.progress, self.run_._get_learning_rate()))
+        self.rates_.append((self.run_.clock.progress, self.run_.optimizer.param_groups[0]["lr"]))
         return batch
 
 

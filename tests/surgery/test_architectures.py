@@ -15,6 +15,8 @@ from hf_accel.evidence.cards import area
 from hf_accel.recipe import known_techniques
 from hf_accel.testing import losses_of, tiny_trainer
 
+pytestmark = pytest.mark.ci
+
 TABLE = Path(__file__).parents[2] / "docs" / "architectures.md"
 KINDS = {name: kind for name, kind in known_techniques().items() if area(kind) == "model"}
 FIELDS = {

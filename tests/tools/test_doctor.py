@@ -27,6 +27,8 @@ from hf_accel.testing import CountingText, collate_padded
 from hf_accel.tools.doctor import _memory_and_seconds, examine, planned_evaluations, planned_steps
 from hf_accel.tools.watch import Watch
 
+pytestmark = pytest.mark.ci
+
 SETTINGS = {"report_to": [], "use_cpu": True, "disable_tqdm": True, "dataloader_pin_memory": False}
 SETTINGS |= {"num_train_epochs": 40, "per_device_train_batch_size": 8, "logging_steps": 50}
 

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from hf_accel.tools.footprint import trace
 
 # peft asks transformers 5.23 what it has renamed.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [pytest.mark.ci, pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")]
 
 SIZES = {"small": (64, 2, 64, 4), "medium": (128, 4, 96, 4), "large": (192, 6, 128, 6)}
 """Width, blocks, positions, rows."""

@@ -23,6 +23,8 @@ from hf_accel.tools.planning import (
 )
 from hf_accel.tools.subjects import subject_of
 
+pytestmark = pytest.mark.ci
+
 CONFIGS = Path(__file__).parents[2] / "configs"
 D, F, N, V, L, B = 64, 160, 4, 500, 32, 2
 BLOCK = 4 * D * D + 3 * D * F + 2 * D

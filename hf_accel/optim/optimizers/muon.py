@@ -104,7 +104,7 @@ def matrices_in(model: Any) -> dict[str, Matrices]:
 
 
 def _matrices(path: str, module: nn.Module, name: str, shape: tuple[int, ...]) -> Matrices | None:
-    if "bias" in name:  # the biases of experts are stacked in two dimensions
+    if 0 in shape or "bias" in name:  # the biases of experts are stacked in two dimensions
         return None
     if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
         return Matrices(False, (1, shape[0], math.prod(shape[1:]))) if module.groups == 1 else None

@@ -8,6 +8,8 @@ from hf_accel.optim.learning_rate import learning_rate_search
 from hf_accel.optim.learning_rate.search import rate_at
 from hf_accel.testing import losses_of, tiny_trainer
 
+pytestmark = pytest.mark.ci
+
 
 class Ticking:
     """A clock on which every look takes a millisecond."""

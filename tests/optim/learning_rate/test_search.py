@@ -16,6 +16,8 @@ from hf_accel.optim.learning_rate import search as module
 from hf_accel.optim.learning_rate.search import bracket, divergence, halve, index_of, rate_at, smoothed
 from hf_accel.testing import tiny_llama, tiny_trainer, weights_of
 
+pytestmark = pytest.mark.ci
+
 
 def test_the_lattice_is_of_factors_of_sqrt_2():
     for index in range(-30, 30):

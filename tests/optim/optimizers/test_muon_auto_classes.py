@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -30,7 +31,8 @@ def classes():
 def built(name, kind):
     """A model of two blocks, or of the default depth, on the meta device; None where neither can be made here."""
     for sizes in ({"num_hidden_layers": 2}, {}):
-        with contextlib.suppress(Exception), torch.device("meta"):
+        with contextlib.suppress(Exception), warnings.catch_warnings(), torch.device("meta"):
+            warnings.simplefilter("ignore")
             model = getattr(transformers, name)(AutoConfig.for_model(kind, **sizes))
             return model if isinstance(model, transformers.PreTrainedModel) else None
     return None
