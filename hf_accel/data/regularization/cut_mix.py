@@ -50,7 +50,8 @@ def draw_box(generator: np.random.Generator, alpha: float, height: int, width: i
     """Draw the rectangle to paste into one image."""
     side = (1 - generator.beta(alpha, alpha)) ** 0.5
     box_height, box_width = int(side * height), int(side * width)
-    top, left = generator.integers(height) - box_height // 2, generator.integers(width) - box_width // 2
+    top, left = (int(generator.integers(size)) for size in (height, width))
+    top, left = top - box_height // 2, left - box_width // 2
     bottom, right = min(top + box_height, height), min(left + box_width, width)
     return max(top, 0), bottom, max(left, 0), right
 
