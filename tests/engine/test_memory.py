@@ -285,7 +285,7 @@ def test_examples_that_are_cut_into_pieces(rows, size, tmp_path):
 
 
 def test_an_example_in_pieces_that_does_not_fit(tmp_path):
-    with pytest.raises(NotEnoughMemory, match="one example"):
+    with pytest.raises(NotEnoughMemory, match="One example"):
         train([SequenceLengthWarmup(cut="rechunk", end=1.0)], tmp_path, "auto", 1)
 
 
