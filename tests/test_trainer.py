@@ -74,7 +74,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("watched", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("watched", [pytest.param(False, marks=pytest.mark.ci), True], ids=["plain", "streamed"])
 @pytest.mark.parametrize("args", SETTINGS.values(), ids=SETTINGS)
 def test_causal_lm_is_trainers(args, watched, tmp_path):
     plain = tiny_trainer([], tmp_path, trainer_class=Trainer, **args)

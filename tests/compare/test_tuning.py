@@ -48,7 +48,7 @@ def test_batches_are_whole_and_failures_are_infinitely_bad():
     assert search.args(search.best)["learning_rate"] < 3e-3
 
 
-@pytest.mark.ci
+@pytest.mark.full  # a minute
 def test_arms_are_tuned_alike_and_reported_with_other_seeds(tmp_path):
     comparison = Comparison(
         ["hf_accel.compare.workloads.synthetic:DoesNothing"],
