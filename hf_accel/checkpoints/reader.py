@@ -68,19 +68,20 @@ class CheckpointReader:
 
     Attributes:
         state: Our state, the same on every rank; almost empty for a plain Trainer's checkpoint.
+        state_of_rank: Our state of this rank; empty on another number of ranks.
     """
 
     def __init__(self, host: TrainerView, checkpoint: str):
         self.host, self.checkpoint = host, checkpoint
         has_state = ckpt.has_state(checkpoint)
         self.state: dict[str, Any] = ckpt.load_state(checkpoint, ckpt.STATE) if has_state else {"techniques": []}
+        self.state_of_rank = self._read_state_of_rank(self.state.get("world_size", host.args.world_size))
         self._found: Found = {}
 
     def find_states(self, techniques: list[Technique]) -> None:
         """Match the techniques with their states."""
-        ranked = self._state_of_rank(self.state.get("world_size", self.host.args.world_size))
         there, here = self.state["techniques"], [repr(technique) for technique in techniques]
-        for scope, states in (("global", self.state.get("states", [])), ("rank", ranked.get("states", []))):
+        for scope, states in (("global", self.state.get("states", [])), ("rank", self.state_of_rank.get("states", []))):
             remaining = list(zip(there, states, strict=False))
             for name, technique in zip(here, techniques, strict=True):
                 match = next((pair for pair in remaining if pair[0] == name), None)
@@ -88,7 +89,7 @@ class CheckpointReader:
                     remaining.remove(match)
                     self._found.setdefault(scope, []).append((technique, match[1]))
 
-    def _state_of_rank(self, world_size: int) -> dict[str, Any]:
+    def _read_state_of_rank(self, world_size: int) -> dict[str, Any]:
         """Return the states of this rank, or nothing on another number of ranks."""
         host, here = self.host, self.host.args.world_size
         if world_size != here and host.is_deepspeed_enabled:

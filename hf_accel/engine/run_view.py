@@ -58,11 +58,6 @@ class RunView:
         return self.engine.meter.clock
 
     @property
-    def meters(self) -> Any:
-        """Return the gauges of operations, energy and the seconds of a job."""
-        return self.engine.meter.gauges
-
-    @property
     def stopwatch(self) -> Any:
         """Return the stopwatch, which keeps the seconds of each phase."""
         return self.engine.meter.stopwatch

@@ -50,7 +50,7 @@ FREE = [name for name in KINDS if not any(name in owners for owners in OWNERS.va
 RUNS = json.loads(FILE.read_text()) if FILE.exists() else {}
 SEARCH = "LearningRateSearch"
 IN_TURN = (
-    "prepare_args prepare_dataset prepare_model loss_head transform_batch evaluating saving "
+    "prepare_args prepare_dataset prepare_model loss_head transform_batch for_inference "
     "on_step_begin on_pre_optimizer_step on_optimizer_step on_step_end"
 ).split()
 """Hooks and events in which one technique gets what another has made, or finds the model as the other left it."""

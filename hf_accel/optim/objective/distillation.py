@@ -195,7 +195,7 @@ class Distillation(Technique):
         micros = [micro._replace(inputs={**micro.inputs, **asking}) for micro in batch.micro_batches]
         return dataclasses.replace(batch, micro_batches=micros)
 
-    def example_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor | None:
+    def loss_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor | None:
         """Return the labels' share, the same for all examples."""
         if self._idle:
             return None
