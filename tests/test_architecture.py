@@ -9,6 +9,7 @@ import pytest
 from transformers import Trainer
 
 import hf_accel
+from hf_accel import contrib
 from hf_accel.host.view import PRIVATE, PUBLIC
 from hf_accel.recipe import known_techniques
 from hf_accel.technique import Technique
@@ -21,6 +22,7 @@ LAYERS = (
     ("technique", "run"),
     ("recipe", "host", "checkpoints", "stream", "surgery", "features"),
     ("engine",),
+    ("updates",),
     (*AREAS, "trainer", "arguments"),
     ("testing", "tasks", "tools"),
     ("evidence",),
@@ -93,11 +95,18 @@ def test_imports_form_no_circle():
         visit(name, ())
 
 
-@pytest.mark.parametrize("name", known_techniques())
+TECHNIQUES = {kind.__module__ for kind in known_techniques().values()}
+TECHNIQUES |= {getattr(contrib, name).__module__ for name in contrib.__all__}
+
+
+@pytest.mark.parametrize("name", sorted(TECHNIQUES))
 def test_no_technique_imports_another(name):
-    own = known_techniques()[name].__module__
-    others = {kind.__module__ for kind in known_techniques().values()} - {own}
-    assert not IMPORTS[own] & others
+    assert not IMPORTS[name] & (TECHNIQUES - {name})
+
+
+def test_areas_hold_techniques_only():
+    """Their base classes lie in ``features``, ``surgery`` and ``updates``."""
+    assert TECHNIQUES == {n for n in MODULES if part(n) in AREAS and MODULES[n].name != "__init__.py"}
 
 
 PRIVATE_NAME = re.compile(r"\b(?:trainer|host|run|run_|engine|accel)\._(?!_)\w+")

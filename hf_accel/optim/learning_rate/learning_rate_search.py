@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hf_accel.clock import CONTINUOUS
-from hf_accel.optim.learning_rate.search import FoundRate, search
 from hf_accel.technique import Positive, Technique
+from hf_accel.updates.learning_rates import FoundRate, search
 
 
 @dataclass(eq=False)
