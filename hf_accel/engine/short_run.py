@@ -26,6 +26,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_accel.clock import Limits
 from hf_accel.engine.engine import Engine
+from hf_accel.host.internals import unwrap_forward
 from hf_accel.preserve import keyed_random, random_state_kept
 from hf_accel.technique import SLOTS, Diverged, Technique
 
@@ -183,8 +184,7 @@ def _twin(engine: Engine, techniques: Sequence[Technique], without: Sequence[Tec
 
 def _copy_of_model(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model)
-    if "_original_forward" in vars(copied):  # accelerate's wrapper, which calls the original model
-        del copied._original_forward, copied.forward
+    unwrap_forward(copied)
     copied._forward_pre_hooks.clear()  # watchers of the model must not see passes of the copy
     copied._forward_hooks.clear()
     return copied
@@ -200,4 +200,4 @@ def _shared_state_kept(engine: Engine) -> Iterator[None]:
             yield
         finally:
             shared.dataloader_references = loaders
-            shared._set_sync_gradients(synchronized)
+            shared.sync_gradients = synchronized

@@ -323,7 +323,7 @@ class StepRunner:
         """Run forward and backward of one micro-batch; ranks exchange gradients in the last one."""
         assert self.one_pass is not None
         accelerator = self.host.accelerator
-        accelerator.gradient_state._set_sync_gradients(last)
+        accelerator.sync_gradients = last
         always = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         exchanges = deepspeed or (synchronizes and (last or always))
