@@ -1,6 +1,6 @@
 """Techniques together: all pairs within few runs; two owners of a slot are refused.
 
-The runs are those of composition_runs.json, which ``python tests/contract/test_composition.py`` writes anew:
+The runs are those of composition_runs.json; ``PYTHONPATH=tests python tests/contract/test_composition.py`` writes it:
 
 - ``together``: every pair meets; the first dozen are in the default suite;
 - ``in order``: in both orders where these can differ, and each technique without each other;
@@ -21,15 +21,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from contract.covering import covering_array, relations_shown
 
 from hf_accel.recipe import known_techniques
 from hf_accel.technique import CLAIMS, SLOTS, Technique
 from hf_accel.testing import (
     EPOCHS,
-    covering_array,
     largest_difference,
     losses_of,
-    relations_shown,
     tiny_trainer,
     weights_of,
 )
