@@ -35,15 +35,15 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | No
             raise ckpt.CheckpointError(f"{resume}: there is no checkpoint. Name a checkpoint-N directory.")
         if (fault := ckpt.integrity_error(resume)) is not None:
             whole, _ = ckpt.newest_complete(Path(resume).parent)
-            remedy = f"Resume from {whole}." if whole else "There is no whole checkpoint beside it: start again."
-            raise ckpt.CheckpointError(f"{resume}: the checkpoint is not whole, {fault}. {remedy}")
+            remedy = f"Resume from {whole}." if whole else "There is no complete checkpoint beside it: start again."
+            raise ckpt.CheckpointError(f"{resume}: the checkpoint is not complete, {fault}. {remedy}")
         return str(resume)
     whole, passed_over = ckpt.newest_complete(output_dir)
     for name, fault in passed_over.items():
         logger.warning(f"{name}: passed over, {fault}.")
     if whole is None:
         raise ckpt.CheckpointError(
-            f"{output_dir}: there is no whole checkpoint to resume from. Train without resuming first."
+            f"{output_dir}: there is no complete checkpoint to resume from. Train without resuming first."
         )
     return str(whole)
 
@@ -57,7 +57,7 @@ def checkpoint_to_extend(resume: str | bool | None, output_dir: str, owner: Tech
     folder = Path(resume)
     whole = [path for path in ckpt.checkpoints(folder) if ckpt.has_state(path) and ckpt.integrity_error(path) is None]
     if not whole:
-        raise ckpt.CheckpointError(f"{folder}: there is no whole checkpoint of a run of hf_accel. Name another.")
+        raise ckpt.CheckpointError(f"{folder}: there is no complete checkpoint of a run of hf_accel. Name another.")
     # Prefer a checkpoint before the run's cooldown.
     at_peak = (path for path in whole if ckpt.load_state(path, ckpt.STATE).get("rate") == 1.0)
     return str(next(at_peak, whole[0]))
