@@ -18,6 +18,7 @@ from hf_accel.engine.meter import Meter
 from hf_accel.engine.ranks import Ranks
 from hf_accel.engine.reserve import EndReserve
 from hf_accel.engine.roster import Roster
+from hf_accel.host.internals import sigterm_handler_before
 from hf_accel.host.view import TrainerView
 from hf_accel.technique import Technique
 
@@ -108,9 +109,8 @@ class SigtermCallback(TrainerCallback):
     """
 
     def __init__(self, ranks: Ranks, replaced: JITCheckpointCallback):
-        assert replaced.jit_manager is not None
         self.ranks, self.asked = ranks, False
-        signal.signal(signal.SIGTERM, replaced.jit_manager._original_sigterm_handler)
+        signal.signal(signal.SIGTERM, sigterm_handler_before(replaced))
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.asked = False

@@ -41,6 +41,10 @@ PRIVATE = {
 """Private attributes and methods, by the engine's names for them."""
 
 
+MAKERS_OF_LOADERS = ("get_train_dataloader", "_get_dataloader", "_get_train_sampler")
+"""Methods that make the loader of the training set."""
+
+
 class TrainerView:
     """Read and write the attributes of a trainer that `PUBLIC` and `PRIVATE` list, and no others."""
 
