@@ -136,6 +136,7 @@ class Engine:
 
     def prepare_args(self, args: TrainingArguments, dataset: Any) -> TrainingArguments:
         """Return the arguments that Trainer sees."""
+        args = hosts.with_accumulation_steps(args)
         self._explicit_args = hosts.recorded_arguments(args)
         args = setup.prepared_args(args, dataset, self.roster, self.options)
         self.accumulation_steps = args.gradient_accumulation_steps

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,8 +31,7 @@ class Options:
 
 
 def prepared_args(args: TrainingArguments, dataset: Any, roster: Roster, options: Options) -> TrainingArguments:
-    """Return a copy of the arguments, changed as techniques and the stream need."""
-    args = copy.copy(args)
+    """Return the arguments, a copy, changed as techniques and the stream need."""
     for technique in roster.with_hook("prepare_args"):
         args = technique.prepare_args(args)
     if (owner := roster.owner("budget")) is not None:
