@@ -32,7 +32,7 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | No
         return None
     if isinstance(resume, str | os.PathLike):
         if not Path(resume).is_dir():
-            raise ckpt.CheckpointError(f"{resume}: there is no checkpoint. Name a checkpoint-N directory.")
+            raise ckpt.CheckpointError(f"Can't find a valid checkpoint at {resume}. Name a checkpoint-N directory.")
         if (fault := ckpt.integrity_error(resume)) is not None:
             whole, _ = ckpt.newest_complete(Path(resume).parent)
             remedy = f"Resume from {whole}." if whole else "There is no complete checkpoint beside it: start again."
@@ -43,7 +43,7 @@ def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | No
         logger.warning(f"{name}: passed over, {fault}.")
     if whole is None:
         raise ckpt.CheckpointError(
-            f"{output_dir}: there is no complete checkpoint to resume from. Train without resuming first."
+            f"No valid checkpoint found in output directory ({output_dir}). Train without resuming first."
         )
     return str(whole)
 

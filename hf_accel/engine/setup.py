@@ -76,9 +76,7 @@ def add_callbacks(host: TrainerView, ranks: Ranks, first: TrainerCallback, last:
     if host.args.enable_jit_checkpoint:
         replaced: Any = host.pop_callback(JITCheckpointCallback)
         handler.callbacks.insert(0, SigtermCallback(ranks, replaced))
-    handler.callbacks.insert(0, first)
-    handler.callbacks.append(last)
-    handler.__class__ = charging(type(handler))
+    handler.__class__ = charging(type(handler), first, last)
 
 
 def find_head(
