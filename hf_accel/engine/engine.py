@@ -192,7 +192,7 @@ class Engine:
         self._show_run_to_techniques()
         self.begin(self.limits(), self.meter.clock.now)
         self.step.one_pass = one_pass
-        checkpoint = self.checkpoints.find(resume)
+        checkpoint = self.checkpoints.find(resume, allow_changes=self.options.allow_changes)
         if checkpoint is not None:
             self.checkpoints.resume(checkpoint, allow_changes=self.options.allow_changes)
         self.meter.start(resumed=self.resumed)
