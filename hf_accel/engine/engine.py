@@ -193,7 +193,7 @@ class Engine:
         limits = self.limits()
         self.begin(limits.amounts, self.meter.clock.now)
         self.step.one_pass = one_pass
-        checkpoint = self.checkpoints.find(resume)
+        checkpoint = self.checkpoints.find(resume, allow_changes=self.options.allow_changes)
         if checkpoint is not None:
             self.checkpoints.resume(checkpoint, allow_changes=self.options.allow_changes)
         self.meter.start(resumed=self.resumed, began=limits.began)

@@ -331,7 +331,7 @@ class StepRunner:
         self.micro_batch = micro
         try:
             with contextlib.nullcontext() if exchanges else accelerator.no_sync(model):
-                inputs = micro.model_inputs
+                inputs = micro.inputs  # a trainer may count tokens by the mask
                 step = functools.partial(self.one_pass, model, inputs, num_items)
                 with self.meter.stopwatch.charge("backward"):
                     return self.meter.count(self.host.model, inputs, step)
@@ -366,10 +366,10 @@ class StepRunner:
             if self._own_loss:
                 assert self.head is not None
                 given = self.host, self.roster, self.meter, self.head
-                loss, outputs, example = weighted_loss(*given, model, inputs, micro, num_items)
+                loss, outputs, example = weighted_loss(*given, model, micro.for_model(inputs), micro, num_items)
             elif observed:
                 assert self.head is not None
-                kept = dict(inputs)
+                kept = dict(micro.for_model(inputs))
                 loss, outputs = plain(model, inputs, True, num_items)
                 with torch.no_grad():
                     example = self.head.losses(outputs, kept, len(micro.ids_B))

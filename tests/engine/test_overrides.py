@@ -10,11 +10,13 @@ from hf_accel import (
     AccelTrainer,
     Budget,
     ExponentialMovingAverage,
+    InfoBatch,
     LayerwiseDecay,
     LengthGrouped,
     LinearToZero,
     Muon,
     accelerated,
+    attach,
 )
 
 CONFIG = BertConfig(
@@ -100,6 +102,15 @@ def test_a_given_schedule_is_refused_under_a_budget_of_unknown_steps(tmp_path):
     given = optimizer, LambdaLR(optimizer, lambda step: max(1 - step / 6, 0))
     with pytest.raises(ValueError, match="custom learning-rate schedule"):
         AccelTrainer(model, args, train_dataset=DATA, optimizers=given, techniques=[Budget("1000tok")])
+
+
+@pytest.mark.parametrize("method, technique", [("get_train_dataloader", LengthGrouped), ("compute_loss", InfoBatch)])
+def test_a_method_of_the_instance_is_refused_under_its_own_name(method, technique, tmp_path):
+    trainer = built(Trainer, tmp_path)
+    setattr(trainer, method, getattr(trainer, method))
+    with pytest.raises(ValueError, match=rf"{technique.__name__}.* trainer overrides|trainer\.{method} makes"):
+        attach(trainer, [technique()])
+    assert type(trainer) is Trainer
 
 
 def test_a_training_step_that_is_given_a_whole_step_is_refused_with_a_remedy(tmp_path):
