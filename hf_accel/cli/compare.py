@@ -33,6 +33,10 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 5,
     budget: Annotated[str | None, typer.Option(help="Time for the whole comparison, such as 20min.")] = None,
     metric: Annotated[str | None, typer.Option(help="Metric of the evaluation, such as loss or accuracy.")] = None,
+    greater_is_better: Annotated[
+        bool | None,
+        typer.Option("--greater-is-better/--lower-is-better", help="Direction of a metric that declares none."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(file_okay=False, help="Folder of records and reports. An interrupted comparison resumes there."),
@@ -65,6 +69,7 @@ def compare(
         horizons=_numbers(horizons),
         seeds=seeds,
         metric=metric,
+        greater_is_better=greater_is_better,
         budget=budget,
         out=out,
         ablate=ablate,

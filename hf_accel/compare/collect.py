@@ -12,7 +12,7 @@ import numpy as np
 
 from hf_accel.compare import cache
 from hf_accel.compare.arms import Arm
-from hf_accel.compare.results import COSTS, Records, Results, Row, lower_is_better
+from hf_accel.compare.results import COSTS, Records, Results, Row
 from hf_accel.compare.statistics import non_inferiority, p_value, speed_up
 from hf_accel.compare.workloads import Workload
 from hf_accel.evidence import holm
@@ -26,6 +26,7 @@ class Design:
 
     workload: Workload
     metric: str
+    lower_is_better: bool
     seeds: Sequence[int]
     horizons: Sequence[float]
     budget: str | None
@@ -34,11 +35,6 @@ class Design:
     placebos: bool
     trials: dict[str, list[dict[str, Any]]]
     baseline_args: dict[str, Any]
-
-    @property
-    def lower_is_better(self) -> bool:
-        """Whether the quality is a loss."""
-        return lower_is_better(self.metric)
 
     @property
     def margin(self) -> float:

@@ -28,8 +28,9 @@ from hf_accel.compare.execution import Execution, Progress
 from hf_accel.compare.page import page
 from hf_accel.compare.plan import Plan, Run
 from hf_accel.compare.report import markdown
-from hf_accel.compare.results import Records, Results, lower_is_better
+from hf_accel.compare.results import Records, Results
 from hf_accel.compare.workloads import FromRecipe, Workload, build_workload
+from hf_accel.metrics import greater_is_better
 from hf_accel.recipe import Recipe
 
 HORIZONS = (0.25, 0.5, 0.75, 1.0, 1.5)
@@ -47,6 +48,7 @@ class Comparison:
         horizons: Shares of the nominal budget at which the baseline is trained.
         seeds: Number of seeds, or the seeds.
         metric: Metric of the evaluation; None: the workload's.
+        greater_is_better: Whether more of the metric is better; None: as the workload, Trainer or ``evaluate`` declares.
         budget: Time limit, such as ``"20min"``; only whole seeds are reported.
         out: Folder of records and reports; an interrupted comparison continues from it.
         ablate: Leave out each technique of a recipe in turn.
@@ -66,6 +68,7 @@ class Comparison:
     horizons: Sequence[float] = HORIZONS
     seeds: int | Sequence[int] = 5
     metric: str | None = None
+    greater_is_better: bool | None = None
     budget: str | None = None
     out: str | Path | None = None
     ablate: bool = False
@@ -95,6 +98,10 @@ class Comparison:
         if (reason := self.workload.missing()) is not None:
             raise ValueError(reason)
         self._workload = self.workload
+        declared = self.greater_is_better
+        if declared is None and self.metric_name == self._workload.metric:
+            declared = self._workload.greater_is_better
+        self.lower_is_better = not greater_is_better(self.metric_name, declared)
         self.reference = Arm("baseline", own, "baseline").inherit(self._workload.baseline_args())
         self.arms = [arm.inherit(self.reference.recipe.args) for arm in arms]
         self.trials: dict[str, list[dict[str, Any]]] = {}
@@ -190,7 +197,7 @@ class Comparison:
         value = record.get("metrics", {}).get(self.metric_name)
         if value is None or not math.isfinite(value):
             return math.inf
-        return value if lower_is_better(self.metric_name) else -value
+        return value if self.lower_is_better else -value
 
     def collect(self, arms: Sequence[Arm], records: Records) -> Results:
         """Collect the results of arms from their records."""
@@ -198,6 +205,7 @@ class Comparison:
         design = Design(
             workload=self._workload,
             metric=self.metric_name,
+            lower_is_better=self.lower_is_better,
             seeds=self.seeds,
             horizons=self.horizons,
             budget=self.budget,

@@ -15,9 +15,6 @@ from hf_accel.evidence import Record
 
 COSTS = ("cpu_seconds", "wall_seconds", "flops", "tokens", "samples", "steps")
 
-LOWER_IS_BETTER = ("loss", "perplexity", "error", "wer", "cer", "mse", "mae")
-"""Endings of the names of metrics for which lower is better."""
-
 Records = Mapping[tuple[str, float, int], Mapping[str, Any]]
 """Records of runs by arm, horizon and seed."""
 
@@ -99,11 +96,6 @@ class Results:
     def to_dict(self) -> dict[str, Any]:
         """Return plain data, as in ``results.json``; numbers that are not finite become None."""
         return _mapped(asdict(self), lambda number: number if math.isfinite(number) else None)
-
-
-def lower_is_better(metric: str) -> bool:
-    """Judge from a metric's name whether lower is better."""
-    return metric.endswith(LOWER_IS_BETTER)
 
 
 def record(results: Results) -> Record:

@@ -47,6 +47,9 @@ class Workload:
     metric: ClassVar[str] = "eval_loss"
     """Quality, by its name in ``Trainer.evaluate()``; continuous where possible."""
 
+    greater_is_better: ClassVar[bool | None] = None
+    """Whether more of the metric is better; None: as Trainer or ``evaluate`` declares."""
+
     args: ClassVar[dict[str, Any]] = {}
     """The baseline's fields of ``TrainingArguments``; candidates inherit those that they do not set."""
 
