@@ -52,7 +52,7 @@ def compare(
     share: Annotated[float, typer.Option(help="Horizon of the candidates, as a share of the budget.")] = 1.0,
     scale: Annotated[str, typer.Option(help="Scale of the workload: cpu or gpu.")] = "cpu",
     tune: Annotated[
-        int, typer.Option(min=0, help="Trials of learning rate and batch size per arm; 4 or more count as tuning.")
+        int, typer.Option(min=0, help="Trials of Trainer's free options per arm; 10 or more count as tuning.")
     ] = 0,
 ) -> None:
     """Measure the speed-up of recipes at equal quality, against a fair baseline."""

@@ -35,7 +35,6 @@ def test_of_accuracies_the_higher_is_better():
         budget=None,
         cost="cpu_seconds",
         tuned="",
-        placebos=False,
         trials={},
         baseline_args={},
     )
