@@ -60,6 +60,7 @@ def sections(results: Results) -> dict[str, dict[str, Any]]:
         "Training loss": {"figure": losses, "notes": [LOSS] if losses else []},
         "Where the time went": {"figure": times, "notes": [TIME + unsplit] if times else []},
         "Counted in other costs": {"table": report.other_costs(results)},
+        "Trials": {"table": report.trials(results)},
         "Apart from the comparison": {"table": apart, "notes": [report.DEFAULTS] if apart else []},
         "Caveats": {"list": caveats(record(results))},
         "Baseline": {"facts": results.baseline_args},

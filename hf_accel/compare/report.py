@@ -61,6 +61,14 @@ def other_costs(results: Results) -> Cells:
     return Cells(["arm", *map(cost_label, costs)], cells)
 
 
+def trials(results: Results) -> Cells:
+    """Return every trial of every arm's search, with its options, loss and cost."""
+    every = [(name, trial) for name, found in results.trials.items() for trial in found]
+    options = list(dict.fromkeys(option for _, trial in every for option in trial))
+    cells = [[name, *(_short(trial.get(option, "")) for option in options)] for name, trial in every]
+    return Cells(["arm", *options], [(results.row(name), row) for (name, _), row in zip(every, cells, strict=True)])
+
+
 def ordered(results: Results) -> list[Row]:
     """Return the baseline's rows, then each candidate's with those of its placebos and ablations."""
     rows = [row for row in results.rows if row.role == "baseline"]
@@ -117,6 +125,7 @@ def markdown(results: Results) -> str:
     sections = {
         "Apart from the comparison": [DEFAULTS, "", *apart.markdown()] if (apart := defaults(results)) else [],
         "Counted in other costs": costs.markdown() if (costs := other_costs(results)) else [],
+        "Trials": found.markdown() if (found := trials(results)) else [],
         "Caveats": [*(f"- {line}" for line in found), ""] if (found := caveats(record(results))) else [],
         "Baseline": [
             *(f"- `{name}`: `{value}`" for name, value in results.baseline_args.items()),
@@ -149,6 +158,10 @@ def _cells(row: Row, results: Results) -> list[str]:
         _number(1000 * row.step_seconds, ".1f"),
         _number(row.peak_memory_bytes / 2**20, ",.0f"),
     ]
+
+
+def _short(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _number(value: float, form: str) -> str:

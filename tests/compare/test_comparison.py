@@ -143,6 +143,36 @@ def test_a_killed_comparison_goes_on_from_its_records(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in kept} == kept, "no run is made twice"
 
 
+def test_a_comparison_that_is_interrupted_in_its_search_goes_on_from_its_trials(monkeypatch, tmp_path):
+    asked = []
+
+    def interrupted(jobs, slots, single_threaded, done, logs):
+        for job in jobs:
+            if len(asked) == 7:
+                asked.append("no more")
+                raise KeyboardInterrupt
+            asked.append(job["record"])
+            costs = dict.fromkeys(("cpu_seconds", "wall_seconds", "flops", "tokens", "samples", "steps"), 64.0)
+            record = {"status": "finished", "metrics": {"eval_loss": 2.0}, "costs": costs, "whole_seconds": 1.0}
+            rest = {"set_up": {}, "peak_memory_bytes": 2**20, "phases": {}, "log": []}
+            Path(job["record"]).write_text(json.dumps({"run": job["run"], **record, **rest}))
+            done(job, 0)
+
+    monkeypatch.setattr(execution, "run_jobs", interrupted)
+    monkeypatch.setattr(Comparison, "save", lambda self, results: None)
+
+    def comparison():
+        return Comparison(["InfoBatch"], workload="synthetic", horizons=(0.5, 1.0), seeds=2, tune=6, out=tmp_path)
+
+    with pytest.raises(KeyboardInterrupt):
+        comparison().run()
+    sorted(tmp_path.glob("runs/*.json"))[0].write_text('{"status": "fini')  # cut off by a full disk
+    results = comparison().run()
+    asked.remove("no more")
+    assert results.complete and len(results.trials["InfoBatch"]) == 6
+    assert len(asked) - len(set(asked)) == 1, "only the record that was cut off is made twice"
+
+
 @pytest.mark.ci
 def test_when_the_time_is_up_whole_seeds_are_reported(finished, monkeypatch, tmp_path):
     _, out, _ = finished
@@ -356,6 +386,16 @@ def test_a_workload_trains(name):
         assert record["peak_memory_bytes"] < 2**28, "what training takes, not the imports"
     assert 0 <= plain["metrics"]["eval_accuracy"] <= 1
     assert not plain["phases"] and hosted["phases"]["forward"] > 0
+
+
+def test_another_order_is_another_one_for_each_seed():
+    run = {"workload": "digits", "options": {}, "budget": "128samples", "seed": 3}
+    args = build_workload("digits").baseline_args()
+    losses = [
+        measure(run | {"recipe": {"args": args | order, "techniques": []}})["metrics"]["eval_loss"]
+        for order in ({}, {"data_seed": 0}, {"data_seed": OTHER_ORDER})
+    ]
+    assert losses[0] == losses[1] != losses[2], "the worker adds the seed of the run"
 
 
 def test_workloads_say_what_they_need(monkeypatch, tmp_path):

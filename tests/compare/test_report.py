@@ -125,11 +125,17 @@ def test_the_markdown_begins_with_the_sentences(results):
     text = markdown(results)
     lines = text.splitlines()
     assert lines[2:6] == [f"- {line}" for line in sentences(results)]
+    trials = lines[lines.index("## Trials") + 2 :]
+    assert trials[0].startswith("| arm | learning_rate | per_device_train_batch_size | train_sampling_strategy |")
+    assert trials[2] == "| baseline | 1 | 8 | random | 0 | 0.999 | 1.3 | 10 |" and trials[3].startswith(
+        "| baseline | 2 |"
+    )
     assert all(any(line.startswith(f"| {name} ") or f"- {name} |" in line for line in lines) for name in ARMS)
     headings = [line for line in lines if line.startswith("## ")]
     assert headings == [
         "## Apart from the comparison",
         "## Counted in other costs",
+        "## Trials",
         "## Caveats",
         "## Baseline",
     ]
@@ -221,6 +227,7 @@ def test_the_page_needs_nothing_else_and_shows_every_arm(results):
         "Training loss",
         "Where the time went",
         "Counted in other costs",
+        "Trials",
         "Apart from the comparison",
         "Caveats",
         "Baseline",
