@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 
-from hf_accel.evidence.records import FORM, FREE, Record, untried
-
-OPEN = ("learning_rate", "per_device_train_batch_size")
-"""Options whose search has no end, except that a batch has at least one example."""
+from hf_accel.evidence.records import FORM, Record, at_border, untried
 
 
 def caveats(document: Record) -> list[str]:
@@ -27,8 +23,7 @@ def of_record(document: Record) -> Iterator[str]:
         )
     elif left := untried(document):
         yield f"The search of the baseline did not vary {listed(left)}."
-    trials = document.get("trials", {}).get("baseline", [])
-    if names := at_border(trials, document["baseline_args"]):
+    if names := at_border(document):
         yield f"The search of the baseline ended at its border in {listed(names)}. Give it more trials."
     level = document.get("level")
     reached = [arm["quality"] for arm in document["arms"] if arm["role"] == "baseline" and arm["quality"] is not None]
@@ -53,18 +48,6 @@ def of_arms(document: Record) -> Iterator[str]:
         if logs.std(ddof=1) > abs(logs.mean()):
             low, high = min(own["per_seed"]), max(own["per_seed"])
             yield f"{arm['name']}: its seeds differ by more than its effect, from {low:.2f}x to {high:.2f}x."
-
-
-def at_border(trials: list[dict[str, Any]], chosen: dict[str, Any]) -> list[str]:
-    """Name the options in which the chosen value is the lowest or the highest of those tried."""
-    found = []
-    for name in OPEN:
-        values = {trial[name] for trial in trials if name in trial}
-        own = chosen.get(name)
-        ended = own in (min(values), max(values)) if len(values) > 1 else False
-        if ended and not (name == "per_device_train_batch_size" and own == 1):
-            found.append(FREE[name])
-    return found
 
 
 def listed(words: list[str]) -> str:

@@ -41,6 +41,8 @@ FREE = {
     "adam_beta2": "beta2",
 }
 """Options that Trainer offers for free, which the search of a fair baseline covers."""
+OPEN = ("learning_rate", "per_device_train_batch_size")
+"""Those of them that a search may leave at the border of what it tried."""
 Grade = Literal["proven here", "no gain shown", "reported"]
 
 
@@ -106,14 +108,30 @@ def gained(document: Record, arm: Arm) -> bool:
 
 
 def fair(document: Record) -> bool:
-    """Tell whether a record's baseline is the best that Trainer can do: tuned over all of its free options."""
-    return bool(document["tuned"]) and not untried(document)
+    """Tell whether a record's baseline is the best that Trainer can do.
+
+    Its search varied all options that Trainer offers for free, and passed the best learning rate and batch size.
+    """
+    return bool(document["tuned"]) and not untried(document) and not at_border(document)
 
 
 def untried(document: Record) -> list[str]:
     """Name the free options of Trainer that the search of the baseline did not vary."""
     trials = document.get("trials", {}).get("baseline", [])
     return [label for name, label in FREE.items() if len({trial.get(name) for trial in trials}) < 2]
+
+
+def at_border(document: Record) -> list[str]:
+    """Name the open options in which the baseline has the lowest or the highest value that its search tried."""
+    trials = document.get("trials", {}).get("baseline", [])
+    found = []
+    for name in OPEN:
+        values = {trial[name] for trial in trials if name in trial}
+        own = document.get("baseline_args", {}).get(name)
+        ended = len(values) > 1 and own in (min(values), max(values))
+        if ended and (name, own) != ("per_device_train_batch_size", 1):  # a batch ends there
+            found.append(FREE[name])
+    return found
 
 
 def by_chance(arm: Arm) -> bool:

@@ -109,6 +109,16 @@ def test_a_baseline_without_a_free_option_of_trainer_proves_nothing(name):
     assert evidence.grade("EMA", {"a": record(gain, HARMLESS, trials=narrow)}) == "no gain shown"
 
 
+def test_a_baseline_at_the_border_of_its_search_proves_nothing():
+    own = dict.fromkeys(FREE, 2)
+    for name, value, fair in (("learning_rate", 1, False), ("learning_rate", 4, False), ("weight_decay", 4, True)):
+        document = record(arm("EMA", "EMA", cpu_seconds=FASTER), HARMLESS, baseline_args=own | {name: value})
+        assert evidence.fair(document) is fair
+    batch = "per_device_train_batch_size"
+    assert not evidence.fair(record(baseline_args=own | {batch: 4}))
+    assert evidence.fair(record(baseline_args=own | {batch: 1})), "no batch is smaller"
+
+
 def test_who_compares_often_enough_must_find_more():
     gain, none = arm("EMA", "EMA", cpu_seconds=FASTER, p=0.01), arm("EMA", "EMA", cpu_seconds=EQUAL, p=0.2)
     first = record(gain, HARMLESS)
