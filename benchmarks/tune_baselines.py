@@ -37,19 +37,19 @@ def tune(name: str, trials: int, seeds: int, out: Path) -> dict:
         lambda progress: print(name, f"{progress.done}/{progress.total}", progress.last, flush=True)
     )
     found = results.row("baseline")
-    trials = results.trials["baseline"]
-    chosen = {key: results.baseline_args[key] for key in trials[0] if key in results.baseline_args}
-    start = {key: trials[0][key] for key in chosen}
+    made = results.trials["baseline"]
+    chosen = {key: results.baseline_args[key] for key in made[0] if key in results.baseline_args}
+    start = {key: made[0][key] for key in chosen}
     return {
         "args": chosen,
-        "tuned": f"{len(trials)} trials of {SPACE} ({start}), seed {SEED}, {results.date}",
+        "tuned": f"{len(made)} trials of {SPACE} ({start}), seed {SEED}, {results.date}",
         "seed_sigma": float(f"{found.quality_sd:.4g}"),
         "quality": float(f"{found.quality:.5g}"),
         "seeds": results.seeds,
         "metric": results.metric,
         "machine": results.machine,
         "versions": results.versions,
-        "trials": trials,
+        "trials": made,
     }
 
 
