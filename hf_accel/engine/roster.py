@@ -61,7 +61,9 @@ def check_declarations(kind: type[Technique]) -> None:
     known = (*EVENTS, *HOOKS, *SLOTS)
     if all(getattr(kind, method) is getattr(Technique, method) for method in known):
         others = [method for method in dir(kind) if not method.startswith("_") and not hasattr(Technique, method)]
-        meant = [(method, close) for method in others for close in difflib.get_close_matches(method, known, n=1)]
+        meant = [
+            (method, close) for method in others for close in difflib.get_close_matches(method, known, n=1, cutoff=0.8)
+        ]
         advice = "Did you mean {1!r} by {0!r}?".format(*meant[0]) if meant else "Override one."
         raise ValueError(f"{name} overrides no event, hook or slot. {advice}")
     if not isinstance(kind.claims, frozenset):
