@@ -19,7 +19,7 @@ from hf_accel.testing import tiny_trainer
 ROOT = Path(hf_accel.__file__).parent
 AREAS = ("data", "model", "optim", "budget", "system", "contrib")
 LAYERS = (
-    ("bounds", "clock", "weights", "adapters", "batch", "preserve", "losses", "receipt", "meters"),
+    ("bounds", "clock", "metrics", "weights", "adapters", "batch", "preserve", "losses", "receipt", "meters"),
     ("technique", "run"),
     ("recipe", "host", "checkpoints", "stream", "surgery", "features"),
     ("engine",),

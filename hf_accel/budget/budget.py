@@ -24,6 +24,7 @@ https://arxiv.org/abs/2104.07705, for schedules on wall-clock time.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -79,7 +80,13 @@ class Budget(Technique):
         if run.resumed:
             over = clock.done or clock.seconds > clock.limits.get("seconds", float("inf"))
             if any(clock.share([float(over)])):
-                raise ValueError(f"{self!r}: the run has spent this budget already. Set a larger one.")
+                clock.done = True  # the trainer returns at once, as Trainer does
+                if state.is_world_process_zero:
+                    warnings.warn(
+                        f"{self!r}: the run has spent this budget already, so nothing is trained. Set a larger one, or "
+                        "extend the run in another output_dir by an amount such as '+30min'.",
+                        stacklevel=2,
+                    )
         else:
             self._refuse_too_little({"seconds": clock.seconds})
 

@@ -131,12 +131,12 @@ class RunCheckpoints:
         """Return our state in the checkpoint of a resumed run, or None if the run is not resumed."""
         return None if self._reader is None else self._reader.state
 
-    def find(self, resume: str | bool | None) -> str | None:
+    def find(self, resume: str | bool | None, *, allow_changes: bool) -> str | None:
         """Return the checkpoint to resume from, or None."""
         owner, output_dir = self.roster.owner("budget"), self.host.args.output_dir
         if owner is not None and owner.budget().extends:
             return reading.checkpoint_to_extend(resume, output_dir, owner)
-        return reading.checkpoint_to_resume(resume, output_dir)
+        return reading.checkpoint_to_resume(resume, output_dir, allow_changes=allow_changes)
 
     def resume(self, checkpoint: str, *, allow_changes: bool) -> None:
         """Continue the clock of the checkpoint's run, and find the states of the techniques."""
@@ -165,7 +165,8 @@ class RunCheckpoints:
 
     def load_optimizer(self, checkpoint: str | None, plain: Callable[[Any], Any]) -> None:
         """Read optimizer and schedule; ``plain`` is Trainer's own method."""
-        reading.load_optimizer(self.host, checkpoint, plain)
+        with reading.reading_shards(self.host, checkpoint):
+            plain(checkpoint)
         state = self.state or {}
         if self.roster.paced and "clock" in state and state["clock"]["limits"] != dict(self.meter.clock.limits):
             self.optimization.rescale_learning_rate()

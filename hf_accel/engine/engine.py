@@ -136,6 +136,7 @@ class Engine:
 
     def prepare_args(self, args: TrainingArguments, dataset: Any) -> TrainingArguments:
         """Return the arguments that Trainer sees."""
+        args = hosts.with_accumulation_steps(args)
         self._explicit_args = hosts.recorded_arguments(args)
         args = setup.prepared_args(args, dataset, self.roster, self.options)
         self.accumulation_steps = args.gradient_accumulation_steps
@@ -192,7 +193,7 @@ class Engine:
         limits = self.limits()
         self.begin(limits.amounts, self.meter.clock.now)
         self.step.one_pass = one_pass
-        checkpoint = self.checkpoints.find(resume)
+        checkpoint = self.checkpoints.find(resume, allow_changes=self.options.allow_changes)
         if checkpoint is not None:
             self.checkpoints.resume(checkpoint, allow_changes=self.options.allow_changes)
         self.meter.start(resumed=self.resumed, began=limits.began)

@@ -303,16 +303,17 @@ class StepRunner:
 
     def accumulate_once(self, model: nn.Module, batch: StepBatch, num_items: Any) -> Tensor:
         """Run forward and backward over the micro-batches of a step."""
-        host, micros = self.host, batch.micro_batches
+        host = self.host
         # Our own loss is already divided by the items of the whole step.
-        mean = not self._own_loss and self.proof.is_mean(num_items)
-        divisors = self.proof.divisors(batch) if mean else [1 if self._own_loss else len(micros)] * len(micros)
+        parts = [(micro, 1.0 if self._own_loss else float(len(batch.micro_batches))) for micro in batch.micro_batches]
+        if mean := not self._own_loss and self.proof.is_mean(num_items):
+            parts = self.proof.parts_of_mean(batch, self.stream)
         owner = self.roster.owner("synchronize")
         synchronizes = owner is None or owner.synchronize()
         total = torch.zeros((), device=host.args.device)
-        for i, micro in enumerate(micros):
-            last = i == len(micros) - 1
-            host.current_gradient_accumulation_steps = divisors[i]
+        for i, (micro, divisor) in enumerate(parts, 1):
+            last = i == len(parts)
+            host.current_gradient_accumulation_steps = divisor
             with self.proof.means() if mean else contextlib.nullcontext():
                 total = total + self._pass_over(model, micro, num_items, last=last, synchronizes=synchronizes)
             if not last:
@@ -330,7 +331,7 @@ class StepRunner:
         self.micro_batch = micro
         try:
             with contextlib.nullcontext() if exchanges else accelerator.no_sync(model):
-                inputs = micro.model_inputs
+                inputs = micro.inputs  # a trainer may count tokens by the mask
                 step = functools.partial(self.one_pass, model, inputs, num_items)
                 with self.meter.stopwatch.charge("backward"):
                     return self.meter.count(self.host.model, inputs, step)
@@ -365,10 +366,10 @@ class StepRunner:
             if self._own_loss:
                 assert self.head is not None
                 given = self.host, self.roster, self.meter, self.head
-                loss, outputs, example = weighted_loss(*given, model, inputs, micro, num_items)
+                loss, outputs, example = weighted_loss(*given, model, micro.for_model(inputs), micro, num_items)
             elif observed:
                 assert self.head is not None
-                kept = dict(inputs)
+                kept = dict(micro.for_model(inputs))
                 loss, outputs = plain(model, inputs, True, num_items)
                 with torch.no_grad():
                     example = self.head.losses(outputs, kept, len(micro.ids_B))

@@ -104,7 +104,7 @@ def refuse_stream_hosts(host: TrainerView, techniques: Sequence[Technique], micr
         if (owner := host.overrides(name)) is not None:
             replacing = ", ".join(repr(t) for t in techniques if t.implemented_hooks() & STREAM)
             raise ValueError(
-                f"{owner.__name__}.{name} makes its own batches, which {replacing or 'micro_batch_size'} would "
+                f"{owner}.{name} makes its own batches, which {replacing or 'micro_batch_size'} would "
                 f"replace. Remove {replacing or 'micro_batch_size'}."
             )
 
@@ -145,7 +145,7 @@ def refuse_own_losses(host: TrainerView) -> None:
     """Refuse trainers that override compute_loss, because their per-example losses are unknown."""
     if (owner := host.overrides("compute_loss")) is not None:
         raise ValueError(
-            f"{owner.__name__} overrides compute_loss, so per-example losses are unknown. Pass example_loss_func=, a "
+            f"{owner} overrides compute_loss, so per-example losses are unknown. Pass example_loss_func=, a "
             "function (outputs, inputs) -> losses_B, or hf_accel.losses.head_of(model) if the loss is the model's own."
         )
 
@@ -157,7 +157,7 @@ def refuse_overrides(host: TrainerView, techniques: Sequence[Technique], *, stre
         replacing = next((asked[hook] for hook in hooks if hook in asked), None)
         if replacing is not None and (owner := host.overrides(name)) is not None:
             raise ValueError(
-                f"{replacing!r} does not support {owner.__name__}.{name} because it would replace it. "
+                f"{replacing!r} does not support {owner}.{name} because the technique replaces that method. "
                 "Remove one of the two."
             )
     if (budget := asked.get("budget")) is not None and not {"steps", "epochs"} >= set(budget.budget().amounts):

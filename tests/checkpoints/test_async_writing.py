@@ -2,8 +2,10 @@
 
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +96,30 @@ def test_resumes_bit_exactly_with_it_and_without(tmp_path, given):
         resumed = trained(tmp_path / f"resumed{step}", kind, given, resume=checkpoint)
         assert losses_of(resumed) == losses_of(straight)
         assert largest_difference(weights_of(resumed), weights_of(straight)) == 0.0
+
+
+class Runs:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_a_crafted_checkpoint_runs_no_code(tmp_path):
+    trained(tmp_path / "run", given=lambda: [])
+    checkpoint, made = tmp_path / "run" / "checkpoint-6", tmp_path / "made"
+    assert not any(path.is_dir() for path in checkpoint.iterdir())
+    (checkpoint / "optimizer_0").mkdir()
+    (checkpoint / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(Runs(made)))
+    torch.save(Runs(made), checkpoint / "optimizer.pt")
+    ckpt.mark_incomplete(checkpoint)
+    ckpt.mark_complete(checkpoint)
+    with pytest.raises(pickle.UnpicklingError):
+        trained(tmp_path / "run", given=lambda: [], resume=str(checkpoint))
+    assert not made.exists()
 
 
 class LetsGo(TrainerCallback):

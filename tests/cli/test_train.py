@@ -223,8 +223,5 @@ def test_budgets_that_cannot_be_kept_are_one_sentence_before_training(options, s
 
 def test_a_budget_that_is_spent_is_one_sentence(recipe):
     assert run("train", recipe).exit_code == 0
-    result = run("train", recipe, "--resume")
-    assert result.exit_code == 2
-    assert "Budget(limit='8steps'): the run has spent this budget already. Set a larger one." in " ".join(
-        result.output.split()
-    )
+    with pytest.warns(UserWarning, match=r"Budget\(limit='8steps'\): the run has spent this budget already"):
+        assert run("train", recipe, "--resume").exit_code == 0

@@ -231,7 +231,7 @@ DEFAULT = {"together": 12, "search": 1}
 def runs_with_marks():
     for kind, runs in RUNS.items():
         for i, names in enumerate(runs):
-            left_out = pytest.mark.full if kind == "both orders" else pytest.mark.ci
+            left_out = pytest.mark.ci if kind in ("together", "in order") else pytest.mark.full
             yield pytest.param(names, id=f"{kind} {i + 1}", marks=[left_out] * (i >= DEFAULT.get(kind, 0)))
 
 

@@ -56,7 +56,7 @@ def launch(script, *arguments):
 
 
 @pytest.mark.distributed
-@pytest.mark.ci
+@pytest.mark.full  # three times two processes
 def test_one_of_two_ranks_is_killed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)

@@ -590,8 +590,8 @@ FAULTS = (
     Fault(
         "soup-metric-always-lower",
         "cli/soup.py",
-        "soups.greedy(scores, evaluate, lower_is_better(metric))",
-        "soups.greedy(scores, evaluate, True)",
+        "soups.greedy(scores, evaluate, lower_is_better=not more_is_better)",
+        "soups.greedy(scores, evaluate, lower_is_better=True)",
         "hf-accel soup --greedy --metric accuracy keeps the worst models.",
         "tests/cli/test_soup.py::test_a_greedy_soup_keeps_what_is_more_accurate",
     ),

@@ -81,6 +81,12 @@ def filled_up(row: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
     return padded
 
 
+def _without_mask(model: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Hide the mask of packed rows from the model, which would no longer look at ``position_ids``."""
+    packed = model.training and "position_ids" in inputs
+    return args, {name: value for name, value in inputs.items() if not (packed and name == "attention_mask")}
+
+
 def _has_token_ids(dataset: Any) -> bool:
     if isinstance(dataset, IterableDataset):
         return False
@@ -134,11 +140,13 @@ class Packing(Technique):
             )
         if self.by_segment_ and not args.torch_compile:
             attend_by_segment(model)
+        self.hook_ = model.register_forward_pre_hook(_without_mask, with_kwargs=True)
         self.in_one_row_ = "flash" in attention_of(model)
         self.counts_ = {"rows": 0, "examples": 0, "tokens": 0, "positions": 0}
 
     def on_train_end(self, args, state, control, model: Any = None, **kwargs):
         attend_as_before(model)
+        self.hook_.remove()
 
     def collate(self, features: Sequence[Mapping[str, Any]], collator: Callable) -> dict[str, Any]:
         """Pack the examples, each as the collator makes it alone."""
