@@ -135,7 +135,8 @@ class IterableStepStream(StepStream):
     """
 
     def __init__(self, dataset: Any, collate: Callable, *, nominal_examples: float = float("inf"), **kwargs: Any):
-        super().__init__(dataset, collate, **kwargs | {"drop_last": False})
+        kwargs["drop_last"] = False
+        super().__init__(dataset, collate, **kwargs)
         self.nominal_examples = nominal_examples
         self.num_read = 0
         self.ended = False
