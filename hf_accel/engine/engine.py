@@ -233,6 +233,7 @@ class Engine:
         """Return Trainer's initial values, with epochs and steps that follow the clock in a paced run."""
         found = list(values)
         self.steps_per_epoch = int(found[1] or 1)
+        self.step.loader_counter = loader_counter(self.host)
         if self.roster.paced:
             limits = self.meter.clock.limits
             found[0] = math.ceil(limits["epochs"]) if "epochs" in limits else sys.maxsize
@@ -319,19 +320,17 @@ class Engine:
     def train_loader(self, plain: Callable[[], Any]) -> Any:
         """Return the stream, or Trainer's own loader."""
         host = self.host
+        if self.step.stream is not None and host.is_in_train:  # a caller's look into the run's own
+            return self.step.stream
         replaced = self.head is not None and host.overrides("compute_loss") is not None  # on the instance
         if self.roster.streamed and (host.model_init is not None or replaced):  # another model or loss
             self.step.head = self.head = self.find_head()
             vars(self.step).pop("_host_scales_rightly", None)
         with prepared_dataset(host, self.roster, self.meter):
-            self.step.loader_counter = loader_counter(host)
             if not self.roster.streamed or host.train_dataset is None:
                 return plain()
-            stream = self.make_stream(host.train_dataset)
-            stream.serves_looks = True  # Trainer and other callers get it from the same method
-            if self.step.stream is not None and host.is_in_train:  # the run has its own
-                return stream
-            self.step.stream = stream
+            stream = self.step.stream = self.make_stream(host.train_dataset)
+        stream.serves_looks = True  # Trainer and other callers get it from the same method
         if "stream" in (state := self.checkpoints.state or {}):
             stream.load_state_dict(state["stream"])
         return stream
