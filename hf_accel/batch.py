@@ -51,11 +51,15 @@ class MicroBatch(NamedTuple):
 
     @property
     def model_inputs(self) -> Any:
-        """Return the inputs without the ``attention_mask`` of packed rows, which would hide ``position_ids``."""
-        mask = self.inputs.get("attention_mask") if isinstance(self.inputs, Mapping) else None
+        """Return the inputs that the model needs."""
+        return self.for_model(self.inputs)
+
+    def for_model(self, inputs: Any) -> Any:
+        """Return these inputs without the ``attention_mask`` of packed rows, which would hide ``position_ids``."""
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         if mask is None or len(mask) >= len(self.ids_B):
-            return self.inputs
-        return {name: value for name, value in self.inputs.items() if name != "attention_mask"}
+            return inputs
+        return {name: value for name, value in inputs.items() if name != "attention_mask"}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers.trainer_utils import has_length
 
 from hf_accel.batch import named_tensors
-from hf_accel.host.view import TrainerView
+from hf_accel.host.view import MAKERS_OF_LOADERS, TrainerView
 
 
 def num_examples(batch: Any) -> int | None:
@@ -75,7 +75,7 @@ class LoaderCounter:
 
 def loader_counter(host: TrainerView) -> LoaderCounter | None:
     """Return a counter for Trainer's own loader, or None if the trainer makes another or batch sizes vary."""
-    own = any(host.overrides(name) for name in ("get_train_dataloader", "_get_dataloader", "_get_train_sampler"))
+    own = any(host.overrides(name) for name in MAKERS_OF_LOADERS)
     varied = host.args.train_sampling_strategy not in ("random", "sequential", "group_by_length")
     if own or varied or not has_length(host.train_dataset):
         return None

@@ -97,7 +97,7 @@ def test_as_often_as_one_likes(tmp_path):
 def test_what_cannot_go_on_says_so(tmp_path):
     with pytest.raises(ValueError, match=r"Budget\(limit='\+1h'\): there is no run to continue. Name it"):
         tiny_trainer([Budget("+1h")], tmp_path / "a").train()
-    with pytest.raises(ValueError, match="there is no whole checkpoint of a run of hf_accel. Name another"):
+    with pytest.raises(ValueError, match="there is no complete checkpoint of a run of hf_accel. Name another"):
         tiny_trainer([Budget("+1h")], tmp_path / "a").train(resume_from_checkpoint=str(tmp_path))
     tiny_trainer([Budget("2steps")], tmp_path / "b", **SAVING).train()
     with pytest.raises(ValueError, match="lies in output_dir, so .* Choose another output_dir"):

@@ -208,7 +208,7 @@ def test_a_finished_run_goes_on(recipe, tmp_path):
         (("--set", "args.max_steps=5"), "max_steps=5: Budget(limit='8steps') limits the run already"),
         (("--budget", "+4steps"), "there is no run to continue"),
         (("--continue", "elsewhere"), "needs a budget that extends the run. Add --budget +30min."),
-        (("--continue", "elsewhere", "--budget", "+4steps"), "elsewhere: there is no whole checkpoint"),
+        (("--continue", "elsewhere", "--budget", "+4steps"), "elsewhere: there is no complete checkpoint"),
     ],
 )
 def test_budgets_that_cannot_be_kept_are_one_sentence_before_training(options, sentence, recipe, tmp_path, monkeypatch):
