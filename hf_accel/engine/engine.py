@@ -69,6 +69,7 @@ class Engine:
         self.options = options or Options()
         self.recipe = recipe or Recipe()
         streamed = streamed or self.options.micro_batch_size is not None
+        setup.refuse_classes(techniques)
         self.roster = Roster(techniques, streamed=streamed, paced=paced)
         self.ranks = Ranks(self.host)
         self.writer = CheckpointWriter(self.host, in_background=self.options.async_checkpoints)
@@ -83,7 +84,7 @@ class Engine:
         self._made_optimizer = False
         self.searched_hyperparameters: dict[str, Any] = {}
         self.view = RunView(self)
-        self._show_run_to_techniques()
+        setup.show_run(self.roster.techniques, self.view)
         self.begin({})
 
     def begin(self, limits: Mapping[str, float], now: Callable[[], float] = time.monotonic) -> None:
@@ -127,10 +128,6 @@ class Engine:
             micro_batch_size=self._micro_batch_size,
             halves=self.options.micro_batch_size == "auto",
         )
-
-    def _show_run_to_techniques(self) -> None:
-        for technique in self.roster.techniques:
-            technique.run_ = self.view  # type: ignore[misc]
 
     # Construction ---------------------------------------------------------------------------------------------------
 
@@ -189,7 +186,7 @@ class Engine:
         """Train with Trainer's own ``train``, ``plain(checkpoint)``, and its ``training_step``, ``one_pass``."""
         self.checkpoints.finish()  # of a run that was interrupted
         args = self.host.args
-        self._show_run_to_techniques()
+        setup.show_run(self.roster.techniques, self.view)
         limits = self.limits()
         self.begin(limits.amounts, self.meter.clock.now)
         self.step.one_pass = one_pass
@@ -199,12 +196,14 @@ class Engine:
         self.meter.start(resumed=self.resumed, began=limits.began)
         if args.device.type == "cuda" and not self.host.is_in_train:  # a short run inside a run is part of it
             torch.cuda.reset_peak_memory_stats(args.device)
-        with self.meter.stopwatch.charge("other"):
-            output = plain(checkpoint)
-        self.meter.count_energy()
-        self._write_receipt()
-        for technique in self.roster.techniques:
-            vars(technique).pop("run_", None)
+        try:
+            with self.meter.stopwatch.charge("other"):
+                output = plain(checkpoint)
+            self.meter.count_energy()
+            self._write_receipt()
+        finally:
+            for technique in self.roster.techniques:
+                vars(technique).pop("run_", None)
         return output
 
     def limits(self) -> Limits:

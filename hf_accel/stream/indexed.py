@@ -266,11 +266,6 @@ class StepStream:
     # As Trainer's own loader ----------------------------------------------------------------------------------------
 
     @property
-    def total_batch_size(self) -> int:
-        """Return the number of examples of an item over all ranks."""
-        return self.batch_size
-
-    @property
     def total_dataset_length(self) -> int:
         """Return the number of examples in the data set."""
         return len(self.dataset)
