@@ -328,6 +328,17 @@ def test_the_list_of_callbacks_is_that_of_trainer(tmp_path):
     assert ours == plain
 
 
+def test_a_training_step_outside_of_a_run_is_that_of_trainer(tmp_path):
+    found = []
+    for cls in (Trainer, AccelTrainer):
+        trainer = tiny_trainer([], tmp_path, trainer_class=cls)
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.current_gradient_accumulation_steps = 1
+        loss = trainer.training_step(trainer.model, batch)
+        found.append([loss, *(p.grad for p in trainer.model.parameters())])
+    assert len(found[0]) > 1 and all(map(torch.equal, *found))
+
+
 @pytest.mark.parametrize("resume", [True, "checkpoint-8"], ids=str)
 def test_a_missing_checkpoint_is_reported_in_the_words_of_trainer(resume, tmp_path):
     said = []
