@@ -182,7 +182,7 @@ FILE_WRITERS = ("PytorchStreamWriter", "inline_container")
 def _failure(directory: Path, error: Exception | str) -> str:
     """Describe why a checkpoint could not be written, for example because of a full disk."""
     whole, _ = ckpt.newest_complete(directory.parent)
-    remedy = f"resume from {whole}, which is whole" if whole else "start again: there is no whole one yet"
+    remedy = f"resume from {whole}, which is complete" if whole else "start again: no checkpoint is complete yet"
     why = " ".join(str(error).split())[:200]
     return f"{directory}: the checkpoint could not be written ({why}). Make room, and {remedy}."
 

@@ -15,9 +15,9 @@ from transformers.trainer_callback import CallbackHandler
 from hf_accel.host.signatures import foreign_classes
 
 PUBLIC = frozenset(
-    "accelerator args callback_handler compute_loss_func compute_metrics control "
-    "create_accelerator_and_postprocess current_flos current_gradient_accumulation_steps data_collator eval_dataset "
-    "get_decay_parameter_names get_eval_dataloader get_optimizer_cls_and_kwargs is_deepspeed_enabled "
+    "accelerator args callback_handler compute_loss compute_loss_context_manager compute_loss_func compute_metrics "
+    "control create_accelerator_and_postprocess current_flos current_gradient_accumulation_steps data_collator "
+    "eval_dataset get_decay_parameter_names get_eval_dataloader get_optimizer_cls_and_kwargs is_deepspeed_enabled "
     "is_fsdp_enabled is_in_train is_world_process_zero label_smoother loss_is_scaled_for_ga lr_scheduler model "
     "model_accepts_loss_kwargs model_init model_wrapped optimizer optimizer_cls_and_kwargs place_model_on_device "
     "pop_callback prediction_step processing_class state train_dataset".split()
@@ -39,6 +39,10 @@ PRIVATE = {
     "train_batch_size": "_train_batch_size",
 }
 """Private attributes and methods, by the engine's names for them."""
+
+
+MAKERS_OF_LOADERS = ("get_train_dataloader", "_get_dataloader", "_get_train_sampler")
+"""Methods that make the loader of the training set."""
 
 
 class TrainerView:

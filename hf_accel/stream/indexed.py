@@ -185,6 +185,17 @@ class StepStream:
 
     # The batches ----------------------------------------------------------------------------------------------------
 
+    @property
+    def total_batch_size(self) -> int:
+        """Return the nominal number of examples of a step over all ranks, by accelerate's name."""
+        return self.batch_size
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a setting of the loader that reads the data."""
+        if name in ("multiprocessing_context", "num_workers", "prefetch_factor", "persistent_workers", "timeout"):
+            return getattr(self.loader, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
+
     def __len__(self) -> int:
         """Return the nominal number of steps of an epoch: all examples at the nominal batch size."""
         num_examples = len(self.dataset)

@@ -47,6 +47,7 @@ from hf_accel.features.flattening import CAUSAL, Layout, end_to_end, unpadded
 from hf_accel.features.flattening_trial import check_kept_apart
 from hf_accel.features.lengths import example_lengths
 from hf_accel.features.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
+from hf_accel.host.internals import attention_of
 from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
@@ -109,7 +110,7 @@ class Packing(Technique):
 
     def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps packed examples apart."""
-        flash = "flash" in getattr(getattr(model, "config", None), "_attn_implementation", "")
+        flash = "flash" in attention_of(model)
         self.layout_ = check_kept_apart(model, self, num_rows=1 if flash else 2)  # type: ignore[misc]
         self.by_segment_ = can_attend_by_segment(model, num_rows=2, run=self.run_)
         return model
@@ -140,7 +141,7 @@ class Packing(Technique):
         if self.by_segment_ and not args.torch_compile:
             attend_by_segment(model)
         self.hook_ = model.register_forward_pre_hook(_without_mask, with_kwargs=True)
-        self.in_one_row_ = "flash" in model.config._attn_implementation
+        self.in_one_row_ = "flash" in attention_of(model)
         self.counts_ = {"rows": 0, "examples": 0, "tokens": 0, "positions": 0}
 
     def on_train_end(self, args, state, control, model: Any = None, **kwargs):

@@ -267,7 +267,7 @@ class NamedOptimizer(Technique):
             )
 
     @contextlib.contextmanager
-    def _switched(self, model: nn.Module) -> Iterator[None]:
+    def for_inference(self, model: nn.Module) -> Iterator[None]:
         """Use the weights of evaluation during training; after it, the model has them anyway."""
         run: Any = self.run_
         if run is None or not run.is_in_train or not self.switched_:
@@ -282,8 +282,6 @@ class NamedOptimizer(Technique):
             with torch.no_grad():
                 for name, weight in local_parameters(model).items():
                     weight.copy_(before[name])
-
-    evaluating = saving = _switched
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.switched_:
