@@ -20,6 +20,11 @@ class Roster:
 
     def __init__(self, techniques: Sequence[Technique], *, streamed: bool = False, paced: bool = False):
         self.techniques = list(techniques)
+        for found in self.techniques:
+            if not isinstance(found, Technique):
+                raise ValueError(
+                    f"techniques: {found!r} is not an instance of a technique. Pass instances, such as LengthGrouped()."
+                )
         self.names = [f"{i}.{type(technique).__name__}" for i, technique in enumerate(self.techniques)]
         self._owners = {slot: self._find_owner(slot) for slot in SLOTS}
         check_claims(self.techniques)
