@@ -311,6 +311,19 @@ def test_a_technique_among_the_callbacks_is_hosted(tmp_path):
     assert trainer.techniques == [watch] and watch.run_ is None and len(watch.seen_) == 16
 
 
+@pytest.mark.parametrize("given", [LengthGrouped, "LengthGrouped", {"LengthGrouped": {}}])
+def test_what_is_no_instance_of_a_technique_is_refused_and_changes_no_class(given, tmp_path):
+    plain = tiny_trainer([], tmp_path, trainer_class=Trainer)
+    built = {"model": plain.model, "args": plain.args, "techniques": [given]}
+    for build in (lambda: AccelTrainer(**built), lambda: attach(plain, [given])):
+        with pytest.raises(ValueError, match="is not an instance of a technique. Pass one, such as"):
+            build()
+    assert LengthGrouped.run_ is None
+    plain.add_callback(LengthGrouped())
+    with pytest.raises(ValueError, match="LengthGrouped"):
+        plain.train()
+
+
 def test_a_plain_trainer_refuses_what_it_cannot_do(tmp_path):
     with pytest.raises(ValueError, match=r"Watch\(\) needs observe, which a callback of a plain Trainer cannot do"):
         Trainer(model=tiny_trainer([], tmp_path).model, args=TrainingArguments(str(tmp_path)), callbacks=[Watch()])

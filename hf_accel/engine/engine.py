@@ -69,7 +69,6 @@ class Engine:
         self.options = options or Options()
         self.recipe = recipe or Recipe()
         streamed = streamed or self.options.micro_batch_size is not None
-        setup.refuse_classes(techniques)
         self.roster = Roster(techniques, streamed=streamed, paced=paced)
         self.ranks = Ranks(self.host)
         self.writer = CheckpointWriter(self.host, in_background=self.options.async_checkpoints)
