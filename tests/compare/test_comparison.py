@@ -459,7 +459,7 @@ def test_the_command_prints_what_python_returns(monkeypatch, finished):
     monkeypatch.setattr(Comparison, "run", lambda self, progress: results)
     line = ["compare", "LayerFreezing", "--workload", "synthetic", "--seeds", "2"]
     shown = CliRunner().invoke(app, line, env={"COLUMNS": "200"})
-    assert shown.exit_code == 0 and "speed-up" in shown.output and "SkipsHalf" in shown.output
+    assert shown.exit_code == 0 and "Speed-up" in shown.output and "SkipsHalf" in shown.output
     plain = CliRunner().invoke(app, [*line, "--json"])
     assert json.loads(plain.stdout) == results.to_dict()
     tuning = CliRunner().invoke(app, ["compare", "--workload", "synthetic", "--tune", "8"])
