@@ -120,7 +120,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(finished, monkeypatc
     assert again.row("SkipsHalf").speed_ups == results.row("SkipsHalf").speed_ups
 
 
-@pytest.mark.ci  # it trains for three quarters of a minute
+@pytest.mark.full  # it trains for three quarters of a minute
 def test_a_killed_comparison_goes_on_from_its_records(tmp_path):
     script = (
         "from hf_accel.compare import Comparison\n"

@@ -129,7 +129,7 @@ def test_fused_adamw_is_what_every_arm_has():
     assert TrainingArguments("out").optim == "adamw_torch_fused"
 
 
-@pytest.mark.ci
+@pytest.mark.full  # a minute
 def test_arms_are_tuned_alike_and_reported_with_other_seeds(tmp_path):
     comparison = Comparison(
         ["hf_accel.compare.workloads.synthetic:DoesNothing"],
