@@ -407,6 +407,31 @@ def test_workloads_say_what_they_need(monkeypatch, tmp_path):
         Recipe(args=kind().baseline_args()).training_arguments()
 
 
+@pytest.mark.parametrize("finished_before", [0, 1])
+def test_only_a_baseline_that_never_finishes_ends_a_comparison(finished_before, monkeypatch, tmp_path):
+    def failing(jobs, slots, single_threaded, done, logs):
+        for number, job in enumerate(jobs):
+            costs = dict.fromkeys(("cpu_seconds", "wall_seconds", "flops", "tokens", "samples", "steps"), 64.0)
+            record = {"status": "finished", "metrics": {"eval_loss": 2.0}, "costs": costs, "whole_seconds": 1.0}
+            rest = {"set_up": {}, "peak_memory_bytes": 2**20, "phases": {}, "log": []}
+            lost = number == finished_before
+            record = {"status": "failed", "error": "MemoryError.", "whole_seconds": 1.0} if lost else record | rest
+            Path(job["record"]).write_text(json.dumps({"run": job["run"], **record}))
+            done(job, 0)
+
+    monkeypatch.setattr(execution, "run_jobs", failing)
+    comparison = Comparison(["LinearToZero"], workload="synthetic", seeds=1, placebos=False, out=tmp_path)
+    plan = sorted(comparison.plan(), key=lambda run: run.arm != "baseline")
+    monkeypatch.setattr(Comparison, "plan", lambda self: plan)
+    if finished_before:
+        results = comparison.run()
+        assert [len(row.errors) for row in results.rows if row.name == "baseline"].count(1) == 1
+        assert "MemoryError." in (tmp_path / "report.md").read_text()
+    else:
+        with pytest.raises(ValueError, match="baseline: a run failed, MemoryError. See .*.log."):
+            comparison.run()
+
+
 def test_a_worker_that_dies_is_an_error_not_a_wait(monkeypatch, tmp_path):
     (tmp_path / "dying").write_text("#!/bin/sh\necho 'no memory' >&2\nexit 1\n")
     (tmp_path / "dying").chmod(0o755)
