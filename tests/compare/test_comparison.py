@@ -388,9 +388,12 @@ def test_a_workload_trains(name):
     assert not plain["phases"] and hosted["phases"]["forward"] > 0
 
 
-def test_another_order_is_another_one_for_each_seed():
-    run = {"workload": "digits", "options": {}, "budget": "128samples", "seed": 3}
-    args = build_workload("digits").baseline_args()
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("digits", "random"), pytest.param("code-lm", "group_by_length", marks=pytest.mark.ci)]
+)
+def test_another_order_is_another_one_for_each_seed(name, strategy):
+    run = {"workload": name, "options": {}, "budget": "128samples", "seed": 3}
+    args = build_workload(name).baseline_args() | {"train_sampling_strategy": strategy}
     losses = [
         measure(run | {"recipe": {"args": args | order, "techniques": []}})["metrics"]["eval_loss"]
         for order in ({}, {"data_seed": 0}, {"data_seed": OTHER_ORDER})
