@@ -26,6 +26,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_accel.engine.engine import Engine
 from hf_accel.preserve import keyed_random, random_state_kept
+from hf_accel.stream.reader import CopyingCollator
 from hf_accel.technique import SLOTS, Diverged, Technique
 
 QUIET = {
@@ -166,6 +167,7 @@ def _twin(engine: Engine, techniques: Sequence[Technique], without: Sequence[Tec
     own = [t for t in engine.roster.techniques if t not in without and not t.implemented_hooks() & left_out]
     fresh = [*techniques, *map(copy.copy, own)]  # copies keep their knowledge of the prepared model
     twin = engine.host.twin(_copy_of_model(engine.host.model))
+    twin.data_collator = CopyingCollator(twin.data_collator)
     for name, value in changes.items():
         setattr(twin.args, name, value)
     gauges = {unit: gauge for unit, gauge in (engine.gauges or {}).items() if unit != "seconds"}
