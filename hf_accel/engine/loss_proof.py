@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -99,14 +100,18 @@ class LossProof:
 
     def divisors(self, batch: StepBatch) -> list[float]:
         """Return the divisor of each micro-batch's mean that gives the mean of the step: 1 / its share of the items."""
-        shifted = self.host.loss_shifts_labels
         items = [
-            losses.items_of_mean(micro.inputs, len(micro.ids_B), shifted=shifted) if micro.ids_B[0] >= 0 else 0
+            losses.items_of_mean(micro.inputs, len(micro.ids_B), shifted=self._shifted) if micro.ids_B[0] >= 0 else 0
             for micro in batch.micro_batches
         ]
         if not sum(items):
             return [float(len(items))] * len(items)
         return [sum(items) / n if n else math.inf for n in items]
+
+    @functools.cached_property
+    def _shifted(self) -> bool:
+        """Return whether the first label of a row predicts nothing; Trainer does not know a subclass by its name."""
+        return self.host.loss_shifts_labels or losses.kind_of(unwrapped(self.host.model)) == "causal LM"
 
     def must_watch(self, batch: StepBatch, num_items: Any) -> bool:
         """Return whether the next step is the first to show if the loss is divided by the number of items."""

@@ -12,6 +12,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -310,11 +311,17 @@ class StepRunner:
         owner = self.roster.owner("synchronize")
         synchronizes = owner is None or owner.synchronize()
         total = torch.zeros((), device=host.args.device)
-        for i, micro in enumerate(micros):
-            last = i == len(micros) - 1
-            host.current_gradient_accumulation_steps = divisors[i]
+        # A mean over no item is not a number.  It has no share, but other ranks may wait for the pass.
+        shares = [
+            share for share in zip(micros, divisors, strict=True) if share[1] < math.inf or self.ranks.world_size > 1
+        ]
+        for i, (micro, divisor) in enumerate(shares):
+            last = i == len(shares) - 1
+            host.current_gradient_accumulation_steps = divisor
             with self.proof.means() if mean else contextlib.nullcontext():
-                total = total + self._pass_over(model, micro, num_items, last=last, synchronizes=synchronizes)
+                loss = self._pass_over(model, micro, num_items, last=last, synchronizes=synchronizes)
+            if divisor < math.inf:
+                total = total + loss
             if not last:
                 host.control = host.callback_handler.on_substep_end(host.args, host.state, host.control)
         return total
