@@ -12,7 +12,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -305,23 +304,19 @@ class StepRunner:
     def accumulate_once(self, model: nn.Module, batch: StepBatch, num_items: Any) -> Tensor:
         """Run forward and backward over the micro-batches of a step."""
         host, micros = self.host, batch.micro_batches
-        # Our own loss is already divided by the items of the whole step.
         mean = not self._own_loss and self.proof.is_mean(num_items)
-        divisors = self.proof.divisors(batch) if mean else [1 if self._own_loss else len(micros)] * len(micros)
-        owner = self.roster.owner("synchronize")
-        synchronizes = owner is None or owner.synchronize()
+        if mean and len(micros) > 1:
+            self.proof.prove_mean(batch.plan, self.stream)
+        # Our own loss is already divided by the items of the whole step.
+        shares = self.proof.shares(batch) if mean else [(m, 1.0 if self._own_loss else len(micros)) for m in micros]
+        synchronizes = (owner := self.roster.owner("synchronize")) is None or owner.synchronize()
         total = torch.zeros((), device=host.args.device)
-        # A mean over no item is not a number.  It has no share, but other ranks may wait for the pass.
-        shares = [
-            share for share in zip(micros, divisors, strict=True) if share[1] < math.inf or self.ranks.world_size > 1
-        ]
         for i, (micro, divisor) in enumerate(shares):
             last = i == len(shares) - 1
             host.current_gradient_accumulation_steps = divisor
             with self.proof.means() if mean else contextlib.nullcontext():
                 loss = self._pass_over(model, micro, num_items, last=last, synchronizes=synchronizes)
-            if divisor < math.inf:
-                total = total + loss
+            total = total + loss if divisor < torch.inf else total
             if not last:
                 host.control = host.callback_handler.on_substep_end(host.args, host.state, host.control)
         return total

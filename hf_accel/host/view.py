@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -15,7 +17,7 @@ from transformers.trainer_callback import CallbackHandler
 from hf_accel.host.signatures import foreign_classes
 
 PUBLIC = frozenset(
-    "accelerator args callback_handler compute_loss_func compute_metrics control "
+    "accelerator args callback_handler compute_loss compute_loss_func compute_metrics control "
     "create_accelerator_and_postprocess current_flos current_gradient_accumulation_steps data_collator eval_dataset "
     "get_decay_parameter_names get_eval_dataloader get_optimizer_cls_and_kwargs is_deepspeed_enabled "
     "is_fsdp_enabled is_in_train is_world_process_zero label_smoother loss_is_scaled_for_ga lr_scheduler model "
@@ -83,6 +85,16 @@ class TrainerView:
         twin.state, twin.control = TrainerState(), TrainerControl()
         twin.callback_handler = CallbackHandler([DefaultFlowCallback], model, self.processing_class, None, None)
         return twin
+
+    @contextlib.contextmanager
+    def metrics_kept(self) -> Iterator[None]:
+        """Forget what the trainer's own ``compute_loss`` records inside, as those of TRL do for their logs."""
+        given = {name: value for name, value in vars(self._trainer).items() if name.endswith("_metrics")}
+        kept = {name: copy.deepcopy(value) for name, value in given.items() if isinstance(value, dict)}
+        try:
+            yield
+        finally:
+            vars(self._trainer).update(kept)
 
     def with_frozen_config(self) -> Trainer:
         """Return a copy with a frozen configuration of the model, because growth may change the live one."""

@@ -24,7 +24,7 @@ from hf_accel.losses.inspection import (
     kind_of,
     loss_calls,
 )
-from hf_accel.losses.proof import compare_losses, is_divided_by, items_of_mean
+from hf_accel.losses.proof import agree, compare_losses, is_divided_by, items_of_mean
 
 __all__ = [
     "ADDED_TERMS",
@@ -40,6 +40,7 @@ __all__ = [
     "Head",
     "SpanHead",
     "TokenHead",
+    "agree",
     "compare_losses",
     "examples_of",
     "head_from",

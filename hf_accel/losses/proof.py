@@ -35,11 +35,14 @@ def compare_losses(
         return None
     ours = float(weighted_mean(head.losses(outputs, inputs, num_examples), items_K))
     theirs = float(own.mean())
-    if not math.isfinite(theirs) or math.isclose(
-        theirs, ours, rel_tol=HALF_PRECISION if half else FULL_PRECISION, abs_tol=1e-5
-    ):
+    if not math.isfinite(theirs) or agree(theirs, ours, half=half):
         return None
     return theirs, ours
+
+
+def agree(a: float, b: float, *, half: bool) -> bool:
+    """Return whether two computations of one loss, in ``half`` or full precision, agree."""
+    return math.isclose(a, b, rel_tol=HALF_PRECISION if half else FULL_PRECISION, abs_tol=1e-5)
 
 
 def is_divided_by(loss: Tensor, items: Tensor, scale: float = 1.0) -> bool | None:
