@@ -29,8 +29,8 @@ from hf_accel.compare.pool import run_jobs
 from hf_accel.compare.tuning import SEED
 from hf_accel.compare.workloads.workload import DATA_ROOT, TUNED
 from hf_accel.optim import find_lr
-from hf_accel.optim.learning_rate.search import at_whole_horizon, best, index_of, rate_at
 from hf_accel.recipe import Recipe
+from hf_accel.updates.learning_rates import at_whole_horizon, best, index_of, rate_at
 
 GIVEN = 1e-3
 AROUND = (-1,)

@@ -218,7 +218,7 @@ def duration(seconds: float) -> dict[str, Any]:
             trainer = of_recipe(recipe, folder)
             trainer.clock.now = time.process_time
             forecast = calibrate(trainer, seconds=seconds)
-            steps = forecast.steps(trainer.accel.limits())
+            steps = forecast.steps(trainer.accel.limits().amounts)
             trainer.train()
         taken = trainer.receipt.wall_seconds
         line = {

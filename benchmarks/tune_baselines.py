@@ -1,6 +1,6 @@
 """Tunes the baselines of workloads, and writes the records that comparisons take them from.
 
-    python benchmarks/tune_baselines.py code-lm novels-lm ... [--trials 9] [--seeds 4] [--data FOLDER]
+    python benchmarks/tune_baselines.py code-lm novels-lm ... [--trials 20] [--seeds 4] [--data FOLDER]
 
 The standard deviation between seeds, half of which is the margin of non-inferiority, is of seeds that neither the
 tuning nor a comparison uses.
@@ -33,30 +33,30 @@ def tune(name: str, trials: int, seeds: int, out: Path) -> dict:
         placebos=False,
         out=out / name,
     )
-    given = comparison.reference.recipe.args
     results = comparison.run(
         lambda progress: print(name, f"{progress.done}/{progress.total}", progress.last, flush=True)
     )
     found = results.row("baseline")
-    chosen = {key: results.baseline_args[key] for key in ("learning_rate", "per_device_train_batch_size")}
-    start = {key: given[key] for key in chosen}
+    made = results.trials["baseline"]
+    chosen = {key: results.baseline_args[key] for key in made[0] if key in results.baseline_args}
+    start = {key: made[0][key] for key in chosen}
     return {
         "args": chosen,
-        "tuned": f"{len(results.trials['baseline'])} trials of {SPACE} ({start}), seed {SEED}, {results.date}",
+        "tuned": f"{len(made)} trials of {SPACE} ({start}), seed {SEED}, {results.date}",
         "seed_sigma": float(f"{found.quality_sd:.4g}"),
         "quality": float(f"{found.quality:.5g}"),
         "seeds": results.seeds,
         "metric": results.metric,
         "machine": results.machine,
         "versions": results.versions,
-        "trials": results.trials["baseline"],
+        "trials": made,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workloads", nargs="+")
-    parser.add_argument("--trials", type=int, default=9)
+    parser.add_argument("--trials", type=int, default=20)
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--data", default=os.environ.get(DATA_ROOT, "data"))
     parser.add_argument("--out", type=Path, default=Path("accel_output/tuning"))

@@ -17,7 +17,8 @@ from pathlib import Path
 from hf_accel import evidence
 from hf_accel.clock import parse_budget
 from hf_accel.evidence import Arm, Record, Records
-from hf_accel.evidence.cards import FIDELITY, NOTE, area, card, in_order, owned, source, table
+from hf_accel.evidence.cards import FIDELITY, NOTE, area, card, in_order, owned, source, table, trained_with
+from hf_accel.recipe import write_technique
 from hf_accel.technique import Technique
 
 ROOT = Path(__file__).parents[1]
@@ -150,7 +151,8 @@ def place(item: tuple[str, type[Technique]]) -> tuple[str, str]:
 
 def headline(records: Records, overhead: Path, kept: Path) -> str:
     """Write the README's first numbers: the largest gains, how many there are, budgets kept, and overhead."""
-    fair = [item for item in evidence.candidates(records) if item[1]["tuned"] and item[1]["placebos"]]
+    every = list(evidence.candidates(records))
+    fair = [item for item in every if evidence.fair(item[1])]
     gained = sorted((item for item in fair if evidence.gained(*item[1:])), key=lambda item: -value(*item[1:]))
     best: dict[tuple[str, ...], tuple[str, Record, Arm]] = {}
     for item in gained:
@@ -159,6 +161,7 @@ def headline(records: Records, overhead: Path, kept: Path) -> str:
     rows = [
         (
             candidate_link(arm),
+            evidence.over_defaults(arm),
             evidence.speed_up(document, arm),
             f"{TASKS.get(document['workload'], document['workload'])}, [{name}](docs/evidence/{name}.json)",
             str(len(document["seeds"])),
@@ -170,20 +173,21 @@ def headline(records: Records, overhead: Path, kept: Path) -> str:
     shares = [spent(run) for run in json.loads(kept.read_text())["runs"]]
     machines = "; ".join(dict.fromkeys(document["machine"] for _, document, _ in shown))
     facts = [
-        f"Of {len(fair)} comparisons with a tuned baseline and placebos, {len(gained)} showed a gain. The table has "
-        "the largest gain of each technique; [all results](#results) are below. Nothing has been measured on GPUs yet.",
+        f"Of {len(every)} candidates, {len(fair)} met the best that Trainer can do, with every option that it offers "
+        f"for free, and {len(gained)} of these gained. [All results](#results) are below. Nothing has been measured on "
+        "GPUs yet.",
         f"Of {grades.total()} techniques, {grades['proven here']} gained here, {grades['no gain shown']} showed no "
         f"gain, and {grades['reported']} rest on reports by others.",
         f"Runs spent between {min(shares):.1%} and {max(shares):.1%} of their budgets in time, tokens and FLOPs.",
         f"Without techniques, a step takes {ratio['ratio']:.3f}x [{ratio['low']:.3f}, {ratio['high']:.3f}] the time of "
         "a step of a plain Trainer.",
     ]
-    parts = [
-        f"Speed-ups measured on small models on CPUs ({machines}), against tuned baselines:",
-        table(("technique or recipe", "speed-up at equal loss [95 % interval]", "task", "seeds"), rows),
-        "\n".join(f"- {fact}" for fact in facts),
-    ]
-    return "\n\n".join(parts)
+    listed = "\n".join(f"- {fact}" for fact in facts)
+    if not rows:
+        return f"No speed-up is proven here yet.\n\n{listed}"
+    header = ("technique or recipe", "over Trainer's defaults", "over the best of Trainer", "task", "seeds")
+    opening = f"Speed-ups at equal loss [95 % interval], measured on small models on CPUs ({machines}):"
+    return f"{opening}\n\n{table(header, rows)}\n\n{listed}"
 
 
 def results_table(records: Records) -> str:
@@ -196,16 +200,28 @@ def results_table(records: Records) -> str:
         (
             candidate_link(arm),
             f"[{name}](docs/evidence/{name}.json)",
+            evidence.over_defaults(arm),
             evidence.speed_up(document, arm),
-            evidence.verdict(document, arm) + ("" if document["tuned"] else ", baseline not tuned"),
+            f"{evidence.verdict(document, arm)}{tuning(document)}",
             str(len(document["seeds"])),
         )
         for name, document, arm in found
     ]
     machines = dict.fromkeys(document["machine"] for _, document, _ in found)
     costs = dict.fromkeys(evidence.cost_label(document["cost"]) for _, document, _ in found)
-    header = ("technique or recipe", "workload", "speed-up at equal quality (95 % interval)", "verdict", "seeds")
-    return f"{table(header, rows)}\n\nSpeed-ups are in {', '.join(costs)}. Machine: {'; '.join(machines)}."
+    header = ("technique or recipe", "workload", "over Trainer's defaults", "over the baseline", "verdict", "seeds")
+    end = f"Speed-ups at equal quality with 95 % intervals, in {', '.join(costs)}. Machine: {'; '.join(machines)}."
+    names = dict.fromkeys(name for name, document, _ in found if document.get("form", 1) < evidence.FORM)
+    if older := [f"[{name}](docs/evidence/{name}.json)" for name in names]:
+        end += f" Records of an older form, without trials and without all placebos: {', '.join(older)}."
+    return f"{table(header, rows)}\n\n{end}"
+
+
+def tuning(document: Record) -> str:
+    """Say what the baseline lacks; nothing for the best that Trainer can do."""
+    if evidence.fair(document):
+        return ""
+    return ", baseline tuned in part" if document["tuned"] else ", baseline not tuned"
 
 
 def budgets_table(path: Path) -> str:
@@ -274,13 +290,18 @@ def value(document: Record, arm: Arm) -> float:
 
 
 def candidate_link(arm: Arm) -> str:
-    """Link an arm's name to the card of its only technique, or to its recipe."""
-    names, kinds = evidence.techniques_of(arm), dict(in_order())
-    if len(names) == 1 and names[0] in kinds:
-        return f"[{arm['name']}](docs/techniques/{source(kinds[names[0]]).stem}.md)"
+    """Link an arm to the card of its only technique, or to its recipe, and say what it changes."""
+    kinds = dict(in_order())
+    calls = [write_technique(*item) for entry in arm["techniques"] for item in entry.items()]
+    names = evidence.techniques_of(arm)
     recipe = Path("configs", "recipes", f"{arm['name']}.yaml")
-    name = f"[{arm['name']}]({recipe})" if (ROOT / recipe).is_file() else arm["name"]
-    return f"{name} ({', '.join(names)})" if names else name
+    if len(names) == 1:
+        name = f"[{calls[0]}](docs/techniques/{source(kinds[names[0]]).stem}.md)" if names[0] in kinds else names[0]
+    else:
+        name = f"[{arm['name']}]({recipe})" if (ROOT / recipe).is_file() else arm["name"]
+        name += f" ({', '.join(calls)})" if calls else ""
+    changed = trained_with(arm.get("args", {})) if names else {}
+    return name + (f" with {', '.join(f'{key} {value}' for key, value in changed.items())}" if changed else "")
 
 
 if __name__ == "__main__":

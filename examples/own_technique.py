@@ -29,7 +29,7 @@ class FocusOnHard(Technique):
     def on_train_begin(self, args, state, control, **kwargs):
         self.seen_, self.ignored_ = 0, 0
 
-    def token_weights(self, losses, ids_B):
+    def loss_weights(self, losses, ids_B):
         known_BL = losses.mask_BL & (losses.losses_BL.detach() < self.floor)
         self.seen_ += int(losses.mask_BL.sum())
         self.ignored_ += int(known_BL.sum())

@@ -10,7 +10,7 @@ from torch import nn
 
 from hf_accel.data.sampling.info_batch import prune_learned
 from hf_accel.optim.learning_rate.warmup_stable_decay import warmup_stable_decay
-from hf_accel.optim.optimizers.newton_schulz import orthogonalized
+from hf_accel.updates.newton_schulz import orthogonalized
 
 torch.manual_seed(0)
 inputs_NF = torch.randn(2048, 16)

@@ -6,7 +6,7 @@ Shape suffixes: ``N`` examples of a step, ``B`` examples of a micro-batch.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -17,6 +17,18 @@ from torch import Tensor
 
 ORDER = "order_B"
 """Key under which the owner of ``collate`` returns the order of the examples, if it changes the given one."""
+
+
+def named_tensors(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of nested mappings, lists and tuples, with the nearest key above it; without one, ``[i]``."""
+    if isinstance(batch, Tensor):
+        yield name, batch
+    elif isinstance(batch, Mapping):
+        for key, value in batch.items():
+            yield from named_tensors(value, str(key))
+    elif isinstance(batch, list | tuple):
+        for i, value in enumerate(batch):
+            yield from named_tensors(value, name or f"[{i}]")
 
 
 class MicroBatch(NamedTuple):
@@ -39,11 +51,15 @@ class MicroBatch(NamedTuple):
 
     @property
     def model_inputs(self) -> Any:
-        """Return the inputs without the ``attention_mask`` of packed rows, which would hide ``position_ids``."""
-        mask = self.inputs.get("attention_mask") if isinstance(self.inputs, Mapping) else None
+        """Return the inputs that the model needs."""
+        return self.for_model(self.inputs)
+
+    def for_model(self, inputs: Any) -> Any:
+        """Return these inputs without the ``attention_mask`` of packed rows, which would hide ``position_ids``."""
+        mask = inputs.get("attention_mask") if isinstance(inputs, Mapping) else None
         if mask is None or len(mask) >= len(self.ids_B):
-            return self.inputs
-        return {name: value for name, value in self.inputs.items() if name != "attention_mask"}
+            return inputs
+        return {name: value for name, value in inputs.items() if name != "attention_mask"}
 
 
 @dataclass(frozen=True)

@@ -80,6 +80,18 @@ def passes(before: float, now: float, every: float) -> bool:
     return math.floor(now / every + 1e-9) > math.floor(before / every + 1e-9)
 
 
+@dataclass(frozen=True)
+class Limits:
+    """The limits of a run."""
+
+    amounts: Mapping[str, float]
+    """Limit per unit of `UNITS`; the first limit reached ends the run."""
+    extends: bool = False
+    """True if the amounts are added to those of a finished run, which the run continues."""
+    began: float | None = None
+    """``time.time()`` from which the seconds count; None: the entry into ``train()``."""
+
+
 @dataclass
 class Clock:
     """The spent amount of each unit, over all ranks and all earlier parts of the run.

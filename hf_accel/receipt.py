@@ -36,15 +36,16 @@ class Stopwatch:
 
     def begin(self, name: str) -> None:
         """Charge a name from now on, until it ends."""
-        self._settle()
+        self.settle()
         self._names.append(name)
 
     def end(self) -> None:
         """Charge the outer name again."""
-        self._settle()
+        self.settle()
         self._names.pop()
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
+        """Charge the time until now."""
         if self.synchronizes and torch.accelerator.is_available():
             torch.accelerator.synchronize()
         now = time.perf_counter()

@@ -28,6 +28,7 @@ from hf_accel.bounds import check_bounds
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
+    from hf_accel.clock import Limits
     from hf_accel.losses import ExampleLosses, Head
 
 Fraction = Annotated[float, at.Interval(ge=0, le=1)]
@@ -59,11 +60,9 @@ HOOKS = (
     "parameter_rules",
     "loss_head",
     "transform_batch",
-    "example_weights",
-    "token_weights",
+    "loss_weights",
     "extra_loss",
-    "evaluating",
-    "saving",
+    "for_inference",
     "observe",
     "accept_step",
 )
@@ -71,7 +70,7 @@ HOOKS = (
 
 STREAM = frozenset(
     "prepare_dataset select order batch collate step_select objective loss_head transform_batch "
-    "example_weights token_weights extra_loss observe synchronize".split()
+    "loss_weights extra_loss observe synchronize".split()
 )
 """Hooks and slots that take batches from the `StepStream`."""
 
@@ -188,16 +187,10 @@ class Technique(TrainerCallback):
         """Return the step batch to train on, for example a truncated one; called in order, before items are counted."""
         return batch
 
-    def example_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor | None:
-        """Return the weight of each example of a micro-batch, shape (B,), or None for 1.
+    def loss_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor | None:
+        """Return the weights of a micro-batch: of examples, shape (B,), or of items, shape (B, L); None for 1.
 
-        The weights of several techniques multiply.
-        """
-
-    def token_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor | None:
-        """Return the weight of each item, in the shape of ``losses.losses_BL``, or None for 1.
-
-        The weights of several techniques multiply.
+        Weights of items have the shape of ``losses.losses_BL``.  The weights of several techniques multiply.
         """
 
     def extra_loss(self, model: nn.Module, inputs: Mapping[str, Tensor], outputs: Any) -> Tensor | None:
@@ -218,12 +211,11 @@ class Technique(TrainerCallback):
 
     # Around evaluation and saving -----------------------------------------------------------------------------------
 
-    def evaluating(self, model: nn.Module) -> AbstractContextManager:
-        """Return a context for every evaluation; contexts of several techniques nest in order."""
-        return nullcontext()
+    def for_inference(self, model: nn.Module) -> AbstractContextManager:
+        """Return a context in which the model is as users receive it; contexts of several techniques nest in order.
 
-    def saving(self, model: nn.Module) -> AbstractContextManager:
-        """Return a context for every save of the final model; contexts of several techniques nest in order."""
+        It surrounds every evaluation and every save of the final model.
+        """
         return nullcontext()
 
     # In every checkpoint --------------------------------------------------------------------------------------------
@@ -263,22 +255,9 @@ class Technique(TrainerCallback):
 
     # Slots ----------------------------------------------------------------------------------------------------------
 
-    def budget(self) -> Mapping[str, float]:
-        """Return the limits of the run, per unit of `hf_accel.clock.UNITS`; the first one reached ends the run."""
+    def budget(self) -> Limits:
+        """Return the limits of the run; the first one reached ends it."""
         raise NotImplementedError
-
-    def extends_previous_run(self) -> bool:
-        """Return whether the budget extends a finished run; asked of the owner of ``budget``."""
-        return False
-
-    def meters(self) -> Mapping[str, Any]:
-        """Return gauges for the units that the trainer cannot count; asked of the owner of ``budget``.
-
-        - ``flops``: an object with `hf_accel.meters.flops.FlopMeter.measure`.
-        - ``joules``: a function that returns this rank's joules until now.
-        - ``seconds``: a function that returns the seconds since the budget began, unless it begins with ``train()``.
-        """
-        return {}
 
     def select(self, epoch: int, num_examples: int, generator: torch.Generator) -> tuple[Tensor, Tensor | None]:
         """Return the examples that an epoch trains on: ids_N, and weights_N or None for weights of 1.

@@ -41,7 +41,7 @@ class AccelTrainerMixin(Base):
         micro_batch_size: Examples of one forward pass on one device.  None: ``per_device_train_batch_size``;
             ``"auto"``: the largest that fits, found by halving.  An update always has
             ``per_device_train_batch_size x gradient_accumulation_steps x ranks`` examples.
-        allow_changes: Resume even if the checkpoint was written with other techniques.
+        allow_changes: Resume even if the checkpoint was written with other techniques, or if its files were edited.
         async_checkpoints: Write checkpoints during training (`hf_accel.checkpoints.background`), on one process, under
             DDP and FSDP2, from a copy of weights and optimizer state on the CPU.  Runs of the same kind can resume
             from these checkpoints, with this option or without.

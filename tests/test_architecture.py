@@ -9,7 +9,9 @@ import pytest
 from transformers import Trainer
 
 import hf_accel
-from hf_accel.host.view import PRIVATE, PUBLIC
+from hf_accel import contrib
+from hf_accel.host.signatures import RELIED_ON
+from hf_accel.host.view import MAKERS_OF_LOADERS, PRIVATE, PUBLIC
 from hf_accel.recipe import known_techniques
 from hf_accel.technique import Technique
 from hf_accel.testing import tiny_trainer
@@ -17,10 +19,11 @@ from hf_accel.testing import tiny_trainer
 ROOT = Path(hf_accel.__file__).parent
 AREAS = ("data", "model", "optim", "budget", "system", "contrib")
 LAYERS = (
-    ("bounds", "clock", "weights", "adapters", "batch", "preserve", "losses", "receipt", "meters"),
+    ("bounds", "clock", "metrics", "weights", "adapters", "batch", "preserve", "losses", "receipt", "meters"),
     ("technique", "run"),
     ("recipe", "host", "checkpoints", "stream", "surgery", "features"),
     ("engine",),
+    ("updates",),
     (*AREAS, "trainer", "arguments"),
     ("testing", "tasks", "tools"),
     ("evidence",),
@@ -93,20 +96,50 @@ def test_imports_form_no_circle():
         visit(name, ())
 
 
-@pytest.mark.parametrize("name", known_techniques())
+TECHNIQUES = {kind.__module__ for kind in known_techniques().values()}
+TECHNIQUES |= {getattr(contrib, name).__module__ for name in contrib.__all__}
+
+
+@pytest.mark.parametrize("name", sorted(TECHNIQUES))
 def test_no_technique_imports_another(name):
-    own = known_techniques()[name].__module__
-    others = {kind.__module__ for kind in known_techniques().values()} - {own}
-    assert not IMPORTS[own] & others
+    assert not IMPORTS[name] & (TECHNIQUES - {name})
 
 
-PRIVATE_NAME = re.compile(r"\b(?:trainer|host|run|run_|engine|accel)\._(?!_)\w+")
+def test_areas_hold_techniques_only():
+    """Their base classes lie in ``features``, ``surgery`` and ``updates``."""
+    assert TECHNIQUES == {n for n in MODULES if part(n) in AREAS and MODULES[n].name != "__init__.py"}
 
 
-@pytest.mark.parametrize("name", [name for name in sorted(MODULES) if part(name) not in ("host", "engine")])
-def test_private_names_of_the_trainer_stay_in_host_and_engine(name):
-    code = "\n".join(line for line in MODULES[name].read_text().splitlines() if not line.lstrip().startswith("#"))
-    assert not PRIVATE_NAME.findall(code)
+PRIVATE_NAMES = {name for name in (*RELIED_ON, *PRIVATE.values(), *MAKERS_OF_LOADERS) if name.startswith("_")}
+OF_OTHERS = frozenset(
+    "_BatchNorm _C _backward_hooks _compiled_call_impl _current_graph_task_id _forward_hooks _forward_pre_hooks "
+    "_get_fsdp_state _last_lr _local_scalar_dense _modules _ops _orig_mod _root_post_backward_final_callback "  # torch
+    "_schema _Int8MixedPrecisionTrainingLinearFunction "  # torch and torchao
+    "_ex_iterable "  # datasets
+    "_asdict _exit _fields _reconstructor _replace".split()  # Python
+)
+"""Private attributes of other packages than transformers and accelerate."""
+
+
+def private_attributes(tree: ast.AST) -> Iterator[str]:
+    """The private attributes that code reads from other objects than its own."""
+    own_names = {"self", "cls", "kind", "twin"} | {n.name for n in ast.walk(tree) if isinstance(n, ast.ClassDef)}
+    for node in ast.walk(tree):
+        if not isinstance(node, ast.Attribute) or not re.match(r"_[^_]", node.attr):
+            continue
+        owner = node.value
+        own = isinstance(owner, ast.Name) and owner.id in own_names
+        if not own and not (isinstance(owner, ast.Call) and ast.unparse(owner.func) == "super"):
+            yield node.attr
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(MODULES) if part(name) != "host"])
+def test_private_names_of_transformers_and_accelerate_stay_in_host(name):
+    tree = ast.parse(MODULES[name].read_text())
+    overrides = {"_save"} if name == "hf_accel.trainer" else set()
+    assert set(private_attributes(tree)) <= OF_OTHERS | overrides
+    texts = {node.value for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)}
+    assert not texts & PRIVATE_NAMES
 
 
 def test_a_trainer_gains_one_attribute(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 from hf_accel import evidence
 from hf_accel.compare.workloads import WORKLOADS
 from hf_accel.evidence.cards import markdown, meanings, source
+from hf_accel.evidence.records import FREE
 from hf_accel.recipe import known_techniques
 
 ROOT = Path(__file__).parents[1]
@@ -68,31 +69,42 @@ def test_docstrings_become_markdown(text, expected):
     assert markdown(text) == expected
 
 
+TRIALS = [{name: value for name in FREE} for value in (1, 2)]
+"""A search that varied every option that Trainer offers for free."""
+
+
 def test_the_results_have_every_candidate_the_fastest_first():
     def candidate(name, *techniques, role="candidate", **found):
         speed_ups = {"cpu_seconds": {"kind": "measured", "per_seed": [1.0] * 5, **found}}
         entries = [{technique: {}} for technique in techniques]
         return {"name": name, "role": role, "of": None, "techniques": entries, "speed_ups": speed_ups, "p_value": 0.001}
 
-    slower = candidate("InfoBatch(keep=0.5)", "InfoBatch", value=0.8, low=0.7, high=0.9, text="0.80x [0.70, 0.90]")
+    slower = candidate("InfoBatch", "InfoBatch", value=0.8, low=0.7, high=0.9, text="0.80x [0.70, 0.90]")
     faster = candidate("pretrain", "Muon", "LinearToZero", value=2.0, low=1.8, high=2.2, text="2.00x [1.80, 2.20]")
     missed = candidate("Muon", "Muon", kind="miss", value=0.0, low=0.0, high=None, text="miss (1 of 5)")
     placebo = candidate("subset", role="placebo", value=1.0, low=0.9, high=1.1, text="1.00x [0.90, 1.10]")
-    about = {"cost": "cpu_seconds", "seeds": [1, 2, 3, 4, 5], "machine": "a processor", "placebos": True}
+    slower |= {"techniques": [{"InfoBatch": {"keep": 0.3, "end": 0.875}}], "args": {"learning_rate": 0.1}}
+    faster["over_defaults"] = {"text": "5.00x [4.00, 6.00]"}
+    about = {"cost": "cpu_seconds", "seeds": [1, 2, 3, 4, 5], "machine": "a processor"}
+    new = about | {"form": evidence.FORM, "tuned": "8 trials", "trials": {"baseline": TRIALS}}
     records = {
         "a": about | {"workload": "digits", "tuned": "", "arms": [missed, slower, placebo]},
-        "b": about | {"workload": "code-lm", "tuned": "8 trials", "arms": [faster]},
+        "b": new | {"workload": "code-lm", "arms": [faster, placebo | {"of": "pretrain"}]},
     }
     rows, end = generate.results_table(records).split("\n\n")
     assert rows.splitlines()[2:] == [
         "| [pretrain](configs/recipes/pretrain.yaml) (Muon, LinearToZero) | [b](docs/evidence/b.json) "
-        "| 2.00x [1.80, 2.20] | faster | 5 |",
-        "| [InfoBatch(keep=0.5)](docs/techniques/info_batch.md) | [a](docs/evidence/a.json) | 0.80x [0.70, 0.90] "
+        "| 5.00x [4.00, 6.00] | 2.00x [1.80, 2.20] | faster | 5 |",
+        "| [InfoBatch(keep=0.3)](docs/techniques/info_batch.md) with learning_rate "
+        "0.1 | [a](docs/evidence/a.json) |  | 0.80x [0.70, 0.90] "
         "| slower, baseline not tuned | 5 |",
-        "| [Muon](docs/techniques/muon.md) | [a](docs/evidence/a.json) | miss (1 of 5) "
+        "| [Muon](docs/techniques/muon.md) | [a](docs/evidence/a.json) |  | miss (1 of 5) "
         "| miss, baseline not tuned | 5 |",
     ]
-    assert end == "Speed-ups are in CPU seconds. Machine: a processor."
+    assert end == (
+        "Speed-ups at equal quality with 95 % intervals, in CPU seconds. Machine: a processor. "
+        "Records of an older form, without trials and without all placebos: [a](docs/evidence/a.json)."
+    )
 
 
 def test_a_technique_without_what_it_saves_is_refused_with_its_row():
@@ -114,15 +126,17 @@ def test_baselines_that_never_decay_have_a_table_of_their_own():
 
 
 def test_the_first_numbers_are_those_of_the_fastest_of_fair_comparisons(tmp_path):
-    def document(tuned, placebos, *arms):
+    def document(tuned, *arms, placebos=True):
+        own = [arm(name, 1.0) | {"role": "placebo", "of": name} for name in ("Muon", "InfoBatch", "LAMB", "LARS")]
         return {
+            "form": evidence.FORM,
+            "trials": {"baseline": TRIALS},
             "workload": "novels-lm",
             "cost": "cpu_seconds",
             "machine": "a processor",
             "seeds": [1, 2],
             "tuned": tuned,
-            "placebos": placebos,
-            "arms": list(arms),
+            "arms": [*arms, *(own if placebos else [])],
         }
 
     def arm(technique, value):
@@ -137,18 +151,20 @@ def test_the_first_numbers_are_those_of_the_fastest_of_fair_comparisons(tmp_path
         }
 
     records = {
-        "fair": document("8 trials", True, arm("Muon", 1.5), arm("InfoBatch", 1.1)),
-        "faster": document("8 trials", True, arm("Muon", 1.8)),
-        "untuned": document("", True, arm("LAMB", 9.0)),
-        "unproven": document("8 trials", False, arm("LARS", 9.0)),
+        "fair": document("8 trials", arm("Muon", 1.5), arm("InfoBatch", 1.1)),
+        "faster": document("8 trials", arm("Muon", 1.8) | {"over_defaults": {"text": ">= 4.0x"}}),
+        "untuned": document("", arm("LAMB", 9.0)),
+        "unproven": document("8 trials", arm("LARS", 9.0), placebos=False),
     }
     overhead, kept = tmp_path / "overhead.json", tmp_path / "kept.json"
     overhead.write_text('{"wall": {"ratio": 1.01, "low": 1.0, "high": 1.02}}')
     runs = [{"case": "60s+load", "seconds": 57}, {"case": "2e6tok", "shares": {"tokens_share": 1.0}}]
     kept.write_text(json.dumps({"runs": runs}))
     said = generate.headline(records, overhead, kept)
-    assert re.findall(r"^\| \[(\w+)\]\S+ \| (\S+)", said, re.MULTILINE) == [("Muon", "1.8x")]
-    assert "Of 3 comparisons with a tuned baseline and placebos, 2 showed a gain" in said
+    assert re.findall(r"^\| \[(\w+)\]\S+ \| ([^|]*) \| (\S+)", said, re.MULTILINE) == [("Muon", ">= 4.0x", "1.8x")]
+    assert "Of 5 candidates, 4 met the best that Trainer can do" in said and "and 2 of these gained." in said
+    none = generate.headline({"untuned": records["untuned"]}, overhead, kept)
+    assert none.startswith("No speed-up is proven here yet.") and "and 0 of these gained." in none
     for words in ("(a processor)", "1 gained here, 3 showed no gain", "95.0% and 100.0%", "1.010x [1.000, 1.020]"):
         assert words in said, words
 

@@ -14,7 +14,7 @@ import cells
 import datasets
 import pytest
 import torch
-from hook_classes import one_of_each_class
+from hook_classes import one_for_each_hook
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -40,7 +40,7 @@ from transformers import (
 )
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 
-from hf_accel import Budget, InfoBatch, PaddingFree, Recipe, TargetMetric, accelerated, attach
+from hf_accel import Budget, InfoBatch, Packing, PaddingFree, Recipe, TargetMetric, accelerated, attach
 from hf_accel.losses import head_of
 from hf_accel.recipe import known_techniques
 from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_llama, weights_of
@@ -215,8 +215,8 @@ def table(request):
         TABLE.write_text(cells.written(HEADING, NAMES, columns, found, "trains"))
 
 
-CHOSEN = one_of_each_class({name: known_techniques()[name] for name in NAMES})
-"""In continuous integration; the others answer to the same hooks."""
+CHOSEN = one_for_each_hook({name: known_techniques()[name] for name in NAMES})
+"""In continuous integration; they answer to all hooks together."""
 
 
 @pytest.mark.parametrize("column", [*BUILDERS, PLAIN])
@@ -299,10 +299,13 @@ def test_observed_losses_are_those_of_the_examples(tmp_path):
         assert seen[i] == pytest.approx(expected, rel=1e-4)
 
 
-def test_padding_free_sft_is_sft(tmp_path):
+@pytest.mark.parametrize("technique", [PaddingFree, Packing])
+def test_sft_without_padding_is_sft(technique, tmp_path):
     plain = sft_run(tmp_path / "plain")
-    flattened = sft_run(tmp_path / "ours", accelerated(SFTTrainer), techniques=[PaddingFree()])
+    flattened = sft_run(tmp_path / "ours", accelerated(SFTTrainer), techniques=[technique()])
     assert losses_of(flattened) == pytest.approx(losses_of(plain), rel=1e-4)
+    tokens = [[row.get("num_tokens") for row in run.state.log_history] for run in (plain, flattened)]
+    assert tokens[1] == tokens[0] and None not in tokens[0][:-1]
 
 
 def test_attach_to_a_trainer_of_trl(tmp_path):

@@ -74,7 +74,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("watched", [False, True], ids=["plain", "streamed"])
+@pytest.mark.parametrize("watched", [pytest.param(False, marks=pytest.mark.ci), True], ids=["plain", "streamed"])
 @pytest.mark.parametrize("args", SETTINGS.values(), ids=SETTINGS)
 def test_causal_lm_is_trainers(args, watched, tmp_path):
     plain = tiny_trainer([], tmp_path, trainer_class=Trainer, **args)
@@ -320,6 +320,22 @@ def test_a_plain_trainer_refuses_what_it_cannot_do(tmp_path):
     late.add_callback(type("Late", (Watch,), {"on_train_begin": Technique.on_train_begin})())
     with pytest.raises(ValueError, match="Use AccelTrainer"):
         late.train()
+
+
+def test_the_list_of_callbacks_is_that_of_trainer(tmp_path):
+    trainers = [tiny_trainer([], tmp_path, trainer_class=cls) for cls in (Trainer, AccelTrainer)]
+    plain, ours = ([type(c) for c in trainer.callback_handler.callbacks] for trainer in trainers)
+    assert ours == plain
+
+
+@pytest.mark.parametrize("resume", [True, "checkpoint-8"], ids=str)
+def test_a_missing_checkpoint_is_reported_in_the_words_of_trainer(resume, tmp_path):
+    said = []
+    for cls in (Trainer, AccelTrainer):
+        with pytest.raises(ValueError) as raised:
+            tiny_trainer([], tmp_path, trainer_class=cls).train(resume_from_checkpoint=resume)
+        said.append(str(raised.value))
+    assert said[1].startswith(said[0])
 
 
 @pytest.mark.parametrize("wrong", [[Budget("1h"), Budget("2h")], [LoRA(rank=10_000)]], ids=["a slot", "a model"])

@@ -24,17 +24,17 @@ https://arxiv.org/abs/2104.07705, for schedules on wall-clock time.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
-from hf_accel.clock import CONTINUOUS, UNITS, parse_budget
-from hf_accel.meters.energy import EnergyMeter
-from hf_accel.meters.flops import FlopMeter, peak_flops
-from hf_accel.meters.job import job_seconds, passed_seconds
-from hf_accel.technique import State, Technique
+from hf_accel.clock import CONTINUOUS, UNITS, Limits, parse_budget
+from hf_accel.meters.flops import peak_flops
+from hf_accel.meters.job import job_seconds, job_start
+from hf_accel.technique import Technique
 
 
 @dataclass(eq=False)
@@ -56,13 +56,9 @@ class Budget(Technique):
         super().__post_init__()
         self.budget()
 
-    def _texts(self) -> list[str]:
-        texts = [self.limit] if isinstance(self.limit, str) else list(self.limit)
-        return [text.strip() for text in texts]
-
-    def budget(self) -> Mapping[str, float]:
-        """Return the limits by unit."""
-        texts = self._texts()
+    def budget(self) -> Limits:
+        """Return the limits; the seconds of a job count from its start."""
+        texts = [text.strip() for text in ([self.limit] if isinstance(self.limit, str) else self.limit)]
         further = [text.startswith("+") for text in texts]
         if len(set(further)) > 1 or "+job" in texts:
             raise ValueError(
@@ -70,25 +66,10 @@ class Budget(Technique):
                 "Put '+' on all limits or on none."
             )
         pairs = [("seconds", job_seconds()) if t == "job" else parse_budget(t.removeprefix("+")) for t in texts]
-        limits = dict(pairs)
-        if not pairs or len(limits) < len(pairs):
+        amounts = dict(pairs)
+        if not pairs or len(amounts) < len(pairs):
             raise ValueError(f"{self!r}: each unit may be limited once, and at least one must be. Set other limits.")
-        return limits
-
-    def extends_previous_run(self) -> bool:
-        return any(text.startswith("+") for text in self._texts())
-
-    def meters(self) -> Mapping[str, Any]:
-        """Return meters for the limits that need one: FLOPs, energy, and the seconds of a job."""
-        limits, args = self.budget(), self.run_.args  # type: ignore[union-attr]
-        meters: dict[str, Any] = {}
-        if "flops" in limits:
-            meters["flops"] = FlopMeter()
-        if "joules" in limits:
-            meters["joules"] = EnergyMeter(args.device, machine=args.local_process_index == 0)
-        if "job" in self._texts():
-            meters["seconds"] = passed_seconds
-        return meters
+        return Limits(amounts, extends=all(further), began=job_start() if "job" in texts else None)
 
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
@@ -99,7 +80,13 @@ class Budget(Technique):
         if run.resumed:
             over = clock.done or clock.seconds > clock.limits.get("seconds", float("inf"))
             if any(clock.share([float(over)])):
-                raise ValueError(f"{self!r}: the run has spent this budget already. Set a larger one.")
+                clock.done = True  # the trainer returns at once, as Trainer does
+                if state.is_world_process_zero:
+                    warnings.warn(
+                        f"{self!r}: the run has spent this budget already, so nothing is trained. Set a larger one, or "
+                        "extend the run in another output_dir by an amount such as '+30min'.",
+                        stacklevel=2,
+                    )
         else:
             self._refuse_too_little({"seconds": clock.seconds})
 
@@ -116,14 +103,6 @@ class Budget(Technique):
             raise ValueError(
                 f"{self!r} is too small for one step and the evaluation and checkpoint after it. Set a larger limit."
             )
-
-    def state_dict(self, scope: Literal["global", "rank"]) -> State:
-        meter = None if scope == "global" or self.run_ is None else self.run_.meters.get("flops")
-        return {} if meter is None else {"flops": meter.state_dict()}
-
-    def load_state_dict(self, scope: Literal["global", "rank"], state: State) -> None:
-        if "flops" in state:
-            self.run_.meters["flops"].load_state_dict(state["flops"])  # type: ignore[union-attr]
 
     def report(self) -> Mapping[str, Any]:
         """Report the spent share of the budget by unit.

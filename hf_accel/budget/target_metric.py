@@ -2,7 +2,7 @@
 
 A run that stops at its target saves the rest of its budget:
 
-    stop when  metric <= value   (a loss),   metric >= value   (anything else)
+    stop when  metric <= value   (less is better),   metric >= value   (more is better)
 
 The metric is any that the evaluation returns: the loss, or a result of ``compute_metrics``, for example from the
 library ``evaluate``.  If weights are averaged, the run evaluates and returns the average.  The learning rate does not
@@ -29,6 +29,7 @@ from typing import Any, ClassVar
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
+from hf_accel.metrics import greater_is_better
 from hf_accel.recipe.technique_syntax import nearest
 from hf_accel.technique import Technique
 
@@ -43,7 +44,7 @@ class TargetMetric(Technique):
     Args:
         metric: Name of the metric, with or without ``eval_``.
         value: Value that is good enough.
-        greater_is_better: True if more is better.  None means True unless the name ends with ``loss``, as in Trainer.
+        greater_is_better: Whether more is better.  None: as Trainer and ``evaluate`` declare it; other metrics need it.
     """
 
     metric: str = "loss"
@@ -52,6 +53,10 @@ class TargetMetric(Technique):
     fidelity: ClassVar = "exact"
     variations: ClassVar = {"metric": "runtime", "value": 3.5, "greater_is_better": True}
     counters: ClassVar = ("found",)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        greater_is_better(self.metric, self.greater_is_better)
 
     def prepare_args(self, args: TrainingArguments) -> TrainingArguments:
         """Turn evaluations on if there are none."""
@@ -74,7 +79,7 @@ class TargetMetric(Technique):
             self.others_.update(metrics)
             return
         self.others_.clear()
-        sign = 1 if self._greater_is_better() else -1
+        sign = 1 if greater_is_better(self.metric, self.greater_is_better) else -1
         value = float(metrics[name])
         self.found_["best"] = max(self.found_.get("best", value), value, key=lambda seen: sign * seen)
         if sign * value >= sign * self.value and "reached_at_step" not in self.found_:
@@ -88,9 +93,6 @@ class TargetMetric(Technique):
 
     def on_train_end(self, args, state, control, **kwargs):
         self.training_ = False
-
-    def _greater_is_better(self) -> bool:
-        return not self.metric.endswith("loss") if self.greater_is_better is None else self.greater_is_better
 
     def report(self) -> Mapping[str, Any]:
         """Report the best value, and the step and progress at which the target was reached, if at all."""

@@ -1,13 +1,14 @@
 """Write checkpoints during training.
 
-At the end of a step the tensors of a checkpoint are copied to the CPU, and training continues.
-``torch.distributed.checkpoint.async_save`` writes the optimizer's state; under FSDP2 it writes every rank's shards of
-this state and of the weights.  A thread writes all other large parts, such as ``model.safetensors`` for
-``from_pretrained``.  When every rank has written its part, rank 0 marks the checkpoint as complete and deletes old
+At the end of a step the tensors of a checkpoint are copied to the CPU, and training continues.  A thread writes the
+files of Trainer, such as ``optimizer.pt``, and ours.  Under FSDP2, ``torch.distributed.checkpoint.async_save`` writes
+every rank's shards.  When every rank has written its part, rank 0 marks the checkpoint as complete and deletes old
 ones.  Until then a run resumes from the one before.
 
-    optimizer_0/            state of the optimizer; under FSDP2 as accelerate writes it for SHARDED_STATE_DICT
-    pytorch_model_fsdp_0/   the same of the weights, under FSDP2
+    optimizer_0/            shards of the optimizer's state, as accelerate writes them for SHARDED_STATE_DICT
+    pytorch_model_fsdp_0/   shards of the weights
+
+``torch.distributed.checkpoint`` unpickles when it reads shards: resume from shards only if you trust who wrote them.
 
 One checkpoint is written at a time: the next one waits for it, and so does the end of ``train()``.  A copy of weights
 and optimizer state has to fit into the memory of the CPU.
@@ -17,27 +18,19 @@ Reference: https://docs.pytorch.org/docs/stable/distributed.checkpoint.html#torc
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
-
-from hf_accel.checkpoints.format import TENSOR, flatten_state, unflatten_state
 
 OPTIMIZER, SHARDS = "optimizer_0", "pytorch_model_fsdp_0"
 """Folders in a checkpoint."""
-
-SKELETON = "__skeleton__"
-"""Key of a state without its tensors."""
 
 Part = Callable[[], Any]
 """Function that writes a part of a checkpoint."""
@@ -61,7 +54,8 @@ def snapshot(value: Any, constant: frozenset[int] = frozenset()) -> Any:
         if isinstance(value, Mapping):
             return {name: copied(item) for name, item in value.items()}
         if isinstance(value, list | tuple):
-            return [copied(item) for item in value]
+            kind = tuple if isinstance(value, tuple) else list
+            return kind(copied(item) for item in value)
         return value
 
     return copied(value)
@@ -86,18 +80,7 @@ class Parts:
 
     def save_state(self, folder: Path, state: dict[str, Any], group: Any) -> None:
         """Begin to write a state into a folder, all ranks together."""
-        self._save(folder, state, group, alone=False)
-
-    def save_alone(self, folder: Path, state: Any, group: Any) -> None:
-        """Begin to write a state into a folder, this rank alone."""
-        tensors: dict[str, Tensor] = {}
-        # In nested states, async_save turns the parameters' numbers into strings.
-        skeleton = flatten_state(state, tensors)
-        self._save(folder, {SKELETON: (skeleton,), TENSOR: tensors}, group, alone=True)
-
-    def _save(self, folder: Path, state: dict[str, Any], group: Any, *, alone: bool) -> None:
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a thread warns, out of reach
-        self.futures.append(dcp.async_save(state, checkpoint_id=folder, process_group=group, no_dist=alone))
+        self.futures.append(dcp.async_save(state, checkpoint_id=folder, process_group=group))
 
     def finish(self, complete: Part | None, group: Any, now: Callable[[], float]) -> Future[tuple[str | None, float]]:
         """Write the parts in a thread, then ``complete`` on the rank that saves.
@@ -140,17 +123,3 @@ def agreed(error: str | None, group: Any) -> str | None:
     errors: list[str | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(errors, error, group=group)
     return next((found for found in errors if found is not None), None)
-
-
-def load(folder: Path) -> Any:
-    """Return the state that `Parts.save_alone` wrote into a folder, on the CPU."""
-    reader = dcp.FileSystemReader(folder)
-    found: dict[str, Any] = {SKELETON: None}
-    for name, entry in reader.read_metadata().state_dict_metadata.items():
-        if isinstance(entry, TensorStorageMetadata):
-            found[name] = torch.empty(entry.size, dtype=entry.properties.dtype)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(found, storage_reader=reader, no_dist=True)
-    (skeleton,) = found.pop(SKELETON)  # a tuple is not looked into
-    return unflatten_state(skeleton, {name.removeprefix(f"{TENSOR}."): found[name] for name in found})

@@ -115,8 +115,11 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def integrity_error(directory: str | Path) -> str | None:
-    """Return the reason why a checkpoint is not complete; None if it is, or if a plain Trainer wrote it."""
+def integrity_error(directory: str | Path, *, ours_only: bool = False) -> str | None:
+    """Return the reason why a checkpoint is not complete; None if it is, or if a plain Trainer wrote it.
+
+    With ``ours_only``, Trainer's files may have changed since.
+    """
     directory = Path(directory)
     if not has_state(directory) and not (directory / INCOMPLETE).exists():
         return None if (directory / "trainer_state.json").is_file() else "it has no trainer_state.json"
@@ -128,6 +131,8 @@ def integrity_error(directory: str | Path) -> str | None:
         return f"its {COMPLETE} cannot be read"
     for name, size in document["sizes"].items():
         path = directory / name
+        if ours_only and name != AVERAGED and not name.startswith("accel_"):
+            continue
         if not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != size:

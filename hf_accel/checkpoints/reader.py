@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import PreTrainedModel
-from transformers.trainer import SCHEDULER_NAME
 from transformers.utils import logging
 
 from hf_accel.checkpoints import format as ckpt
-from hf_accel.checkpoints.background import OPTIMIZER, SHARDS, load
+from hf_accel.checkpoints.background import SHARDS
 from hf_accel.clock import CONTINUOUS
 from hf_accel.host.view import TrainerView
 from hf_accel.technique import Technique
@@ -26,24 +24,31 @@ Found = dict[str, list[tuple[Technique, Any]]]
 """Techniques and their states in a checkpoint, by scope."""
 
 
-def checkpoint_to_resume(resume: str | bool | None, output_dir: str) -> str | None:
-    """Return the checkpoint to resume from: the given one, or the newest complete one."""
+def checkpoint_to_resume(resume: str | bool | None, output_dir: str, *, allow_changes: bool) -> str | None:
+    """Return the checkpoint to resume from: the given one, or the newest complete one.
+
+    Trainer's files in a given one may have been edited if it holds no technique, or with ``allow_changes``.
+    """
     if not resume:
         return None
     if isinstance(resume, str | os.PathLike):
         if not Path(resume).is_dir():
-            raise ckpt.CheckpointError(f"{resume}: there is no checkpoint. Name a checkpoint-N directory.")
+            raise ckpt.CheckpointError(f"Can't find a valid checkpoint at {resume}. Name a checkpoint-N directory.")
         if (fault := ckpt.integrity_error(resume)) is not None:
-            whole, _ = ckpt.newest_complete(Path(resume).parent)
-            remedy = f"Resume from {whole}." if whole else "There is no whole checkpoint beside it: start again."
-            raise ckpt.CheckpointError(f"{resume}: the checkpoint is not whole, {fault}. {remedy}")
+            edited = ckpt.integrity_error(resume, ours_only=True) is None
+            if not (edited and (allow_changes or not ckpt.load_state(resume, ckpt.STATE)["techniques"])):
+                whole, _ = ckpt.newest_complete(Path(resume).parent)
+                remedy = f"Resume from {whole}" if whole else "There is no complete checkpoint beside it: start again"
+                remedy += ", or set allow_changes=True if you edited it." if edited else "."
+                raise ckpt.CheckpointError(f"{resume}: the checkpoint is not complete, {fault}. {remedy}")
+            logger.warning(f"{resume}: {fault}. The run resumes from the edited files.")
         return str(resume)
     whole, passed_over = ckpt.newest_complete(output_dir)
     for name, fault in passed_over.items():
         logger.warning(f"{name}: passed over, {fault}.")
     if whole is None:
         raise ckpt.CheckpointError(
-            f"{output_dir}: there is no whole checkpoint to resume from. Train without resuming first."
+            f"No valid checkpoint found in output directory ({output_dir}). Train without resuming first."
         )
     return str(whole)
 
@@ -53,11 +58,11 @@ def checkpoint_to_extend(resume: str | bool | None, output_dir: str, owner: Tech
     if not resume:
         raise ValueError(f"{owner!r}: there is no run to continue. Name it by resume_from_checkpoint=.")
     if resume is True or Path(resume, "trainer_state.json").is_file():
-        return checkpoint_to_resume(resume, output_dir)
+        return checkpoint_to_resume(resume, output_dir, allow_changes=False)
     folder = Path(resume)
     whole = [path for path in ckpt.checkpoints(folder) if ckpt.has_state(path) and ckpt.integrity_error(path) is None]
     if not whole:
-        raise ckpt.CheckpointError(f"{folder}: there is no whole checkpoint of a run of hf_accel. Name another.")
+        raise ckpt.CheckpointError(f"{folder}: there is no complete checkpoint of a run of hf_accel. Name another.")
     # Prefer a checkpoint before the run's cooldown.
     at_peak = (path for path in whole if ckpt.load_state(path, ckpt.STATE).get("rate") == 1.0)
     return str(next(at_peak, whole[0]))
@@ -68,19 +73,20 @@ class CheckpointReader:
 
     Attributes:
         state: Our state, the same on every rank; almost empty for a plain Trainer's checkpoint.
+        state_of_rank: Our state of this rank; empty on another number of ranks.
     """
 
     def __init__(self, host: TrainerView, checkpoint: str):
         self.host, self.checkpoint = host, checkpoint
         has_state = ckpt.has_state(checkpoint)
         self.state: dict[str, Any] = ckpt.load_state(checkpoint, ckpt.STATE) if has_state else {"techniques": []}
+        self.state_of_rank = self._read_state_of_rank(self.state.get("world_size", host.args.world_size))
         self._found: Found = {}
 
     def find_states(self, techniques: list[Technique]) -> None:
         """Match the techniques with their states."""
-        ranked = self._state_of_rank(self.state.get("world_size", self.host.args.world_size))
         there, here = self.state["techniques"], [repr(technique) for technique in techniques]
-        for scope, states in (("global", self.state.get("states", [])), ("rank", ranked.get("states", []))):
+        for scope, states in (("global", self.state.get("states", [])), ("rank", self.state_of_rank.get("states", []))):
             remaining = list(zip(there, states, strict=False))
             for name, technique in zip(here, techniques, strict=True):
                 match = next((pair for pair in remaining if pair[0] == name), None)
@@ -88,7 +94,7 @@ class CheckpointReader:
                     remaining.remove(match)
                     self._found.setdefault(scope, []).append((technique, match[1]))
 
-    def _state_of_rank(self, world_size: int) -> dict[str, Any]:
+    def _read_state_of_rank(self, world_size: int) -> dict[str, Any]:
         """Return the states of this rank, or nothing on another number of ranks."""
         host, here = self.host, self.host.args.world_size
         if world_size != here and host.is_deepspeed_enabled:
@@ -135,16 +141,6 @@ class Heartbeat:
         scratch = self.path.with_suffix(".tmp")
         scratch.write_text(json.dumps({"run_id": self.run_id, "seconds": seconds, "joules": joules}))
         scratch.replace(self.path)
-
-
-def load_optimizer(host: TrainerView, checkpoint: str | None, plain: Callable[[Any], Any]) -> None:
-    """Read optimizer and schedule; ``plain`` is Trainer's own way."""
-    if checkpoint is None or host.is_fsdp_enabled or not Path(checkpoint, OPTIMIZER).is_dir():
-        with reading_shards(host, checkpoint):
-            plain(checkpoint)
-        return
-    host.optimizer.load_state_dict(load(Path(checkpoint, OPTIMIZER)))
-    host.lr_scheduler.load_state_dict(torch.load(Path(checkpoint, SCHEDULER_NAME), weights_only=True))
 
 
 def load_renamed_weights(host: TrainerView, checkpoint: Any, load_result: Any) -> Any:

@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.distributed.tensor import DTensor
-from transformers.trainer import SCHEDULER_NAME
+from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME
 from transformers.trainer_utils import rotate_checkpoints
 from transformers.utils import logging
 
@@ -170,7 +170,7 @@ class CheckpointWriter:
             state = {"optimizer": get_optimizer_state_dict(host.model, host.optimizer)}
             parts.save_state(Path(output_dir, OPTIMIZER), state, self.groups[1])
         elif host.args.should_save:
-            parts.save_alone(Path(output_dir, OPTIMIZER), host.optimizer.state_dict(), self.groups[1])
+            self.put(torch.save, host.optimizer.state_dict(), Path(output_dir, OPTIMIZER_NAME))
         if host.args.should_save:
             torch.save(host.lr_scheduler.state_dict(), Path(output_dir, SCHEDULER_NAME))
 
@@ -182,7 +182,7 @@ FILE_WRITERS = ("PytorchStreamWriter", "inline_container")
 def _failure(directory: Path, error: Exception | str) -> str:
     """Describe why a checkpoint could not be written, for example because of a full disk."""
     whole, _ = ckpt.newest_complete(directory.parent)
-    remedy = f"resume from {whole}, which is whole" if whole else "start again: there is no whole one yet"
+    remedy = f"resume from {whole}, which is complete" if whole else "start again: no checkpoint is complete yet"
     why = " ".join(str(error).split())[:200]
     return f"{directory}: the checkpoint could not be written ({why}). Make room, and {remedy}."
 

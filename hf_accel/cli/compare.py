@@ -33,6 +33,10 @@ def compare(
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each arm.")] = 5,
     budget: Annotated[str | None, typer.Option(help="Time for the whole comparison, such as 20min.")] = None,
     metric: Annotated[str | None, typer.Option(help="Metric of the evaluation, such as loss or accuracy.")] = None,
+    greater_is_better: Annotated[
+        bool | None,
+        typer.Option("--greater-is-better/--lower-is-better", help="Direction of a metric that declares none."),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(file_okay=False, help="Folder of records and reports. An interrupted comparison resumes there."),
@@ -48,7 +52,7 @@ def compare(
     share: Annotated[float, typer.Option(help="Horizon of the candidates, as a share of the budget.")] = 1.0,
     scale: Annotated[str, typer.Option(help="Scale of the workload: cpu or gpu.")] = "cpu",
     tune: Annotated[
-        int, typer.Option(min=0, help="Trials of learning rate and batch size per arm; 4 or more count as tuning.")
+        int, typer.Option(min=0, help="Trials of Trainer's free options per arm; 10 or more count as tuning.")
     ] = 0,
 ) -> None:
     """Measure the speed-up of recipes at equal quality, against a fair baseline."""
@@ -65,6 +69,7 @@ def compare(
         horizons=_numbers(horizons),
         seeds=seeds,
         metric=metric,
+        greater_is_better=greater_is_better,
         budget=budget,
         out=out,
         ablate=ablate,

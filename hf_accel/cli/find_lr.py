@@ -22,7 +22,7 @@ from hf_accel.tasks import build_task
 from hf_accel.trainer import AccelTrainer
 
 if TYPE_CHECKING:
-    from hf_accel.optim.learning_rate.search import FoundRate
+    from hf_accel.updates.learning_rates import FoundRate
 
 
 def find_lr(

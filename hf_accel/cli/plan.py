@@ -98,7 +98,7 @@ def what_fits(recipe: Recipe, budget: str, rows: int, devices: int) -> dict[str,
         searches = [t for t in trainer.techniques if isinstance(t, LearningRateSearch)]
         forecast = calibrate(trainer, seconds=CALIBRATION_SECONDS, without=searches)
         left = 1 - sum(search.share for search in searches)
-        limits = {unit: limit * left for unit, limit in trainer.accel.limits().items()}
+        limits = {unit: limit * left for unit, limit in trainer.accel.limits().amounts.items()}
     for strategy, rhythm in (("eval", forecast.evaluations), ("save", forecast.checkpoints)):
         if getattr(trainer.args, f"{strategy}_strategy") == "epoch":
             rhythm.each_step *= devices

@@ -20,6 +20,9 @@ def run(
         list[str] | None, typer.Option(metavar="TECHNIQUE", help="Technique in Python syntax: InfoBatch(keep=0.5).")
     ] = None,
     budget: Annotated[str | None, typer.Option(help="Limit of the run: 30min, 500steps, 3epochs, 1e9tok.")] = None,
+    allow_changes: Annotated[
+        bool, typer.Option("--allow-changes", help="Resume even if the techniques differ.")
+    ] = False,
 ) -> None:
     """Run an unmodified script with techniques attached."""
     if not script.is_file():
@@ -27,5 +30,5 @@ def run(
     sys.path[0] = str(script.resolve().parent)  # as Python does; custom techniques may be there
     chosen = Recipe() if recipe is None else Recipe.load(recipe)
     chosen = with_options(chosen, technique or [], budget)
-    with attached(chosen):
+    with attached(chosen, allow_changes=allow_changes):
         run_script(script, arguments or [])

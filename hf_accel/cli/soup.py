@@ -13,6 +13,7 @@ from rich.table import Table
 from transformers import Trainer, set_seed
 from transformers.utils import logging
 
+from hf_accel.metrics import greater_is_better
 from hf_accel.recipe import Recipe
 
 
@@ -22,6 +23,10 @@ def soup(
     greedy: Annotated[bool, typer.Option("--greedy", help="Keep only models that help; needs --recipe.")] = False,
     recipe: Annotated[Path | None, typer.Option(help="YAML file with the validation set for --greedy.")] = None,
     metric: Annotated[str, typer.Option(help="Metric of the evaluation, such as loss or accuracy.")] = "loss",
+    declared: Annotated[
+        bool | None,
+        typer.Option("--greater-is-better/--lower-is-better", help="Direction of a metric that declares none."),
+    ] = None,
 ) -> None:
     """Average the weights of models, or of LoRA adapters, exactly."""
     from hf_accel.tools import soup as soups
@@ -32,11 +37,10 @@ def soup(
     logging.disable_progress_bar()
     console, kept = Console(), list(dict.fromkeys(folders))
     if recipe is not None:
-        from hf_accel.compare.results import lower_is_better
-
+        more_is_better = greater_is_better(metric, declared)
         evaluate = evaluation(Recipe.load(recipe), metric)
         scores = {folder: evaluate(folder) for folder in kept}
-        kept, score = soups.greedy(scores, evaluate, lower_is_better(metric))
+        kept, score = soups.greedy(scores, evaluate, lower_is_better=not more_is_better)
         table = Table(title=f"Greedy soup: {metric} {score:.6g}", title_justify="left")
         for heading in ("model", metric, "kept"):
             table.add_column(heading, overflow="fold")

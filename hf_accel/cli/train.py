@@ -44,9 +44,7 @@ def train(
         chosen.args["output_dir"] = str(output)
     args = chosen.training_arguments()
     techniques = chosen.build_techniques()  # fails on a mistake before data is read
-    if previous is not None and not any(
-        "budget" in t.implemented_hooks() and t.extends_previous_run() for t in techniques
-    ):
+    if previous is not None and not any("budget" in t.implemented_hooks() and t.budget().extends for t in techniques):
         raise ValueError(f"continue({str(previous)!r}) needs a budget that extends the run. Add --budget +30min.")
     if previous is not None and resume:
         raise ValueError("resume: --resume is for an interrupted run, --continue for a finished one. Remove one.")

@@ -11,8 +11,8 @@ from typing import Any
 import numpy as np
 
 from hf_accel.compare import cache
-from hf_accel.compare.arms import Arm
-from hf_accel.compare.results import COSTS, Records, Results, Row, lower_is_better
+from hf_accel.compare.arms import AT_EVERY_HORIZON, DEFAULTS, Arm
+from hf_accel.compare.results import COSTS, Records, Results, Row
 from hf_accel.compare.statistics import non_inferiority, p_value, speed_up
 from hf_accel.compare.workloads import Workload
 from hf_accel.evidence import holm
@@ -26,25 +26,25 @@ class Design:
 
     workload: Workload
     metric: str
+    lower_is_better: bool
     seeds: Sequence[int]
     horizons: Sequence[float]
     budget: str | None
     cost: str
     tuned: str
-    placebos: bool
     trials: dict[str, list[dict[str, Any]]]
     baseline_args: dict[str, Any]
-
-    @property
-    def lower_is_better(self) -> bool:
-        """Whether the quality is a loss."""
-        return lower_is_better(self.metric)
 
     @property
     def margin(self) -> float:
         """The difference in quality that does not matter."""
         own = self.metric == self.workload.metric
         return self.workload.margin if own else 0.003 if self.lower_is_better else 0.002
+
+    @property
+    def level(self) -> float | None:
+        """The quality that the workload's baseline should reach; None if it states none."""
+        return self.workload.quality if self.metric == self.workload.metric else None
 
 
 def collect(design: Design, arms: Sequence[Arm], records: Records) -> Results:
@@ -59,11 +59,10 @@ def collect(design: Design, arms: Sequence[Arm], records: Records) -> Results:
     count_tokens(records)
     measured, rows = Measured(design, records), []
     for arm in arms:
-        if arm.role == "baseline":
-            rows += [measured.row(arm, horizon, whole) for horizon in design.horizons]
-        else:
-            rows.append(measured.row(arm, arm.horizon, [s for s in whole if (arm.name, arm.horizon, s) in records]))
-            measured.compare(rows[-1])
+        for horizon in design.horizons if arm.role in AT_EVERY_HORIZON else [arm.horizon]:
+            rows.append(measured.row(arm, horizon, [seed for seed in whole if (arm.name, horizon, seed) in records]))
+            if arm.role != "baseline":
+                measured.compare(rows[-1])
     candidates = [row for row in rows if row.role == "candidate" and design.cost in row.speed_ups]
     p_values = [p_value(row.speed_ups[design.cost]) for row in candidates]
     for row, own, adjusted in zip(candidates, p_values, holm(p_values), strict=True):
@@ -75,7 +74,7 @@ def collect(design: Design, arms: Sequence[Arm], records: Records) -> Results:
         margin=design.margin,
         cost=design.cost,
         tuned=design.tuned,
-        placebos=design.placebos,
+        level=design.level,
         trials=design.trials,
         baseline_args=design.baseline_args,
         seeds=whole,
@@ -152,22 +151,33 @@ class Measured:
             return
         sign = 1 if self.design.lower_is_better else -1
         losses_S = sign * self.values(row.name, row.horizon, row.seeds, self.quality)
-        curves_SH = sign * self._baseline(row.seeds, self.quality)
+        curves_SH = sign * self._curves("baseline", row.seeds, self.quality)
         ended_S = [self.records[row.name, row.horizon, seed]["status"] == "finished" for seed in row.seeds]
         for cost in COSTS:
 
             def read(record: Mapping[str, Any], cost: str = cost) -> float:
                 return record["costs"][cost]
 
-            paid_S, costs_SH = self.values(row.name, row.horizon, row.seeds, read), self._baseline(row.seeds, read)
+            paid_S, costs_SH = (
+                self.values(row.name, row.horizon, row.seeds, read),
+                self._curves("baseline", row.seeds, read),
+            )
             counted = np.append(costs_SH, paid_S[ended_S])
             if (np.isfinite(counted) & (counted > 0)).all():
                 row.speed_ups[cost] = speed_up(costs_SH, curves_SH, paid_S, losses_S)
+            if row.role == "candidate" and cost == self.design.cost and self._has_defaults(row.seeds):
+                default_losses_SH = sign * self._curves(DEFAULTS, row.seeds, self.quality)
+                if np.isfinite(default_losses_SH).any(axis=1).all():
+                    default_costs_SH = self._curves(DEFAULTS, row.seeds, read)
+                    row.over_defaults = speed_up(default_costs_SH, default_losses_SH, paid_S, losses_S)
         final_S = sign * self.values("baseline", row.horizon, row.seeds, self.quality)
         row.non_inferiority = non_inferiority(losses_S, final_S, self.design.margin)
 
-    def _baseline(self, seeds: Sequence[int], read: Read) -> np.ndarray:
-        return np.stack([self.values("baseline", h, seeds, read) for h in self.design.horizons], axis=1)
+    def _curves(self, name: str, seeds: Sequence[int], read: Read) -> np.ndarray:
+        return np.stack([self.values(name, h, seeds, read) for h in self.design.horizons], axis=1)
+
+    def _has_defaults(self, seeds: Sequence[int]) -> bool:
+        return all((DEFAULTS, h, seed) in self.records for h in self.design.horizons for seed in seeds)
 
 
 def _mean(values: np.ndarray) -> float:

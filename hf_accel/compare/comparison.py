@@ -28,8 +28,9 @@ from hf_accel.compare.execution import Execution, Progress
 from hf_accel.compare.page import page
 from hf_accel.compare.plan import Plan, Run
 from hf_accel.compare.report import markdown
-from hf_accel.compare.results import Records, Results, lower_is_better
+from hf_accel.compare.results import Records, Results
 from hf_accel.compare.workloads import FromRecipe, Workload, build_workload
+from hf_accel.metrics import greater_is_better
 from hf_accel.recipe import Recipe
 
 HORIZONS = (0.25, 0.5, 0.75, 1.0, 1.5)
@@ -47,12 +48,12 @@ class Comparison:
         horizons: Shares of the nominal budget at which the baseline is trained.
         seeds: Number of seeds, or the seeds.
         metric: Metric of the evaluation; None: the workload's.
+        greater_is_better: Direction of the metric; None: as the workload, Trainer or ``evaluate`` declares it.
         budget: Time limit, such as ``"20min"``; only whole seeds are reported.
         out: Folder of records and reports; an interrupted comparison continues from it.
         ablate: Leave out each technique of a recipe in turn.
-        placebos: Run placebos, and Trainer's untouched defaults.
-        tune: Trials of learning rate and batch size for every arm (`hf_accel.compare.tuning`); the baseline counts as
-            tuned from `tuning.TRIALS` on.
+        placebos: Run placebos for every candidate, and Trainer's untouched defaults at every horizon.
+        tune: Trials for every arm (`hf_accel.compare.tuning`); the baseline counts as tuned from `tuning.TRIALS` on.
         scale: Scale of a workload given by name, ``cpu`` or ``gpu``.
         share: Share of the nominal budget for candidates, one of the horizons.  Use half for candidates that may be
             twice as fast, so that they end within the baseline's range.
@@ -66,6 +67,7 @@ class Comparison:
     horizons: Sequence[float] = HORIZONS
     seeds: int | Sequence[int] = 5
     metric: str | None = None
+    greater_is_better: bool | None = None
     budget: str | None = None
     out: str | Path | None = None
     ablate: bool = False
@@ -95,9 +97,14 @@ class Comparison:
         if (reason := self.workload.missing()) is not None:
             raise ValueError(reason)
         self._workload = self.workload
+        declared = self.greater_is_better
+        if declared is None and self.metric_name == self._workload.metric:
+            declared = self._workload.greater_is_better
+        self.lower_is_better = not greater_is_better(self.metric_name, declared)
         self.reference = Arm("baseline", own, "baseline").inherit(self._workload.baseline_args())
         self.arms = [arm.inherit(self.reference.recipe.args) for arm in arms]
-        self.trials: dict[str, list[dict[str, Any]]] = {}
+        own_baseline = self.baseline is None and self._workload.trials
+        self.trials: dict[str, list[dict[str, Any]]] = {"baseline": self._workload.trials} if own_baseline else {}
         self.out = Path(self.out or Path("accel_output", f"compare-{self._workload.name}"))
         settings: dict[str, Any] = {"single_threaded": self.cost == "cpu_seconds"}
         if self.cost == "flops":
@@ -111,14 +118,14 @@ class Comparison:
         if tuning.SEED in self.seeds:
             raise ValueError(f"seeds({tuning.SEED}): is the seed of tuning. Choose others.")
         if self.tune < 0:
-            raise ValueError(f"tune({self.tune}): must be 0 or more. Use 8.")
+            raise ValueError(f"tune({self.tune}): must be 0 or more. Use {2 * tuning.TRIALS}.")
         if not self.seeds:
             raise ValueError("seeds(0): must be at least 1. Use 5.")
         if len(self.horizons) < 2 or self.horizons[0] <= 0:
             raise ValueError(f"horizons({self.horizons}): must be two or more above 0. Use 0.25,0.5,0.75,1,1.5.")
         if not arms and not (self.tune and self.workload):
             raise ValueError("candidates: there are none. Give a recipe, or tune the baseline of a workload.")
-        for share in (*(arm.horizon for arm in arms), *([self.share] if self.placebos else [])):
+        for share in [arm.horizon for arm in arms]:
             if share not in self.horizons:
                 known = ", ".join(f"{horizon:g}" for horizon in self.horizons)
                 raise ValueError(f"share({share}): is none of the horizons ({known}). Use one of them, or add it.")
@@ -148,8 +155,8 @@ class Comparison:
         if self.ablate:
             arms += ablations(self.arms)
         if self.placebos:
-            arms += placebos.learning_rate_placebos(self.arms, self.reference.recipe)
-            arms += trainer_defaults(self.reference, self.share)
+            arms += placebos.planned_placebos(self.arms, self.reference.recipe)
+            arms += trainer_defaults(self.reference)
         return arms
 
     def run(self, follow: Callable[[Progress], None] = lambda _: None) -> Results:
@@ -172,25 +179,26 @@ class Comparison:
     def _tune(self, execution: Execution) -> None:
         """Give every arm the best arguments of its own search."""
 
-        def train(arms: list[Arm]) -> list[float]:
+        def train(arms: list[Arm]) -> list[tuning.Outcome]:
             runs = [self._plan.run(arm, arm.horizon, tuning.SEED) for arm in arms]
             records = execution.finish(runs)
             if len(records) < len(runs):
                 raise ValueError(f"budget({self.budget!r}): is too short for the tuning. Give more time.")
-            return [self._loss(records[run]) for run in runs]
+            return [self._outcome(records[run]) for run in runs]
 
         every = [self.reference, *self.arms]
         searches = tuning.tune(every, self.tune, train)
         self.trials = {name: search.record() for name, search in searches.items()}
-        best = {name: search.args(search.best) for name, search in searches.items()}
+        best = {name: search.values(search.best) for name, search in searches.items()}
         self.reference, *self.arms = [arm.changed(best[arm.name]) for arm in every]
 
-    def _loss(self, record: Mapping[str, Any]) -> float:
-        """Turn a run's metric so that lower is better; infinite if the run failed."""
+    def _outcome(self, record: Mapping[str, Any]) -> tuning.Outcome:
+        """Return a run's loss, which is infinite if it failed, and its cost."""
         value = record.get("metrics", {}).get(self.metric_name)
+        cost = record.get("costs", {}).get(self.cost, math.nan)
         if value is None or not math.isfinite(value):
-            return math.inf
-        return value if lower_is_better(self.metric_name) else -value
+            return math.inf, cost
+        return (value if self.lower_is_better else -value), cost
 
     def collect(self, arms: Sequence[Arm], records: Records) -> Results:
         """Collect the results of arms from their records."""
@@ -198,12 +206,12 @@ class Comparison:
         design = Design(
             workload=self._workload,
             metric=self.metric_name,
+            lower_is_better=self.lower_is_better,
             seeds=self.seeds,
             horizons=self.horizons,
             budget=self.budget,
             cost=self.cost,
             tuned=self.tuned,
-            placebos=self.placebos,
             trials=self.trials,
             baseline_args=self.reference.recipe.args,
         )

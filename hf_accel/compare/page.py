@@ -9,8 +9,9 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader
 
 from hf_accel.compare import figures, report
-from hf_accel.compare.results import Results
+from hf_accel.compare.results import Results, record
 from hf_accel.compare.statistics import mean_interval
+from hf_accel.evidence import caveats
 
 QUALITY = (
     "Each mark is a run; the line is the baseline's mean at its horizons. A dashed line leads from a candidate's mean "
@@ -59,8 +60,9 @@ def sections(results: Results) -> dict[str, dict[str, Any]]:
         "Training loss": {"figure": losses, "notes": [LOSS] if losses else []},
         "Where the time went": {"figure": times, "notes": [TIME + unsplit] if times else []},
         "Counted in other costs": {"table": report.other_costs(results)},
+        "Trials": {"table": report.trials(results)},
         "Apart from the comparison": {"table": apart, "notes": [report.DEFAULTS] if apart else []},
-        "Errors": {"list": report.errors(results)},
+        "Caveats": {"list": caveats(record(results))},
         "Baseline": {"facts": results.baseline_args},
         "Machine and versions": {"facts": about},
     }

@@ -1,7 +1,8 @@
-"""Placebos: cheap alternatives that a candidate must beat.
+"""Placebos: cheap alternatives that a candidate must beat, each with the baseline's method.
 
-The baseline's shorter horizons are one placebo.  The others are arms: the baseline with the candidate's learning rate,
-a random subset of its size, or a batch that fills its memory.
+Every candidate has at least one, the baseline with another order of the examples.  Others have the candidate's learning
+rate, batch size or warm-up, where it changes them, and one has all arguments that it changes.  Two more are sized by
+the measured use of a candidate: a random subset of its size, and a batch that fills its memory.
 """
 
 from __future__ import annotations
@@ -13,18 +14,35 @@ from typing import Any
 from hf_accel.compare.arms import Arm
 from hf_accel.compare.plan import Run
 from hf_accel.data.sampling.random_subset import RandomSubset
+from hf_accel.evidence.cards import trained_with
 from hf_accel.recipe import Recipe
 
+LABELS = {"learning_rate": "LR", "per_device_train_batch_size": "batch", "warmup_steps": "warm-up"}
+OTHER_ORDER = 5000
+"""A data seed; the worker adds the seed of the run."""
 
-def learning_rate_placebos(arms: Sequence[Arm], baseline: Recipe) -> list[Arm]:
-    """Give the baseline the learning rate of each arm that has another one."""
-    found = []
-    for arm in arms:
-        rate = arm.recipe.args.get("learning_rate")
-        if rate is not None and rate != baseline.args.get("learning_rate"):
-            recipe = Recipe(args=baseline.args | {"learning_rate": rate})
-            found.append(Arm(f"baseline, LR of {arm.name}", recipe, "placebo", arm.name, arm.horizon))
-    return found
+
+def planned_placebos(arms: Sequence[Arm], baseline: Recipe) -> list[Arm]:
+    """Return the placebos that can be planned before anything is measured: at least one for each arm."""
+    return [
+        Arm(f"baseline, {label} of {arm.name}", recipe, "placebo", arm.name, arm.horizon)
+        for arm in arms
+        for label, recipe in planned_recipes(arm.recipe, baseline).items()
+    ]
+
+
+def planned_recipes(candidate: Recipe, baseline: Recipe) -> dict[str, Recipe]:
+    """Return the placebos of a candidate by their labels."""
+    changed = trained_with(candidate.args) if candidate.techniques else {}  # without any, they are the candidate
+    for technique in candidate.build_techniques():
+        if "schedule" in technique.implemented_hooks() and "warmup" in vars(technique):
+            changed["warmup_steps"] = vars(technique)["warmup"]
+    changed = {name: value for name, value in changed.items() if value != baseline.args.get(name)}
+    given = {"another order": {"data_seed": OTHER_ORDER}}
+    given |= {label: {name: changed[name]} for name, label in LABELS.items() if name in changed}
+    if changed and changed not in given.values():
+        given["arguments"] = changed
+    return {label: Recipe(args=baseline.args | args) for label, args in given.items()}
 
 
 def measured_placebos(arms: Sequence[Arm], baseline: Recipe, records: Mapping[Run, Mapping[str, Any]]) -> list[Arm]:
@@ -54,7 +72,9 @@ def random_subset_placebo(candidate: Recipe, baseline: Recipe, sample_ratio: flo
     )
     if not selects or not 0 < sample_ratio < 0.97:
         return None
-    return Recipe(args=baseline.args, techniques=[RandomSubset(keep=round(sample_ratio, 2))])
+    # The subset's stream orders the examples itself.
+    args = {name: value for name, value in baseline.args.items() if name != "train_sampling_strategy"}
+    return Recipe(args=args, techniques=[RandomSubset(keep=round(sample_ratio, 2))])
 
 
 def bigger_batch_placebo(baseline: Recipe, memory_ratio: float) -> Recipe | None:

@@ -13,7 +13,7 @@ from typing import Any
 
 from hf_accel.clock import parse_budget
 from hf_accel.compare import cache
-from hf_accel.compare.arms import Arm
+from hf_accel.compare.arms import AT_EVERY_HORIZON, Arm
 from hf_accel.compare.workloads import DATA_ROOT, WORKLOADS, Workload
 
 
@@ -81,7 +81,7 @@ class Plan:
             of_seed = [
                 self.run(arm, horizon, seed)
                 for arm in arms
-                for horizon in (self.horizons if arm.role == "baseline" else [arm.horizon])
+                for horizon in (self.horizons if arm.role in AT_EVERY_HORIZON else [arm.horizon])
             ]
             random.Random(seed).shuffle(of_seed)
             runs += of_seed

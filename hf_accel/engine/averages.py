@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor
 
@@ -58,8 +58,8 @@ class AveragedWeights:
         self.host.prediction_step(model, inputs, prediction_loss_only=True)
 
     @contextlib.contextmanager
-    def in_place(self, hook: Literal["evaluating", "saving"]) -> Iterator[None]:
-        """Put the weights to evaluate or save into the model: the averages, inside the techniques' contexts."""
+    def in_place(self) -> Iterator[None]:
+        """Put the weights that the user receives into the model: the averages, inside the techniques' contexts."""
         if self._swapped:
             yield
             return
@@ -70,8 +70,8 @@ class AveragedWeights:
             if averages is not None:
                 weights.swap(self.host.model, averages)
                 stack.callback(weights.swap, self.host.model, averages)
-            for technique in self.roster.with_hook(hook):
-                stack.enter_context(getattr(technique, hook)(self.host.model))
+            for technique in self.roster.with_hook("for_inference"):
+                stack.enter_context(technique.for_inference(self.host.model))
             yield
 
     def evaluate(self, plain: Callable[[], Any]) -> Any:
@@ -84,7 +84,7 @@ class AveragedWeights:
 
     def predict(self, plain: Callable[[], Any]) -> Any:
         """Predict with the weights that the user receives; ``plain`` is Trainer's own method."""
-        with self.meter.stopwatch.charge("evaluation"), self.in_place("evaluating"):
+        with self.meter.stopwatch.charge("evaluation"), self.in_place():
             return plain()
 
     def finish(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 from transformers.trainer_utils import has_length
 
-from hf_accel.host.view import TrainerView
+from hf_accel.batch import named_tensors
+from hf_accel.host.view import MAKERS_OF_LOADERS, TrainerView
 
 
 def num_examples(batch: Any) -> int | None:
@@ -34,10 +35,10 @@ def _num_rows(column: Any) -> int | None:
 
 def num_tokens(batch: Any, main_input: str) -> Tensor | int | None:
     """Return the number of tokens that the attention masks keep, or else the size of the main input."""
-    masks = [v for name, v in _tensors(batch) if name.endswith("attention_mask") and v.dim() in (1, 2)]
+    masks = [v for name, v in named_tensors(batch) if name.endswith("attention_mask") and v.dim() in (1, 2)]
     if masks:
         return sum(mask.sum() for mask in masks)
-    values = [v for name, v in _tensors(batch) if name == main_input]
+    values = [v for name, v in named_tensors(batch) if name == main_input]
     if not values or any(v.is_floating_point() for v in values):
         return None
     return sum(v.numel() for v in values)
@@ -45,19 +46,7 @@ def num_tokens(batch: Any, main_input: str) -> Tensor | int | None:
 
 def num_positions(batch: Any, main_input: str) -> int:
     """Return the size of the main input, including padding: positions of text, pixels of images; 0 without one."""
-    return sum(v.numel() for name, v in _tensors(batch) if name == main_input)
-
-
-def _tensors(batch: Any, name: str = "") -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor of a batch, with the nearest key above it."""
-    if isinstance(batch, Tensor):
-        yield name, batch
-    elif isinstance(batch, Mapping):
-        for key, value in batch.items():
-            yield from _tensors(value, str(key))
-    elif isinstance(batch, list | tuple):
-        for value in batch:
-            yield from _tensors(value, name)
+    return sum(v.numel() for name, v in named_tensors(batch) if name == main_input)
 
 
 class LoaderCounter:
@@ -86,7 +75,7 @@ class LoaderCounter:
 
 def loader_counter(host: TrainerView) -> LoaderCounter | None:
     """Return a counter for Trainer's own loader, or None if the trainer makes another or batch sizes vary."""
-    own = any(host.overrides(name) for name in ("get_train_dataloader", "_get_dataloader", "_get_train_sampler"))
+    own = any(host.overrides(name) for name in MAKERS_OF_LOADERS)
     varied = host.args.train_sampling_strategy not in ("random", "sequential", "group_by_length")
     if own or varied or not has_length(host.train_dataset):
         return None

@@ -18,6 +18,7 @@ from hf_accel.engine.meter import Meter
 from hf_accel.engine.ranks import Ranks
 from hf_accel.engine.reserve import EndReserve
 from hf_accel.engine.roster import Roster
+from hf_accel.host.internals import sigterm_handler_before
 from hf_accel.host.view import TrainerView
 from hf_accel.technique import Technique
 
@@ -100,7 +101,7 @@ class ClockCallback(TrainerCallback):
                 callback.training_bar.total = state.max_steps
 
 
-class SigtermCallback(TrainerCallback):
+class SigtermCallback(JITCheckpointCallback):
     """Save and stop at the end of the step in which SIGTERM arrives, if ``enable_jit_checkpoint`` is set.
 
     It replaces Trainer's own callback, which saves in the middle of a step.  The step's examples then count as trained
@@ -108,17 +109,22 @@ class SigtermCallback(TrainerCallback):
     """
 
     def __init__(self, ranks: Ranks, replaced: JITCheckpointCallback):
-        assert replaced.jit_manager is not None
-        self.ranks, self.asked = ranks, False
-        signal.signal(signal.SIGTERM, replaced.jit_manager._original_sigterm_handler)
+        super().__init__()
+        self.ranks, self.trainer, self.jit_manager = ranks, replaced.trainer, replaced.jit_manager
+        signal.signal(signal.SIGTERM, sigterm_handler_before(replaced))
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.asked = False
-        self.before = signal.signal(signal.SIGTERM, lambda number, frame: setattr(self, "asked", True))
+        manager = self.jit_manager
+        manager.is_checkpoint_requested = False
+        self.before = signal.signal(
+            signal.SIGTERM, lambda number, frame: setattr(manager, "is_checkpoint_requested", True)
+        )
+
+    on_step_begin = on_pre_optimizer_step = on_epoch_end = TrainerCallback.on_step_begin
 
     def on_step_end(self, args, state, control, **kwargs):
-        (asked,) = self.ranks.share([float(self.asked)])  # ranks may receive the signal in different steps
-        if asked:
+        asked = float(self.jit_manager.is_checkpoint_requested)
+        if self.ranks.share([asked])[0]:  # ranks may receive the signal in different steps
             control.should_save = control.should_training_stop = True
         return control
 
@@ -153,18 +159,23 @@ def _listens(callback: TrainerCallback, event: str) -> bool:
     return getattr(type(callback), event) is not getattr(TrainerCallback, event, None)
 
 
-def charging(handler_class: type) -> type:
-    """Return a subclass of a callback handler that charges each technique for its events."""
+def charging(handler_class: type, first: TrainerCallback, last: TrainerCallback) -> type:
+    """Return a subclass of a callback handler that charges each technique for its events.
+
+    ``first`` and ``last`` surround the callbacks of each event, but are not in Trainer's list.
+    """
 
     class ChargingHandler(handler_class):
         def call_event(self, event, args, state, control, **kwargs):
-            if not any(isinstance(c, Technique) and _listens(c, event) for c in self.callbacks):
-                return super().call_event(event, args, state, control, **kwargs)
             given: dict[str, Any] = {name: getattr(self, name) for name in GIVEN_TO_CALLBACKS} | kwargs
-            for callback in self.callbacks:  # a callback may change the list, as in Trainer
-                charged = isinstance(callback, Technique) and callback.run_ is not None
-                with callback.run_.charge(callback) if charged else contextlib.nullcontext():
-                    control = getattr(callback, event)(args, state, control, **given) or control
-            return control
+            control = getattr(first, event)(args, state, control, **given) or control
+            if any(isinstance(c, Technique) and _listens(c, event) for c in self.callbacks):
+                for callback in self.callbacks:  # a callback may change the list, as in Trainer
+                    charged = isinstance(callback, Technique) and callback.run_ is not None
+                    with callback.run_.charge(callback) if charged else contextlib.nullcontext():
+                        control = getattr(callback, event)(args, state, control, **given) or control
+            else:
+                control = super().call_event(event, args, state, control, **kwargs)
+            return getattr(last, event)(args, state, control, **given) or control
 
     return ChargingHandler

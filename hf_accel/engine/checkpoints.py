@@ -82,8 +82,11 @@ class RunCheckpoints:
                 put(ckpt.save_averaged, directory, averages)
             put(ckpt.save_state, directory, ckpt.STATE, self._state(states["global"]))
             self.write_metadata(directory)
-        if any(states["rank"]):
-            put(ckpt.save_state, directory, f"accel_rank{args.process_index}", {"states": states["rank"]})
+        of_rank: dict[str, Any] = {"states": states["rank"]}
+        if (gauge := self.meter.gauges.get("flops")) is not None:
+            of_rank["flops"] = gauge.state_dict()
+        if any(of_rank["states"]) or len(of_rank) > 1:
+            put(ckpt.save_state, directory, f"accel_rank{args.process_index}", of_rank)
 
     def _state(self, of_techniques: list[Any]) -> dict[str, Any]:
         """Return the state that is the same on every rank."""
@@ -128,18 +131,21 @@ class RunCheckpoints:
         """Return our state in the checkpoint of a resumed run, or None if the run is not resumed."""
         return None if self._reader is None else self._reader.state
 
-    def find(self, resume: str | bool | None) -> str | None:
+    def find(self, resume: str | bool | None, *, allow_changes: bool) -> str | None:
         """Return the checkpoint to resume from, or None."""
         owner, output_dir = self.roster.owner("budget"), self.host.args.output_dir
-        if owner is not None and owner.extends_previous_run():
+        if owner is not None and owner.budget().extends:
             return reading.checkpoint_to_extend(resume, output_dir, owner)
-        return reading.checkpoint_to_resume(resume, output_dir)
+        return reading.checkpoint_to_resume(resume, output_dir, allow_changes=allow_changes)
 
     def resume(self, checkpoint: str, *, allow_changes: bool) -> None:
         """Continue the clock of the checkpoint's run, and find the states of the techniques."""
         reader = self._reader = reading.CheckpointReader(self.host, checkpoint)
         extends = resuming.check(reader, self.roster, self.host.args.output_dir, allow_changes=allow_changes)
         reader.find_states(self.roster.techniques)
+        gauge = self.meter.gauges.get("flops")
+        if gauge is not None and reader.state["techniques"] == [repr(t) for t in self.roster.techniques]:
+            gauge.load_state_dict(reader.state_of_rank.get("flops", {}))
         if extends:
             resuming.extend_run(reader, self.meter, self.optimization)
         elif "clock" in reader.state:
@@ -159,7 +165,8 @@ class RunCheckpoints:
 
     def load_optimizer(self, checkpoint: str | None, plain: Callable[[Any], Any]) -> None:
         """Read optimizer and schedule; ``plain`` is Trainer's own method."""
-        reading.load_optimizer(self.host, checkpoint, plain)
+        with reading.reading_shards(self.host, checkpoint):
+            plain(checkpoint)
         state = self.state or {}
         if self.roster.paced and "clock" in state and state["clock"]["limits"] != dict(self.meter.clock.limits):
             self.optimization.rescale_learning_rate()

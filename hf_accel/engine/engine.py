@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,14 @@ from hf_accel import host as hosts
 from hf_accel import losses
 from hf_accel.batch import StepBatch
 from hf_accel.checkpoints.writer import CheckpointWriter
-from hf_accel.clock import Clock
+from hf_accel.clock import Clock, Limits
 from hf_accel.engine import batch_norm, memory, setup
 from hf_accel.engine.averages import AveragedWeights
 from hf_accel.engine.batch_sizes import loader_counter
 from hf_accel.engine.callbacks import ClockCallback, RestoreCallback
 from hf_accel.engine.checkpoints import RunCheckpoints
 from hf_accel.engine.data import prepared_dataset, stream_of
-from hf_accel.engine.meter import Meter, receipt_of
+from hf_accel.engine.meter import Meter, gauges_for, receipt_of
 from hf_accel.engine.optimization import Optimization
 from hf_accel.engine.ranks import Ranks
 from hf_accel.engine.roster import Roster
@@ -49,7 +49,7 @@ class Engine:
         trainer: The trainer that the engine belongs to.
         techniques: Techniques, in the order in which they are asked.
         recipe: Recipe to save beside the model, with the arguments and techniques of the run.
-        gauges: Gauges of the clock, by unit; None: those of the owner of ``budget``.
+        gauges: Gauges of the clock, by unit; None: those that the limits need.
         streamed: True to take batches from the stream even if no technique needs it.
         paced: True to let Trainer's notion of time follow the clock even if no technique needs it.
     """
@@ -86,7 +86,7 @@ class Engine:
         self._show_run_to_techniques()
         self.begin({})
 
-    def begin(self, limits: dict[str, float], now: Callable[[], float] = time.monotonic) -> None:
+    def begin(self, limits: Mapping[str, float], now: Callable[[], float] = time.monotonic) -> None:
         """Make the parts that belong to one call of ``train()``."""
         clock = Clock(limits, now=now, share=self.ranks.share)
         self.meter = Meter(clock, self.gauges or {}, self.roster, self.ranks)
@@ -136,6 +136,7 @@ class Engine:
 
     def prepare_args(self, args: TrainingArguments, dataset: Any) -> TrainingArguments:
         """Return the arguments that Trainer sees."""
+        args = hosts.with_accumulation_steps(args)
         self._explicit_args = hosts.recorded_arguments(args)
         args = setup.prepared_args(args, dataset, self.roster, self.options)
         self.accumulation_steps = args.gradient_accumulation_steps
@@ -167,8 +168,7 @@ class Engine:
             batch_norm.refuse_iterables(owner, host.model, host.train_dataset)
         setup.add_callbacks(host, self.ranks, ClockCallback(self), RestoreCallback(self))
         if self.gauges is None:
-            budget = roster.owner("budget")
-            self.gauges = {} if budget is None else dict(budget.meters())
+            self.gauges = gauges_for(self.limits().amounts, host.args)
         self.head = self.find_head() if roster.streamed else None
         self.settle_sizes()
         self.begin({}, self.meter.clock.now)
@@ -190,12 +190,13 @@ class Engine:
         self.checkpoints.finish()  # of a run that was interrupted
         args = self.host.args
         self._show_run_to_techniques()
-        self.begin(self.limits(), self.meter.clock.now)
+        limits = self.limits()
+        self.begin(limits.amounts, self.meter.clock.now)
         self.step.one_pass = one_pass
-        checkpoint = self.checkpoints.find(resume)
+        checkpoint = self.checkpoints.find(resume, allow_changes=self.options.allow_changes)
         if checkpoint is not None:
             self.checkpoints.resume(checkpoint, allow_changes=self.options.allow_changes)
-        self.meter.start(resumed=self.resumed)
+        self.meter.start(resumed=self.resumed, began=limits.began)
         if args.device.type == "cuda" and not self.host.is_in_train:  # a short run inside a run is part of it
             torch.cuda.reset_peak_memory_stats(args.device)
         with self.meter.stopwatch.charge("other"):
@@ -206,12 +207,13 @@ class Engine:
             vars(technique).pop("run_", None)
         return output
 
-    def limits(self) -> dict[str, float]:
-        """Return the limits of the run, per unit."""
+    def limits(self) -> Limits:
+        """Return the limits of the run: those of the owner of ``budget``, or the arguments'."""
         args, owner = self.host.args, self.roster.owner("budget")
         if owner is not None:
-            return dict(owner.budget())
-        return {"steps": float(args.max_steps)} if args.max_steps > 0 else {"epochs": float(args.num_train_epochs)}
+            return owner.budget()
+        steps, epochs = float(args.max_steps), float(args.num_train_epochs)
+        return Limits({"steps": steps} if steps > 0 else {"epochs": epochs})
 
     def change_trial(self, trial: Any, plain: Callable[[Any], Any]) -> None:
         """Apply the arguments of a hyperparameter search's trial; ``plain`` is Trainer's own method."""
@@ -226,7 +228,7 @@ class Engine:
         if (self.roster.techniques or self.roster.streamed) and trial is not None:
             self.host.train_batch_size = args.train_batch_size
             self.settle_sizes()
-            self.meter.clock.limits = self.limits()
+            self.meter.clock.limits = self.limits().amounts
 
     def initial_values(self, args: TrainingArguments, values: tuple) -> tuple:
         """Return Trainer's initial values, with epochs and steps that follow the clock in a paced run."""
@@ -376,7 +378,7 @@ class Engine:
 
     def save_model(self, output_dir: Any, plain: Callable[[], Any]) -> None:
         """Save the model that the user receives; ``plain`` is Trainer's own method."""
-        with self.averages.in_place("saving"):
+        with self.averages.in_place():
             plain()
         self.write_run_metadata(output_dir or self.host.args.output_dir)
 

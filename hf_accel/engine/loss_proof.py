@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -20,19 +21,24 @@ from hf_accel.engine.memory import StepSnapshot
 from hf_accel.engine.ranks import Ranks
 from hf_accel.engine.roster import Roster
 from hf_accel.host.view import TrainerView
+from hf_accel.losses.proof import EXAMPLES, FULL_PRECISION, HALF_PRECISION
 from hf_accel.preserve import buffers_kept, evaluation_mode, random_state_kept
+from hf_accel.stream.indexed import StepStream
+
+MOST_TRIALS = 3
+"""Steps on which to find out which mean a loss is, if the earlier ones do not tell."""
 
 
 class LossProof:
     """Compare the computed loss with our assumptions about it.
 
-    Each of these assumptions is checked when a step first relies on it:
+    Each of the three assumptions is checked when a step first relies on it:
 
     - A head gives the model's own loss.  The first step compares the two in evaluation mode, so neither weights,
       statistics nor generators change.
     - A loss that receives the number of items is divided by it.  The first divided step shows this by the derivative.
       Any other loss is a mean, and a step's loss is the mean over its micro-batches, weighted by their items.
-    - A mean is that of its parts.  The first step in micro-batches smaller than Trainer's shows it for two halves.
+    - A mean is one over labels that count, or over examples.  Two micro-batches show it, read together and apart.
     """
 
     def __init__(self, host: TrainerView, roster: Roster, ranks: Ranks):
@@ -40,7 +46,8 @@ class LossProof:
         self.head_is_proved = False
         self.loss_is_mean: bool | None = None
         """True if the loss, or one of its terms, ignores the number of items; None while this is unknown."""
-        self.mean_is_proved = False
+        self._mean_over: str | None = None
+        self._trials = 0
 
     def prove_head(self, head: losses.Head, batch: StepBatch, read: Callable[[StepPlan], StepBatch]) -> bool:
         """Return whether a head gives the model's own loss; raise if it does not and a technique needs it.
@@ -70,20 +77,33 @@ class LossProof:
         return False
 
     def _difference(self, head: losses.Head, batch: StepBatch) -> tuple[float, float] | None:
-        model: Any = self.host.model_wrapped
         found = None
+        with self._undisturbed() as model:
+            for micro in batch.micro_batches:
+                inputs = self.host.prepare_inputs(micro.model_inputs)
+                outputs = model(**inputs)
+                if micro.ids_B[0] >= 0 and found is None:
+                    found = losses.compare_losses(head, outputs, inputs, len(micro.ids_B), half=self._is_half)
+        return found
+
+    @contextlib.contextmanager
+    def _undisturbed(self) -> Iterator[Any]:
+        """Give the model in evaluation mode, and restore everything that a forward pass changes."""
+        model: Any = self.host.model_wrapped
         with (
             torch.no_grad(),
             evaluation_mode(model),
             buffers_kept(self.host.model),
             random_state_kept(self.host.args.device),
+            self.host.metrics_kept(),
         ):
-            for micro in batch.micro_batches:
-                inputs = self.host.prepare_inputs(micro.model_inputs)
-                outputs = model(**inputs)
-                if micro.ids_B[0] >= 0 and found is None:
-                    found = losses.compare_losses(head, outputs, inputs, len(micro.ids_B), half=self._half)
-        return found
+            yield model
+
+    @property
+    def _is_half(self) -> bool:
+        """Return whether losses are computed with less than float32."""
+        half = self.host.accelerator.mixed_precision != "no"
+        return half or any(parameter.dtype.itemsize < 4 for parameter in self.host.model.parameters())
 
     def is_mean(self, num_items: Any) -> bool:
         """Return whether each micro-batch gives a mean, which Trainer divides."""
@@ -99,74 +119,85 @@ class LossProof:
         finally:
             self.host.loss_is_scaled_for_ga = given
 
-    def shares(self, batch: StepBatch) -> list[tuple[MicroBatch, float]]:
-        """Return micro-batches with the divisor of their mean that gives the mean of the step: 1 / share of the items.
+    def parts_of_mean(self, batch: StepBatch, stream: StepStream | None) -> list[tuple[MicroBatch, float]]:
+        """Return the micro-batches, each with the divisor of its mean that gives the mean of the step.
 
-        A mean over no item is not a number, and has no share.  It is left out, unless other ranks wait for the pass.
+        The divisor is 1 / its share of the step.  One process omits empty shares, because a mean of nothing is no
+        number.
+
+        Args:
+            stream: Stream of the run; None if the batch comes from another one.
         """
-        micros = batch.micro_batches
-        items = [
-            losses.items_of_mean(micro.inputs, len(micro.ids_B), shifted=self._shifted) if micro.ids_B[0] >= 0 else 0
-            for micro in micros
-        ]
-        if not sum(items):
-            return [(micro, float(len(micros))) for micro in micros]
-        kept = [(micro, n) for micro, n in zip(micros, items, strict=True) if n or self.ranks.world_size > 1]
-        return [(micro, sum(items) / n if n else math.inf) for micro, n in kept]
+        if len(batch.micro_batches) > 1 and stream is not None:
+            self._prove_mean(batch, stream.read)
+        sizes = [self._size(micro) if micro.ids_B[0] >= 0 else 0 for micro in batch.micro_batches]
+        if not sum(sizes):
+            return [(micro, float(len(sizes))) for micro in batch.micro_batches]
+        omits = self.ranks.world_size == 1 and "observe" not in self.roster.answered
+        parts = zip(batch.micro_batches, sizes, strict=True)
+        return [(micro, sum(sizes) / n if n else math.inf) for micro, n in parts if n or not omits]
 
-    @property
-    def _half(self) -> bool:
-        dtype = next(self.host.model.parameters()).dtype
-        return self.host.accelerator.mixed_precision != "no" or dtype != torch.float32
+    def _size(self, micro: MicroBatch) -> int:
+        """Return the number of items or examples that a micro-batch's loss is a mean of."""
+        sizes = self._sizes(micro)
+        return sizes.get(next(iter(sizes)) if self._mean_over is None else self._mean_over, 0)
+
+    def _sizes(self, micro: MicroBatch) -> dict[str, int]:
+        return losses.sizes_of_mean(micro.inputs, len(micro.ids_B), shifted=self._shifted)
 
     @functools.cached_property
     def _shifted(self) -> bool:
         """Return whether the first label of a row predicts nothing; Trainer does not know a subclass by its name."""
         return self.host.loss_shifts_labels or losses.kind_of(unwrapped(self.host.model)) == "causal LM"
 
-    def prove_mean(self, plan: StepPlan, stream: Any) -> None:
-        """Raise ValueError if the loss of two micro-batches is not the mean of the losses of two halves of them.
+    def _prove_mean(self, batch: StepBatch, read: Callable[[StepPlan], StepBatch]) -> None:
+        """Find out what a loss is a mean of: labels or examples.
 
-        Micro-batches that are Trainer's own batches need no proof, because its accumulation means such a mean.
-
-        Losses over all pairs of examples and means with class weights are not.  Random losses, and examples that are
-        not rows of tensors, tell nothing.  Terms that balance experts also balance them in parts.
+        Compare the loss of a few micro-batches, read together, with the means of their losses.  Warn if it is none of
+        these, and if micro-batches are smaller than the user's batches.
         """
-        size = plan.micro_batch_size
-        if self.mean_is_proved or size >= self.host.train_batch_size:
+        real = batch.real_micro_batches
+        sizes = {name: [self._sizes(micro).get(name, 0) for micro in real] for name in self._sizes(real[0])}
+        rows = sizes[EXAMPLES]
+        shares = {name: [n / b for n, b in zip(found, rows, strict=True)] for name, found in sizes.items()}
+        extremes = {share.index(pick(share)) for share in shares.values() for pick in (min, max) if len(set(share)) > 1}
+        smaller = self._trials == 0 and max(rows) < self.host.train_batch_size
+        if self._trials == MOST_TRIALS or not self.ranks.sum([float(bool(extremes) or smaller)])[0]:
             return
-        (micro,) = stream.read(
-            StepPlan(plan.epoch, plan.ids_N[: 2 * size], None, 2 * size, seed=plan.seed)
-        ).micro_batches
-        config = getattr(unwrapped(self.host.model), "config", None)
-        balances = any(getattr(config, setting, False) for setting in losses.ADDED_TERMS)
-        number, whole = len(micro.ids_B), micro.model_inputs
-        middle = number // 2
-        halves = [_rows(whole, number, slice(middle)), _rows(whole, number, slice(middle, number))]
-        if number > 1 and not balances and None not in halves:
-            with random_state_kept(self.host.args.device):
-                found, again, *parts = (self._loss_of(inputs) for inputs in (whole, whole, *halves))
-            counted = zip(halves, (middle, number - middle), strict=True)
-            items = [losses.items_of_mean(half, rows, shifted=self._shifted) for half, rows in counted]
-            shares = [loss * n for loss, n in zip(parts, items, strict=True) if n]
-            mean = sum(shares) / max(sum(items), 1)
-            if found == again and shares and not losses.agree(found, mean, half=self._half):
-                raise ValueError(
-                    f"micro_batch_size={size} does not support the loss of "
-                    f"{type(unwrapped(self.host.model)).__name__} because it is {found:.4f} for {number} examples, "
-                    f"but {mean:.4f} as the mean of two halves. Set micro_batch_size=None, or set "
-                    f"per_device_train_batch_size={size} and gradient_accumulation_steps to train on means."
+        self._trials += 1
+        chosen = sorted(extremes or {0, len(real) - 1})
+        ids = torch.cat([real[i].ids_B for i in chosen])
+        with self._undisturbed():
+            apart = [self._loss_of(read, batch.plan, real[i].ids_B) for i in chosen]
+            together, again = (self._loss_of(read, batch.plan, ids, draw) for draw in (0, 1))
+        tells = math.isclose(together, again, rel_tol=1e-6)  # neither the collator nor the loss draws
+        found = [
+            losses.error_of_mean(together, apart, [n[i] for i in chosen]) if tells else 0.0 for n in sizes.values()
+        ]
+        errors = dict(zip(sizes, self.ranks.sum(found), strict=True))
+        if math.isinf(least := min(errors.values())):
+            return
+        self._mean_over = min(errors, key=lambda name: errors[name])
+        noise, largest = (HALF_PRECISION, HALF_PRECISION) if self._is_half else (1e-5, FULL_PRECISION)
+        if sum(error <= least + noise for error in errors.values()) == 1:
+            self._trials = MOST_TRIALS
+        if least > largest * self.ranks.world_size:
+            self._mean_over, self._trials = EXAMPLES, MOST_TRIALS
+            if smaller:
+                mean = sum(loss * rows[i] for loss, i in zip(apart, chosen, strict=True)) / len(ids)
+                warnings.warn(
+                    f"The loss of {len(ids)} examples is {together:.4f}, not the mean of its micro-batches' losses, "
+                    f"{mean:.4f}, so updates differ from those of whole batches. Set "
+                    f"micro_batch_size={self.host.train_batch_size}.",
+                    stacklevel=2,
                 )
-        self.mean_is_proved = True
 
-    def _loss_of(self, inputs: Any) -> float:
-        """Return the trainer's loss in evaluation mode; NaN if it has none."""
-        model = self.host.model_wrapped
-        with torch.no_grad(), evaluation_mode(model), buffers_kept(self.host.model), self.host.metrics_kept():
-            try:
-                return float(self.host.compute_loss(model, dict(self.host.prepare_inputs(inputs))).mean())
-            except (KeyError, ValueError):
-                return math.nan
+    def _loss_of(self, read: Callable[[StepPlan], StepBatch], plan: StepPlan, ids_B: Tensor, draw: int = 0) -> float:
+        """Return the loss of some examples in one micro-batch; each ``draw`` has its own random key."""
+        plan = StepPlan(plan.epoch, ids_B, None, len(ids_B), seed=plan.seed + draw)
+        inputs = self.host.prepare_inputs(read(plan).micro_batches[0].model_inputs)
+        with self.host.compute_loss_context_manager():
+            return float(self.host.compute_loss(self.host.model_wrapped, inputs))
 
     def must_watch(self, batch: StepBatch, num_items: Any) -> bool:
         """Return whether the next step is the first to show if the loss is divided by the number of items."""
@@ -193,16 +224,6 @@ class LossProof:
             return loss
         before.restore()
         return attempt(None)
-
-
-def _rows(inputs: Any, number: int, part: slice) -> dict[str, Any] | None:
-    """Return some of the rows of a batch, or None if one of its tensors does not have ``number`` rows."""
-    if not isinstance(inputs, Mapping):
-        return None
-    tensors = {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
-    if any(value.dim() == 0 or len(value) != number for value in tensors.values()):
-        return None
-    return {**inputs, **{name: value[part] for name, value in tensors.items()}}
 
 
 def _has_soft_labels(inputs: Mapping[str, Any]) -> bool:

@@ -29,7 +29,7 @@ from hf_accel.technique import State, Technique
 Result = TypeVar("Result")
 TechniqueState = tuple[Technique, Literal["global", "rank"], State]
 
-HOOKS_WITHIN_A_STEP = frozenset({"transform_batch", "example_weights", "token_weights", "extra_loss"})
+HOOKS_WITHIN_A_STEP = frozenset({"transform_batch", "loss_weights", "extra_loss"})
 """Hooks that run again when a step is repeated."""
 
 PATIENCE = datetime.timedelta(seconds=30)

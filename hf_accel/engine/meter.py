@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from hf_accel import host as hosts
 from hf_accel.clock import Clock
 from hf_accel.engine.ranks import Ranks
 from hf_accel.engine.roster import Roster
 from hf_accel.host.view import TrainerView
+from hf_accel.meters.energy import EnergyMeter
+from hf_accel.meters.flops import FlopMeter
 from hf_accel.receipt import Receipt, Stopwatch, peak_memory_bytes
 from hf_accel.technique import Technique
 
 Result = TypeVar("Result")
+
+
+def gauges_for(limits: Collection[str], args: Any) -> dict[str, Any]:
+    """Return gauges for the limited units that are measured on purpose only: operations and energy."""
+    gauges: dict[str, Any] = {}
+    if "flops" in limits:
+        gauges["flops"] = FlopMeter()
+    if "joules" in limits:
+        gauges["joules"] = EnergyMeter(args.device, machine=args.local_process_index == 0)
+    return gauges
 
 
 class Meter:
@@ -23,7 +37,7 @@ class Meter:
 
     Args:
         clock: Clock of the run.
-        gauges: Gauges of operations (``flops``), energy (``joules``) and the seconds of a job (``seconds``).
+        gauges: Gauges of operations (``flops``) and energy (``joules``), as `gauges_for` makes them.
     """
 
     def __init__(self, clock: Clock, gauges: Mapping[str, Any], roster: Roster, ranks: Ranks):
@@ -44,17 +58,21 @@ class Meter:
         """Charge the time that is spent inside to a technique."""
         return self.stopwatch.charge(self.roster.name_of(technique))
 
-    def start(self, resumed: bool) -> None:
-        """Begin to count; exclude the seconds before ``train()`` from progress, if the budget counts them."""
-        if (passed := self.gauges.get("seconds")) is None:
+    def start(self, *, resumed: bool, began: float | None) -> None:
+        """Begin to count; exclude the seconds before ``train()`` from progress, if they count from ``began``."""
+        if began is None:
             self.clock.start()
         else:
             self.clock.spent["seconds"] = 0.0
-            self.clock.start(ago=passed())
+            self.clock.start(ago=max(time.time() - began, 0.0))
             if not resumed:
                 self.clock.excluded_cost = {"seconds": self.clock.seconds}
         if "joules" in self.gauges:
             self._joules_read = self.gauges["joules"]()
+
+    def refuse_uncounted(self, **counts: Any) -> None:
+        """Raise ValueError if batches do not tell an amount that is limited."""
+        hosts.refuse_uncounted(self.roster.owner("budget"), self.clock.limits, **counts)
 
     def begin_step(self, samples: float, positions: int, tokens: Tensor | int) -> None:
         """Record the size of a new step."""

@@ -111,14 +111,23 @@ class Optimization:
         return list(groups.values())
 
     def make_scheduler(self, num_training_steps: int, optimizer: Any, plain: Callable[..., Any]) -> Any:
-        """Return the schedule; ``plain`` is Trainer's own method to make it."""
+        """Return the schedule; ``plain`` is Trainer's own method to make it.
+
+        A schedule made before ``train()`` counts steps, because the clock stands; ``train()`` makes another.
+        """
         host, owner = self.host, self.roster.owner("schedule")
         if owner is not None and host.lr_scheduler is not None and not host.created_lr_scheduler:
             raise ValueError(
                 f"{owner!r} does not support a ready-made lr_scheduler ({type(host.lr_scheduler).__name__}) because "
                 "a run has one schedule. Remove one of the two."
             )
-        if not self.roster.paced or host.lr_scheduler is not None or host.overrides("create_scheduler") is not None:
+        named_early = owner is None and not host.is_in_train
+        if (
+            not self.roster.paced
+            or named_early
+            or host.lr_scheduler is not None
+            or host.overrides("create_scheduler") is not None
+        ):
             return plain(num_training_steps, optimizer)
         optimizer = optimizer or host.optimizer
         shape = self._named_shape(optimizer) if owner is None else owner.schedule

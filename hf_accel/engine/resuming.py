@@ -18,7 +18,7 @@ def check(reader: CheckpointReader, roster: Roster, output_dir: str, *, allow_ch
     here = [repr(technique) for technique in roster.techniques]
     owner = roster.owner("budget")
     own = Path(checkpoint).resolve().parent == Path(output_dir).resolve()
-    extends = owner is not None and owner.extends_previous_run() and not (own and repr(owner) in there)
+    extends = owner is not None and owner.budget().extends and not (own and repr(owner) in there)
     same = _without_budget(here, roster) == _without_budget(there, roster) if extends else here == there
     if not same and not allow_changes:
         raise CheckpointError(
@@ -48,7 +48,7 @@ def continue_run(
     """Continue an interrupted run; ``heartbeat`` holds its last record of the amounts spent."""
     state, clock, owner = reader.state, meter.clock, roster.owner("budget")
     optimization.continuation_point = state.get("continuation_point")
-    if owner is not None and owner.extends_previous_run():
+    if owner is not None and owner.budget().extends:
         clock.limits = state["clock"]["limits"]
     meter.skipped_steps = state["skipped_steps"]
     clock.load_state_dict(state["clock"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,8 +31,7 @@ class Options:
 
 
 def prepared_args(args: TrainingArguments, dataset: Any, roster: Roster, options: Options) -> TrainingArguments:
-    """Return a copy of the arguments, changed as techniques and the stream need."""
-    args = copy.copy(args)
+    """Return the arguments, a copy, changed as techniques and the stream need."""
     for technique in roster.with_hook("prepare_args"):
         args = technique.prepare_args(args)
     if (owner := roster.owner("budget")) is not None:
@@ -46,7 +44,12 @@ def prepared_args(args: TrainingArguments, dataset: Any, roster: Roster, options
         hosts.refuse_schedules(args, roster.owner("schedule"))
     if roster.streamed:
         hosts.refuse_stream_arguments(args)
-        if args.auto_find_batch_size and options.micro_batch_size is None:
+        if args.auto_find_batch_size:
+            if options.micro_batch_size not in (None, "auto"):
+                raise ValueError(
+                    f"auto_find_batch_size=True does not support micro_batch_size={options.micro_batch_size!r} because "
+                    "it chooses that size itself. Set micro_batch_size=None."
+                )
             options.micro_batch_size = "auto"
         args.auto_find_batch_size = False
     return args
@@ -78,9 +81,7 @@ def add_callbacks(host: TrainerView, ranks: Ranks, first: TrainerCallback, last:
     if host.args.enable_jit_checkpoint:
         replaced: Any = host.pop_callback(JITCheckpointCallback)
         handler.callbacks.insert(0, SigtermCallback(ranks, replaced))
-    handler.callbacks.insert(0, first)
-    handler.callbacks.append(last)
-    handler.__class__ = charging(type(handler))
+    handler.__class__ = charging(type(handler), first, last)
 
 
 def find_head(

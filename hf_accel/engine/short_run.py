@@ -24,7 +24,9 @@ from torch.utils.data import IterableDataset, Subset
 from transformers import set_seed
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
+from hf_accel.clock import Limits
 from hf_accel.engine.engine import Engine
+from hf_accel.host.internals import unwrap_forward
 from hf_accel.preserve import keyed_random, random_state_kept
 from hf_accel.stream.reader import CopyingCollator
 from hf_accel.technique import SLOTS, Diverged, Technique
@@ -48,8 +50,8 @@ class Horizon(Technique):
 
     limits: Mapping[str, float] = field(default_factory=lambda: {"steps": 1.0})
 
-    def budget(self) -> Mapping[str, float]:
-        return self.limits
+    def budget(self) -> Limits:
+        return Limits(self.limits)
 
 
 @dataclass
@@ -170,9 +172,8 @@ def _twin(engine: Engine, techniques: Sequence[Technique], without: Sequence[Tec
     twin.data_collator = CopyingCollator(twin.data_collator)
     for name, value in changes.items():
         setattr(twin.args, name, value)
-    gauges = {unit: gauge for unit, gauge in (engine.gauges or {}).items() if unit != "seconds"}
     options = dataclasses.replace(engine.options, allow_changes=False, async_checkpoints=False)
-    twin.accel = Engine(twin, fresh, options, gauges=gauges, streamed=engine.roster.streamed, paced=True)
+    twin.accel = Engine(twin, fresh, options, gauges=engine.gauges, streamed=engine.roster.streamed, paced=True)
     twin.accel.accumulation_steps = engine.accumulation_steps
     twin.accel.ranks.cpu_group = engine.ranks.cpu_group if engine.ranks.world_size > 1 else None
     twin.accel.meter.clock.now = engine.meter.clock.now
@@ -185,8 +186,7 @@ def _twin(engine: Engine, techniques: Sequence[Technique], without: Sequence[Tec
 
 def _copy_of_model(model: nn.Module) -> nn.Module:
     copied = copy.deepcopy(model)
-    if "_original_forward" in vars(copied):  # accelerate's wrapper, which calls the original model
-        del copied._original_forward, copied.forward
+    unwrap_forward(copied)
     copied._forward_pre_hooks.clear()  # watchers of the model must not see passes of the copy
     copied._forward_hooks.clear()
     return copied
@@ -202,4 +202,4 @@ def _shared_state_kept(engine: Engine) -> Iterator[None]:
             yield
         finally:
             shared.dataloader_references = loaders
-            shared._set_sync_gradients(synchronized)
+            shared.sync_gradients = synchronized

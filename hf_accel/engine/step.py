@@ -34,7 +34,7 @@ from hf_accel.preserve import buffers_kept, random_state_kept
 from hf_accel.stream.indexed import StepStream
 from hf_accel.technique import Technique
 
-OWN_LOSS = frozenset({"example_weights", "token_weights", "extra_loss", "loss_head"})
+OWN_LOSS = frozenset({"loss_weights", "extra_loss", "loss_head"})
 """Hooks that need a loss made from the losses of the examples."""
 
 OnePass = Callable[[nn.Module, Mapping[str, Any], Any], Tensor]
@@ -91,7 +91,7 @@ class StepRunner:
         self.host.control.should_epoch_stop |= not batches
         samples = sizes.samples_of(batches, self.loader_counter, self.ranks.world_size)
         positions, tokens = sum(map(self.num_positions, batches)), [self._num_tokens(batch) for batch in batches]
-        hosts.refuse_uncounted(self.meter.clock.limits, samples=samples, tokens=tokens, batches=batches)
+        self.meter.refuse_uncounted(samples=samples, tokens=tokens, batches=batches)
         self.meter.begin_step(samples or 0, positions, sum(t for t in tokens if t is not None))
 
     def next_batch(self, batches: Iterator[StepBatch]) -> tuple[list[StepBatch], Any]:
@@ -170,7 +170,7 @@ class StepRunner:
 
     def _tokens_of(self, batch: StepBatch) -> Tensor | int:
         tokens, inputs = [self._num_tokens(m.inputs) for m in batch.real_micro_batches], batch.micro_batches[0].inputs
-        hosts.refuse_uncounted(self.meter.clock.limits, samples=0, tokens=tokens, batches=[inputs])
+        self.meter.refuse_uncounted(samples=0, tokens=tokens, batches=[inputs])
         return sum(t for t in tokens if t is not None)
 
     def _num_tokens(self, inputs: Any) -> Tensor | int | None:
@@ -303,16 +303,15 @@ class StepRunner:
 
     def accumulate_once(self, model: nn.Module, batch: StepBatch, num_items: Any) -> Tensor:
         """Run forward and backward over the micro-batches of a step."""
-        host, micros = self.host, batch.micro_batches
-        mean = not self._own_loss and self.proof.is_mean(num_items)
-        if mean and len(micros) > 1:
-            self.proof.prove_mean(batch.plan, self.stream)
+        host = self.host
         # Our own loss is already divided by the items of the whole step.
-        shares = self.proof.shares(batch) if mean else [(m, 1.0 if self._own_loss else len(micros)) for m in micros]
+        parts = [(micro, 1.0 if self._own_loss else float(len(batch.micro_batches))) for micro in batch.micro_batches]
+        if mean := not self._own_loss and self.proof.is_mean(num_items):
+            parts = self.proof.parts_of_mean(batch, self.stream)
         synchronizes = (owner := self.roster.owner("synchronize")) is None or owner.synchronize()
         total = torch.zeros((), device=host.args.device)
-        for i, (micro, divisor) in enumerate(shares):
-            last = i == len(shares) - 1
+        for i, (micro, divisor) in enumerate(parts, 1):
+            last = i == len(parts)
             host.current_gradient_accumulation_steps = divisor
             with self.proof.means() if mean else contextlib.nullcontext():
                 loss = self._pass_over(model, micro, num_items, last=last, synchronizes=synchronizes)
@@ -325,14 +324,14 @@ class StepRunner:
         """Run forward and backward of one micro-batch; ranks exchange gradients in the last one."""
         assert self.one_pass is not None
         accelerator = self.host.accelerator
-        accelerator.gradient_state._set_sync_gradients(last)
+        accelerator.sync_gradients = last
         always = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         deepspeed = accelerator.distributed_type == DistributedType.DEEPSPEED
         exchanges = deepspeed or (synchronizes and (last or always))
         self.micro_batch = micro
         try:
             with contextlib.nullcontext() if exchanges else accelerator.no_sync(model):
-                inputs = micro.model_inputs
+                inputs = micro.inputs  # a trainer may count tokens by the mask
                 step = functools.partial(self.one_pass, model, inputs, num_items)
                 with self.meter.stopwatch.charge("backward"):
                     return self.meter.count(self.host.model, inputs, step)
@@ -348,6 +347,7 @@ class StepRunner:
         if self.refused:
             # Optimizers skip parameters without a gradient, so neither moments nor weights change.
             model.zero_grad(set_to_none=True)
+            self.meter.skipped_steps += 1
         return norm
 
     # The loss -------------------------------------------------------------------------------------------------------
@@ -366,10 +366,10 @@ class StepRunner:
             if self._own_loss:
                 assert self.head is not None
                 given = self.host, self.roster, self.meter, self.head
-                loss, outputs, example = weighted_loss(*given, model, inputs, micro, num_items)
+                loss, outputs, example = weighted_loss(*given, model, micro.for_model(inputs), micro, num_items)
             elif observed:
                 assert self.head is not None
-                kept = dict(inputs)
+                kept = dict(micro.for_model(inputs))
                 loss, outputs = plain(model, inputs, True, num_items)
                 with torch.no_grad():
                     example = self.head.losses(outputs, kept, len(micro.ids_B))

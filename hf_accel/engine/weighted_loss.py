@@ -32,12 +32,13 @@ def weighted_loss(
     example = head.losses(outputs, inputs, len(micro.ids_B), label_smoothing=smoothing)
     weight_B = None if micro.weights_B is None else micro.weights_B.to(example.losses_BL.device)
     weight_BL = None
-    for technique in roster.with_hook("example_weights"):
+    for technique in roster.with_hook("loss_weights"):
         with meter.charge(technique):
-            weight_B = _product(weight_B, technique.example_weights(example, micro.ids_B))
-    for technique in roster.with_hook("token_weights"):
-        with meter.charge(technique):
-            weight_BL = _product(weight_BL, technique.token_weights(example, micro.ids_B))
+            weight = technique.loss_weights(example, micro.ids_B)
+        if weight is None or weight.dim() == 1:
+            weight_B = _product(weight_B, weight)
+        else:
+            weight_BL = _product(weight_BL, weight)
     loss = losses.weighted_mean(example, items_K, weight_B, weight_BL)
     for technique in roster.with_hook("extra_loss"):
         with meter.charge(technique):

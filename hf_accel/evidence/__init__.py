@@ -1,17 +1,21 @@
 """The evidence: records of comparisons, and the cards of techniques."""
 
+from hf_accel.evidence.caveats import caveats
 from hf_accel.evidence.records import (
+    FORM,
     Arm,
     Record,
     Records,
     candidates,
     cost_label,
+    fair,
     findings,
     folder,
     gained,
     grade,
     holm,
     load_records,
+    over_defaults,
     sentence,
     speed_up,
     techniques_of,
@@ -19,17 +23,21 @@ from hf_accel.evidence.records import (
 )
 
 __all__ = [
+    "FORM",
     "Arm",
     "Record",
     "Records",
     "candidates",
+    "caveats",
     "cost_label",
+    "fair",
     "findings",
     "folder",
     "gained",
     "grade",
     "holm",
     "load_records",
+    "over_defaults",
     "sentence",
     "speed_up",
     "techniques_of",

@@ -23,7 +23,7 @@ import hf_accel
 from hf_accel import evidence
 from hf_accel.bounds import field_hints
 from hf_accel.evidence import Arm, Record, Records
-from hf_accel.recipe import known_techniques
+from hf_accel.recipe import known_techniques, write_technique
 from hf_accel.recipe.technique_syntax import read_call
 from hf_accel.technique import HOOKS, SLOTS, Technique
 
@@ -183,11 +183,13 @@ def measured(kind: type[Technique], records: Records) -> list[str]:
 
 def measurement(name: str, document: Record, arm: Arm) -> str:
     """Describe the result of one arm."""
-    alone = len(evidence.techniques_of(arm)) == 1
-    which = f"`{arm['name']}`" if alone else f"within `{arm['name']}` ({', '.join(evidence.techniques_of(arm))})"
+    calls = [write_technique(*item) for entry in arm["techniques"] for item in entry.items()]
+    which = f"`{calls[0]}`" if len(calls) == 1 else f"within `{arm['name']}` ({', '.join(calls)})"
     args = ", ".join(f"{key} {value}" for key, value in trained_with(arm["args"]).items())
     metric = document["metric"].removeprefix("eval_")
-    baseline = "the tuned baseline" if document["tuned"] else "a baseline that was not tuned"
+    baseline = "a baseline that was not tuned"
+    if document["tuned"]:
+        baseline = "the best of Trainer" if evidence.fair(document) else "a baseline that was tuned in part"
     return (
         f"[{name}](../evidence/{name}.json), {which}{f' with {args}' if args else ''}: "
         f"**{evidence.speed_up(document, arm)}** in {evidence.cost_label(document['cost'])} at equal {metric} against "
@@ -282,8 +284,8 @@ def worked(kind: type[Technique], records: Records) -> str:
     ]
     lines = [table(("setting", "comparison", "speed-up", "verdict"), rows)] if rows else ["Not measured here yet."]
     alone = [(document, arm) for _, document, arm in found if len(evidence.techniques_of(arm)) == 1]
-    if rows and not any(document["tuned"] and evidence.gained(document, arm) for document, arm in alone):
-        lines.insert(0, "No setting of this technique alone has gained on a tuned baseline yet.")
+    if rows and not any(evidence.fair(document) and evidence.gained(document, arm) for document, arm in alone):
+        lines.insert(0, "No setting of this technique alone has gained on the best of Trainer yet.")
     if defaults := parts(kind)[2].get("Defaults"):
         lines.append(f"Source of the defaults: {defaults[0].lower() + defaults[1:]}")
     elif not rows and any(sources(kind).values()):

@@ -3,12 +3,12 @@
 A record is a finished comparison without its logs: the arms, the machine, and the result of each seed.  ``hf-accel
 compare --record FILE`` writes one; the records in ``docs/evidence`` are committed and ship with the package.  Grades:
 
-    proven here      an arm of this technique alone gained (`gained`), in a record with placebos and a tuned baseline
+    proven here      an arm of this technique alone gained (`gained`) on the best that Trainer can do (`fair`)
     no gain shown    there are records of this technique alone, but none in which it gained so
     reported         there is no record of it alone; the papers on its card report results
 
 Arms of several techniques grade none of them, because the gain could be anyone's.  Repeated comparisons produce false
-positives, so p-values are adjusted for all records in which the technique alone meets a tuned baseline.
+positives, so p-values are adjusted for all records in which the technique alone meets a fair baseline.
 
 Questions other than speed at equal quality, such as two schedules over the same steps, have scripts in ``benchmarks``.
 Their documents may have ``findings``, which cards show: ``technique``, ``workload``, ``text`` and ``gained``.  True or
@@ -31,6 +31,18 @@ Records = Mapping[str, Record]
 """Records by name."""
 LEVEL = 0.025
 """One-sided significance level equivalent to a 95 % interval."""
+FORM = 2
+"""Form of the records that comparisons write; those of form 1 have no trials, and placebos not for each arm."""
+FREE = {
+    "learning_rate": "learning rate",
+    "per_device_train_batch_size": "batch size",
+    "train_sampling_strategy": "grouping by length",
+    "weight_decay": "weight decay",
+    "adam_beta2": "beta2",
+}
+"""Options that Trainer offers for free, which the search of a fair baseline covers."""
+OPEN = ("learning_rate", "per_device_train_batch_size")
+"""Those of them that a search may leave at the border of what it tried."""
 Grade = Literal["proven here", "no gain shown", "reported"]
 
 
@@ -67,7 +79,7 @@ def techniques_of(arm: Arm) -> list[str]:
     return [name for entry in arm["techniques"] for name in entry]
 
 
-def outcome(document: Record, arm: Arm) -> str:
+def verdict(document: Record, arm: Arm) -> str:
     """Judge a candidate by its speed-up in the main cost, in a few words."""
     own = arm["speed_ups"].get(document["cost"])
     if own is None:
@@ -80,6 +92,8 @@ def outcome(document: Record, arm: Arm) -> str:
         return "no gain over its placebo"
     if by_chance(arm):
         return "no gain beyond chance"
+    if not placebos(document, arm):
+        return "without placebos"
     return "not all placebos run" if unmeasured(document, arm) else "faster"
 
 
@@ -87,9 +101,37 @@ def gained(document: Record, arm: Arm) -> bool:
     """Tell whether an arm was faster at equal quality, beyond chance and beyond its placebos.
 
     The 95 % interval of its speed-up lies above 1, or the lower end of a bound does, also with p adjusted for the
-    number of candidates.  All its placebos ran, and none has an interval that reaches up to the arm's value.
+    number of candidates.  The arm has placebos, all of them ran, and none has an interval that reaches up to the arm's
+    value.
     """
-    return outcome(document, arm) == "faster"
+    return verdict(document, arm) == "faster"
+
+
+def fair(document: Record) -> bool:
+    """Tell whether a record's baseline is the best that Trainer can do.
+
+    Its search varied all options that Trainer offers for free, and passed the best learning rate and batch size.
+    """
+    return bool(document["tuned"]) and not untried(document) and not at_border(document)
+
+
+def untried(document: Record) -> list[str]:
+    """Name the free options of Trainer that the search of the baseline did not vary."""
+    trials = document.get("trials", {}).get("baseline", [])
+    return [label for name, label in FREE.items() if len({trial.get(name) for trial in trials}) < 2]
+
+
+def at_border(document: Record) -> list[str]:
+    """Name the open options in which the baseline has the lowest or the highest value that its search tried."""
+    trials = document.get("trials", {}).get("baseline", [])
+    found = []
+    for name in OPEN:
+        values = {trial[name] for trial in trials if name in trial}
+        own = document.get("baseline_args", {}).get(name)
+        ended = len(values) > 1 and own in (min(values), max(values))
+        if ended and (name, own) != ("per_device_train_batch_size", 1):  # a batch ends there
+            found.append(FREE[name])
+    return found
 
 
 def by_chance(arm: Arm) -> bool:
@@ -134,11 +176,10 @@ def grade(technique: str, records: Records) -> Grade:
     """Grade a technique by the records."""
     alone = [(document, arm) for _, document, arm in candidates(records) if techniques_of(arm) == [technique]]
     found = [f["gained"] for _, _, f in findings(technique, records) if f["gained"] is not None]
-    tuned = [(document, arm) for document, arm in alone if document["tuned"]]
+    tuned = [(document, arm) for document, arm in alone if fair(document)]
     p_values = holm([1.0 if arm["p_unadjusted"] is None else arm["p_unadjusted"] for _, arm in tuned])
     if any(found) or any(
-        document["placebos"] and gained(document, arm) and p_value <= LEVEL
-        for (document, arm), p_value in zip(tuned, p_values, strict=True)
+        gained(document, arm) and p_value <= LEVEL for (document, arm), p_value in zip(tuned, p_values, strict=True)
     ):
         return "proven here"
     return "no gain shown" if alone or found else "reported"
@@ -152,7 +193,7 @@ def cost_label(cost: str) -> str:
 def sentence(document: Record, arm: Arm) -> str:
     """Say a candidate's result in a sentence."""
     name, metric, label = arm["name"], document["metric"].removeprefix("eval_"), cost_label(document["cost"])
-    own, found = arm["speed_ups"].get(document["cost"]), outcome(document, arm)
+    own, found = arm["speed_ups"].get(document["cost"]), verdict(document, arm)
     if own is None:
         return f"{name}: {label} were not measured."
     if found == "miss":
@@ -167,8 +208,9 @@ def sentence(document: Record, arm: Arm) -> str:
     if own["kind"] == "bound":
         gain = f"{name} ends with a better {metric} than the baseline's longest run, and is {faster}"
     if found == "faster":
-        return f"{gain}." if document["placebos"] else f"{gain}; it was compared with no placebos."
+        return f"{gain}."
     doubt = {
+        "without placebos": "but it was compared with no placebos",
         "no gain over its placebo": f"but a placebo may be as fast ({', '.join(rivals(document, arm))})",
         "no gain beyond chance": f"which among so many candidates may be chance (p = {arm['p_value'] or 0:.2g})",
         "not all placebos run": f"but not all of its placebos were run (not {', '.join(unmeasured(document, arm))})",
@@ -181,7 +223,7 @@ def speed_up(document: Record, arm: Arm) -> str:
     return arm["speed_ups"].get(document["cost"], {"text": "not measured"})["text"]
 
 
-def verdict(document: Record, arm: Arm) -> str:
-    """Say a candidate's result in a few words."""
-    word = outcome(document, arm)
-    return word if document["placebos"] else f"{word}, without placebos"
+def over_defaults(arm: Arm) -> str:
+    """Return an arm's speed-up over Trainer's defaults; empty if it was not measured."""
+    found = arm.get("over_defaults")
+    return found["text"] if found else ""

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from hf_accel.host.internals import attention_of
 from hf_accel.technique import Technique
 
 
@@ -88,6 +89,6 @@ def _with_mask(model: Any, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict
         return None
     example_RL = F.pad(positions_RL[:, 1:] <= positions_RL[:, :-1], (1, 0)).cumsum(1)
     mask = (example_RL[:, :, None] == example_RL[:, None, :])[:, None]
-    if model.config._attn_implementation == "eager":  # adds it to the scores
+    if attention_of(model) == "eager":  # adds it to the scores
         mask = torch.zeros_like(mask, dtype=model.dtype).masked_fill(~mask, torch.finfo(model.dtype).min)
     return args, inputs | {"attention_mask": mask}

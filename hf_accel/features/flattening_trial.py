@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from hf_accel.adapters import unwrapped
 from hf_accel.features.flattening import CAUSAL, Layout, stop_telling_apart, tell_apart
 from hf_accel.features.truncation import refuse_media_tokens
+from hf_accel.host.internals import attention_of
 from hf_accel.losses import IGNORED, kind_of
 from hf_accel.preserve import evaluation_mode
 from hf_accel.technique import Technique
@@ -37,7 +38,7 @@ def _layouts(model: Any, num_rows: int) -> list[Layout]:
     made_by = vars(sys.modules[type(model.base_model).__module__])
     takes_pairs = "create_bidirectional_mask" in made_by and "create_bidirectional_sliding_window_mask" not in made_by
     encodes = kind_of(model) in ("masked LM", "token classification") and not getattr(model.config, "is_decoder", False)
-    if num_rows > 1 or not encodes or not takes_pairs or model.config._attn_implementation not in ("sdpa", "eager"):
+    if num_rows > 1 or not encodes or not takes_pairs or attention_of(model) not in ("sdpa", "eager"):
         return [CAUSAL]
     beyond_padding = getattr(model.config, "pad_token_id", None) or 0
     return [CAUSAL, Layout(masked=True), Layout(first=beyond_padding + 1, masked=True)]
@@ -65,7 +66,7 @@ def check_kept_apart(model: Any, asking: Technique, num_rows: int = 1) -> Layout
         faults.append(fault)
     remedy = "PaddingFree()" if num_rows > 1 and len(_layouts(base, 1)) > 1 else "LengthGrouped()"
     raise ValueError(
-        f"{asking!r} does not support {type(model).__name__} with {model.config._attn_implementation!r} attention "
+        f"{asking!r} does not support {type(model).__name__} with {attention_of(model)!r} attention "
         f"because {faults[0]}. Use {remedy}."
     )
 
@@ -103,7 +104,7 @@ def _can_run(model: Any, device: torch.device) -> bool:
     weight = next(model.parameters())
     if weight.device.type == "meta" or hasattr(weight, "ds_tensor"):
         return False
-    return weight.device.type == device.type or "flash" not in model.config._attn_implementation
+    return weight.device.type == device.type or "flash" not in attention_of(model)
 
 
 def _fresh(model: Any) -> Any:

@@ -25,6 +25,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from hf_accel.features.flattening_trial import flattening_fault
+from hf_accel.host.internals import attention_of
 
 NAME = "sdpa_by_segment"
 
@@ -91,7 +92,7 @@ def attend_by_segment(model: Any) -> None:
 
 def attend_as_before(model: Any) -> None:
     """Undo `attend_by_segment`."""
-    if model.config._attn_implementation == NAME:
+    if attention_of(model) == NAME:
         model.set_attn_implementation("sdpa")
 
 
@@ -100,12 +101,11 @@ def can_attend_by_segment(model: Any, num_rows: int = 1, run: Any = None) -> boo
 
     A trial decides, and leaves the model as found.
     """
-    config = model.config
     on_cpu = next(model.parameters()).device.type == "cpu" and (run is None or run.args.device.type == "cpu")
-    if not on_cpu or config._attn_implementation != "sdpa" or config.sub_configs:
+    if not on_cpu or attention_of(model) != "sdpa" or model.config.sub_configs:
         return False
     attend_by_segment(model)
     try:
-        return config._attn_implementation == NAME and flattening_fault(model, num_rows, run) is None
+        return attention_of(model) == NAME and flattening_fault(model, num_rows, run) is None
     finally:
         attend_as_before(model)

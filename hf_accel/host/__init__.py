@@ -10,6 +10,7 @@ from hf_accel.host.arguments import (
     recorded_arguments,
     replace_arguments,
     treatment,
+    with_accumulation_steps,
 )
 from hf_accel.host.model_card import extend_model_card
 from hf_accel.host.refusals import (
@@ -54,4 +55,5 @@ __all__ = [
     "refuse_unknown_epochs",
     "replace_arguments",
     "treatment",
+    "with_accumulation_steps",
 ]

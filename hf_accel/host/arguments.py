@@ -5,6 +5,7 @@ This holds while batches come from the stream.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 import math
@@ -76,6 +77,22 @@ def nominal_steps(limits: Mapping[str, float], steps_per_epoch: int, batch_size:
     if not known or len(known) < len(limits):
         return None
     return max(math.ceil(min(known)), 1)
+
+
+def with_accumulation_steps(args: TrainingArguments) -> TrainingArguments:
+    """Return a copy with accelerate's ``num_steps`` as ``gradient_accumulation_steps``, as Trainer has it."""
+    args = copy.copy(args)
+    args.accelerator_config = config = copy.copy(args.accelerator_config)
+    kwargs = dict(config.gradient_accumulation_kwargs or {})  # type: ignore[union-attr]
+    steps = kwargs.pop("num_steps", 1)  # Trainer leaves a 1 there
+    if steps > 1 and args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            f"accelerator_config.gradient_accumulation_kwargs.num_steps={steps} does not support "
+            f"gradient_accumulation_steps={args.gradient_accumulation_steps} because both set the same. Remove one."
+        )
+    config.gradient_accumulation_kwargs = kwargs or None  # type: ignore[union-attr]
+    args.gradient_accumulation_steps = max(steps, args.gradient_accumulation_steps)
+    return args
 
 
 def replace_arguments(trainer: Any, args: TrainingArguments) -> None:

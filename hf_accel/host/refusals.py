@@ -14,9 +14,7 @@ from hf_accel.adapters import is_adapted
 from hf_accel.host.view import TrainerView
 from hf_accel.technique import STREAM, Technique
 
-NEEDS_EXAMPLE_LOSSES = frozenset(
-    {"loss_head", "example_weights", "token_weights", "extra_loss", "observe", "step_select"}
-)
+NEEDS_EXAMPLE_LOSSES = frozenset({"loss_head", "loss_weights", "extra_loss", "observe", "step_select"})
 """Hooks and slots that need the loss of each example."""
 
 
@@ -106,7 +104,7 @@ def refuse_stream_hosts(host: TrainerView, techniques: Sequence[Technique], micr
         if (owner := host.overrides(name)) is not None:
             replacing = ", ".join(repr(t) for t in techniques if t.implemented_hooks() & STREAM)
             raise ValueError(
-                f"{owner.__name__}.{name} makes its own batches, which {replacing or 'micro_batch_size'} would "
+                f"{owner}.{name} makes its own batches, which {replacing or 'micro_batch_size'} would "
                 f"replace. Remove {replacing or 'micro_batch_size'}."
             )
 
@@ -136,7 +134,7 @@ def _refuse_on_iterables(
 
 def refuse_unknown_epochs(owner: Technique, dataset: Any) -> None:
     """Refuse a budget in epochs of unknown length, which have no progress within them."""
-    if "epochs" in owner.budget():
+    if "epochs" in owner.budget().amounts:
         raise ValueError(
             f"{owner!r}: train_dataset ({type(dataset).__name__}) has no length, so a budget in epochs cannot be "
             "planned. Use steps, samples, tokens or time."
@@ -147,7 +145,7 @@ def refuse_own_losses(host: TrainerView) -> None:
     """Refuse trainers that override compute_loss, because their per-example losses are unknown."""
     if (owner := host.overrides("compute_loss")) is not None:
         raise ValueError(
-            f"{owner.__name__} overrides compute_loss, so per-example losses are unknown. Pass example_loss_func=, a "
+            f"{owner} overrides compute_loss, so per-example losses are unknown. Pass example_loss_func=, a "
             "function (outputs, inputs) -> losses_B, or hf_accel.losses.head_of(model) if the loss is the model's own."
         )
 
@@ -159,10 +157,10 @@ def refuse_overrides(host: TrainerView, techniques: Sequence[Technique], *, stre
         replacing = next((asked[hook] for hook in hooks if hook in asked), None)
         if replacing is not None and (owner := host.overrides(name)) is not None:
             raise ValueError(
-                f"{replacing!r} does not support {owner.__name__}.{name} because it would replace it. "
+                f"{replacing!r} does not support {owner}.{name} because the technique replaces that method. "
                 "Remove one of the two."
             )
-    if (budget := asked.get("budget")) is not None and not {"steps", "epochs"} >= set(budget.budget()):
+    if (budget := asked.get("budget")) is not None and not {"steps", "epochs"} >= set(budget.budget().amounts):
         given = host.lr_scheduler is not None and not host.created_lr_scheduler
         if given or host.overrides("create_scheduler") is not None:
             raise ValueError(
@@ -187,12 +185,17 @@ def refuse_absolute_warmup(
 
 
 def refuse_uncounted(
-    limits: Mapping[str, float], *, samples: int | None, tokens: Sequence[Any], batches: Sequence[Any]
+    owner: Technique | None,
+    limits: Mapping[str, float],
+    *,
+    samples: int | None,
+    tokens: Sequence[Any],
+    batches: Sequence[Any],
 ) -> None:
     """Refuse a budget in a unit that the batches do not tell, because it would never end."""
     for unit, unknown in (("samples", samples is None), ("tokens", None in tokens)):
         if unit in limits and unknown:
             raise ValueError(
-                f"Budget does not support {unit} here because a batch ({type(batches[0]).__name__}) does not tell how "
-                "many it has. Give the budget in steps, epochs or time."
+                f"{owner!r} does not support {unit} here because a batch ({type(batches[0]).__name__}) does not tell "
+                "how many it has. Give the budget in steps, epochs or time."
             )

@@ -17,9 +17,9 @@ from transformers.trainer_callback import CallbackHandler
 from hf_accel.host.signatures import foreign_classes
 
 PUBLIC = frozenset(
-    "accelerator args callback_handler compute_loss compute_loss_func compute_metrics control "
-    "create_accelerator_and_postprocess current_flos current_gradient_accumulation_steps data_collator eval_dataset "
-    "get_decay_parameter_names get_eval_dataloader get_optimizer_cls_and_kwargs is_deepspeed_enabled "
+    "accelerator args callback_handler compute_loss compute_loss_context_manager compute_loss_func compute_metrics "
+    "control create_accelerator_and_postprocess current_flos current_gradient_accumulation_steps data_collator "
+    "eval_dataset get_decay_parameter_names get_eval_dataloader get_optimizer_cls_and_kwargs is_deepspeed_enabled "
     "is_fsdp_enabled is_in_train is_world_process_zero label_smoother loss_is_scaled_for_ga lr_scheduler model "
     "model_accepts_loss_kwargs model_init model_wrapped optimizer optimizer_cls_and_kwargs place_model_on_device "
     "pop_callback prediction_step processing_class state train_dataset".split()
@@ -43,6 +43,10 @@ PRIVATE = {
 """Private attributes and methods, by the engine's names for them."""
 
 
+MAKERS_OF_LOADERS = ("get_train_dataloader", "_get_dataloader", "_get_train_sampler")
+"""Methods that make the loader of the training set."""
+
+
 class TrainerView:
     """Read and write the attributes of a trainer that `PUBLIC` and `PRIVATE` list, and no others."""
 
@@ -60,12 +64,12 @@ class TrainerView:
         """Return the trainer's own classes, without ours, the nearest first."""
         return foreign_classes(type(self._trainer))
 
-    def overrides(self, method: str) -> type | None:
-        """Return the class that replaces a method of Trainer, itself or in an instance, or None."""
+    def overrides(self, method: str) -> str | None:
+        """Return the name of the class that replaces a method of Trainer, "trainer" for an instance, or None."""
         if method in vars(self._trainer):
-            return type(self._trainer)
+            return "trainer"
         owner = next(cls for cls in self.classes if method in vars(cls))
-        return None if owner is Trainer else owner
+        return None if owner is Trainer else owner.__name__
 
     def overrides_outside(self, method: str) -> type | None:
         """Return the class derived from ours that replaces a method, or None."""

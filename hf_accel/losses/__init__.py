@@ -24,7 +24,7 @@ from hf_accel.losses.inspection import (
     kind_of,
     loss_calls,
 )
-from hf_accel.losses.proof import agree, compare_losses, is_divided_by, items_of_mean
+from hf_accel.losses.proof import compare_losses, error_of_mean, is_divided_by, sizes_of_mean
 
 __all__ = [
     "ADDED_TERMS",
@@ -40,16 +40,16 @@ __all__ = [
     "Head",
     "SpanHead",
     "TokenHead",
-    "agree",
     "compare_losses",
+    "error_of_mean",
     "examples_of",
     "head_from",
     "head_of",
     "honors_num_items",
     "is_divided_by",
-    "items_of_mean",
     "kind_of",
     "loss_calls",
+    "sizes_of_mean",
     "weighted_mean",
     "widest",
 ]

@@ -8,16 +8,22 @@ given number of items.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from hf_accel.batch import named_tensors
 from hf_accel.losses.heads import IGNORED, Head, weighted_mean
 
 FULL_PRECISION, HALF_PRECISION = 1e-3, 2e-2
 """Largest difference of two computations of one loss, relative to it."""
+LABELS = re.compile(r"label|target|^\[")
+"""Names of tensors that may be labels; ``[`` begins those without a name."""
+EXAMPLES = ""
+"""Key of the number of examples."""
 DIVIDED = 1e-4
 """Largest distance from 1 of the share of a loss that is divided by the number of items."""
 
@@ -35,14 +41,11 @@ def compare_losses(
         return None
     ours = float(weighted_mean(head.losses(outputs, inputs, num_examples), items_K))
     theirs = float(own.mean())
-    if not math.isfinite(theirs) or agree(theirs, ours, half=half):
+    if not math.isfinite(theirs) or math.isclose(
+        theirs, ours, rel_tol=HALF_PRECISION if half else FULL_PRECISION, abs_tol=1e-5
+    ):
         return None
     return theirs, ours
-
-
-def agree(a: float, b: float, *, half: bool) -> bool:
-    """Return whether two computations of one loss, in ``half`` or full precision, agree."""
-    return math.isclose(a, b, rel_tol=HALF_PRECISION if half else FULL_PRECISION, abs_tol=1e-5)
 
 
 def is_divided_by(loss: Tensor, items: Tensor, scale: float = 1.0) -> bool | None:
@@ -66,11 +69,24 @@ def is_divided_by(loss: Tensor, items: Tensor, scale: float = 1.0) -> bool | Non
     return abs(float(-items.grad * items.detach() / (scale * loss)) - 1) < DIVIDED
 
 
-def items_of_mean(inputs: Any, num_examples: int, *, shifted: bool) -> int:
-    """How many items a mean loss is a mean of: labels that count, or else examples."""
-    labels = inputs.get("shift_labels", inputs.get("labels")) if isinstance(inputs, Mapping) else None
-    if not isinstance(labels, Tensor) or labels.is_floating_point():
-        return num_examples
-    if shifted and labels.dim() > 1 and "shift_labels" not in inputs:
-        labels = labels[..., 1:]
-    return int(labels.ne(IGNORED).sum())
+def sizes_of_mean(inputs: Any, num_examples: int, *, shifted: bool) -> dict[str, int]:
+    """Return the numbers of items that a mean loss may be a mean of, by the name of their labels, and of examples.
+
+    Labels are whole numbers whose name says so, or that have none.  The first entry is the likely one.
+    """
+    sizes: dict[str, int] = {}
+    for name, value in named_tensors(inputs):
+        if not value.is_floating_point() and LABELS.search(name):
+            value = value[..., 1:] if shifted and name == "labels" and value.dim() > 1 else value
+            sizes[name] = sizes.get(name, 0) + int(value.ne(IGNORED).sum())
+    likely = {name: sizes[name] for name in ("shift_labels", "labels") if name in sizes}
+    return {**likely, EXAMPLES: num_examples, **sizes}
+
+
+def error_of_mean(loss: float, parts: Sequence[float], sizes: Sequence[float]) -> float:
+    """Return the distance, relative to a loss, of the mean of its parts' losses, each as large as told."""
+    if not sum(sizes):
+        return math.inf
+    mean = math.fsum(part * size for part, size in zip(parts, sizes, strict=True) if size) / sum(sizes)
+    error = abs(mean - loss) / max(abs(loss), 1e-8)
+    return math.inf if math.isnan(error) else error

@@ -21,7 +21,7 @@ import hashlib
 import math
 import re
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from math import prod
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,6 +30,8 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from hf_accel.batch import named_tensors
 
 Result = TypeVar("Result")
 
@@ -88,21 +90,9 @@ class FlopMeter:
 
 
 def _kind_of(model: nn.Module, inputs: Any) -> Hashable:
-    tensors = [(tensor.shape, tensor.dtype) for tensor in _tensors_in(inputs)]
+    tensors = [(tensor.shape, tensor.dtype) for _, tensor in named_tensors(inputs)]
     trained = [parameter.requires_grad for parameter in model.parameters()]
     return tuple(tensors), tuple(trained), model.training, torch.is_grad_enabled()
-
-
-def _tensors_in(inputs: Any) -> Iterator[Tensor]:
-    """Yield all tensors of nested inputs.
-
-    A tokenizer's ``BatchEncoding`` is a mapping, but a leaf of torch's pytrees.
-    """
-    if isinstance(inputs, Tensor):
-        yield inputs
-    elif isinstance(inputs, Mapping | list | tuple):
-        for item in inputs.values() if isinstance(inputs, Mapping) else inputs:
-            yield from _tensors_in(item)
 
 
 def _sum_of_squares(inputs: Any) -> float:

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import os
-import time
 
 STARTED, ENDS = "SLURM_JOB_START_TIME", "SLURM_JOB_END_TIME"
 """Seconds since 1970, from Slurm 22.05 or later."""
 
 
+def job_start() -> float:
+    """Return the job's start, in seconds since 1970."""
+    return _number(STARTED)
+
+
 def job_seconds() -> float:
     """Return the seconds from the job's start to its time limit."""
-    started, ends = (_number(name) for name in (STARTED, ENDS))
+    started, ends = job_start(), _number(ENDS)
     if ends <= started:
         raise ValueError(f"Budget('job'): {ENDS} is not after {STARTED}. Give a time, for example '2h'.")
     return ends - started
-
-
-def passed_seconds() -> float:
-    """Return the seconds since the job's start."""
-    return max(time.time() - _number(STARTED), 0.0)
 
 
 def _number(name: str) -> float:

@@ -1,6 +1,13 @@
 """Recipes: whole runs as YAML files, and techniques by name."""
 
-from hf_accel.recipe.lookup import RecipeError, build_technique, find_technique, known_techniques, read_technique
+from hf_accel.recipe.lookup import (
+    RecipeError,
+    build_technique,
+    find_technique,
+    known_techniques,
+    read_technique,
+    write_technique,
+)
 from hf_accel.recipe.recipe import Recipe, check_fields
 
 __all__ = [
@@ -11,4 +18,5 @@ __all__ = [
     "find_technique",
     "known_techniques",
     "read_technique",
+    "write_technique",
 ]

@@ -58,6 +58,13 @@ def build_technique(name: str, fields: Mapping[str, Any], positional: Sequence[A
     return kind(**given, **fields)
 
 
+def write_technique(name: str, fields: Mapping[str, Any]) -> str:
+    """Write a technique in Python syntax, without its module and without fields at their defaults."""
+    default = build_technique(name, {})
+    changed = [f"{key}={value!r}" for key, value in fields.items() if getattr(default, key) != value]
+    return name.rpartition(":")[2] + (f"({', '.join(changed)})" if changed else "")
+
+
 def read_technique(text: str) -> Technique:
     """Build a technique from Python syntax: ``InfoBatch(keep=0.5)``."""
     try:

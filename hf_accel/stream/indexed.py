@@ -87,6 +87,7 @@ class StepStream:
         self.dataset, self.batch_size, self.micro_batch_size, self.seed = dataset, batch_size, micro_batch_size, seed
         self.rank, self.world, self.sequential, self.drop_last = rank, world, sequential, drop_last
         self.loader_batch_size = loader_batch_size or batch_size
+        self.epoch_sizes = self.batch_size, self.loader_batch_size
         self.serves_looks, self.epoch_begins = False, False
         self.slots = slots or Slots()
         owner = self.slots.collate
@@ -120,12 +121,13 @@ class StepStream:
         if self.ids_N is not None and epoch == self.epoch and 0 < self.consumed < len(self.ids_N):
             return
         self.epoch, self.consumed = epoch, 0
+        self.epoch_sizes = self.batch_size, self.loader_batch_size
         self.ids_N, self.weights_N = self._choose(epoch)
         self._drawn.clear()
         self._replay.clear()
 
     def _choose(self, epoch: int) -> tuple[Tensor, Tensor | None]:
-        num_examples = len(self.dataset)
+        num_examples, (batch_size, loader_batch_size) = len(self.dataset), self.epoch_sizes
         generator = torch.Generator().manual_seed(self.seed + epoch)
         ids_N, weights_N = torch.arange(num_examples), None
         if self.slots.select is not None:
@@ -134,7 +136,7 @@ class StepStream:
             if len(ids_N) == 0:
                 raise ValueError(f"{self.slots.select!r} chose no example of epoch {epoch}. Keep more examples.")
         if self.slots.order is not None:
-            ordered_N = self.slots.order.order(ids_N, self.batch_size, generator)
+            ordered_N = self.slots.order.order(ids_N, batch_size, generator)
         elif self.sequential:
             ordered_N = ids_N
         else:
@@ -149,7 +151,7 @@ class StepStream:
             by_id_N[ids_N] = weights_N
             weights_N = by_id_N[ordered_N]
         if self.drop_last:
-            kept = len(ordered_N) // self.loader_batch_size * self.loader_batch_size
+            kept = len(ordered_N) // loader_batch_size * loader_batch_size
             ordered_N, weights_N = ordered_N[:kept], None if weights_N is None else weights_N[:kept]
         return ordered_N, weights_N
 
@@ -182,6 +184,17 @@ class StepStream:
             position = end
 
     # The batches ----------------------------------------------------------------------------------------------------
+
+    @property
+    def total_batch_size(self) -> int:
+        """Return the nominal number of examples of a step over all ranks, by accelerate's name."""
+        return self.batch_size
+
+    def __getattr__(self, name: str) -> Any:
+        """Return a setting of the loader that reads the data."""
+        if name in ("multiprocessing_context", "num_workers", "prefetch_factor", "persistent_workers", "timeout"):
+            return getattr(self.loader, name)
+        raise AttributeError(f"{type(self).__name__} has no attribute {name!r}")
 
     def __len__(self) -> int:
         """Return the nominal number of steps of an epoch: all examples at the nominal batch size."""
@@ -253,6 +266,7 @@ class StepStream:
             "drawn": list(self._drawn),
             "seed": self.seed,
             "num_examples": len(self.dataset),
+            "epoch_sizes": self.epoch_sizes,  # the order of this epoch may depend on its batch sizes
         }
         if self.slots.select is not None and self.ids_N is not None and not self.epoch_is_over:
             # The values behind the choice (losses, say) have changed since, so keep the choice itself.
@@ -272,6 +286,7 @@ class StepStream:
         if "ids_N" in state:
             self.ids_N, self.weights_N = state["ids_N"], state.get("weights_N")
         elif self.slots.select is None:
+            self.epoch_sizes = state["epoch_sizes"]
             self.ids_N, self.weights_N = self._choose(self.epoch)
         else:
             self.ids_N, self.weights_N = torch.arange(self.consumed), None  # the epoch was over

@@ -47,8 +47,8 @@ class Windows(IterableDataset):
     An iteration begins at ``start``, the position and the state of a window.
     """
 
-    def __init__(self, dataset: Any, size: int, seed: int, whole: bool):
-        self.dataset, self.size, self.seed, self.whole = dataset, size, seed, whole
+    def __init__(self, dataset: Any, size: int, seed: int):
+        self.dataset, self.size, self.seed = dataset, size, seed
         self.epoch = 0
         self.start: tuple[int, dict[str, Any] | None] = (0, None)
 
@@ -74,7 +74,7 @@ class Windows(IterableDataset):
             if self.start[1] is not None:
                 self.dataset.load_state_dict(None)  # the next iteration starts from the beginning
             size = len(window)
-            if size == self.size or (size and not self.whole):
+            if size:
                 yield Window(position, window, state)
             position += size
 
@@ -122,11 +122,12 @@ class IterableStepStream(StepStream):
     """A `StepStream` of a data set that supports iteration only.
 
     ``dataset`` may have a ``set_epoch``; it must give the same examples on every rank.  Without a length, an epoch
-    counts as ``nominal_examples``, the examples of the whole run, until it ends, as in Trainer.
+    counts as ``nominal_examples``, the examples of the whole run, until it ends, as in Trainer.  As in Trainer,
+    ``drop_last`` drops nothing.
     """
 
     def __init__(self, dataset: Any, collate: Callable, *, nominal_examples: float = float("inf"), **kwargs: Any):
-        super().__init__(dataset, collate, **kwargs)
+        super().__init__(dataset, collate, **kwargs | {"drop_last": False})
         self.nominal_examples = nominal_examples
         self.num_read = 0
         self.ended = False
@@ -137,7 +138,7 @@ class IterableStepStream(StepStream):
         self.pins = loader.pop("pin_memory", False)
         loader.pop("persistent_workers", None)
         loader["num_workers"] = min(loader.get("num_workers", 0), 1)
-        self.windows = Windows(self.dataset, self.batch_size, self.seed, whole=self.drop_last)
+        self.windows = Windows(self.dataset, self.batch_size, self.seed)
         self.examples: dict[int, Any] = {}
         as_it_is: Any = _window_as_it_is
         return StepReader(self.examples, collate), DataLoader(

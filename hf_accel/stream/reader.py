@@ -49,12 +49,11 @@ class StepReader(Dataset):
                 features.append(self.dataset[i])
         seed_all(plan.seed, plan.epoch, ids[0], repeats[0])
         inputs: Any = self.collate(features)
-        if not isinstance(inputs, Mapping):
-            return MicroBatch(inputs, ids_B, weights_B, repeats_B)
-        inputs = dict(inputs)
-        order_B = inputs.pop(ORDER, None)
         micro = MicroBatch(inputs, ids_B, weights_B, repeats_B)
-        return micro if order_B is None else micro.of(inputs, order_B)
+        if not isinstance(inputs, Mapping) or ORDER not in inputs:
+            return micro
+        inputs = dict(inputs)
+        return micro.of(inputs, inputs.pop(ORDER))
 
 
 class CopyingCollator:

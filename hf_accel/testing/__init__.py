@@ -11,16 +11,14 @@ technique declares checks that it fails in ``expected_failed_checks``, with reas
 with a tied head.
 """
 
-from hf_accel.testing import checks, contract, covering, modes, probes
+from hf_accel.testing import checks, contract, modes, probes
 from hf_accel.testing.checks import *
 from hf_accel.testing.contract import *
-from hf_accel.testing.covering import *
 from hf_accel.testing.modes import *
 from hf_accel.testing.probes import *
 
 __all__ = []
 __all__ += checks.__all__
 __all__ += contract.__all__
-__all__ += covering.__all__
 __all__ += modes.__all__
 __all__ += probes.__all__

@@ -16,15 +16,13 @@ from hf_accel.bounds import field_hints
 from hf_accel.technique import Technique
 from hf_accel.testing.probes import again, largest_difference, losses_of, tiny_trainer, weights_of
 from hf_accel.testing.runs import (
-    AT_END,
-    WEIGHT_DECAY,
+    SETTINGS,
     assert_evaluates_what_it_returns,
     assert_resumes,
     assert_saves_what_it_returns,
     assert_trains,
     plain_run,
     straight_run,
-    train_and_evaluate,
 )
 
 __all__ = [
@@ -113,20 +111,20 @@ def check_neutral_is_trainer(technique: Technique, directory: Path) -> None:
 def check_resumes_bit_exactly(technique: Technique, directory: Path) -> None:
     """Check that a run resumed in the middle of an epoch equals the uninterrupted run, bit for bit."""
     straight = straight_run(technique)
-    assert_resumes(straight, directory, straight.steps // 2 + 1, weight_decay=WEIGHT_DECAY)
+    assert_resumes(straight, directory, straight.steps // 2 + 1)
 
 
 def check_resumes_early_and_late(technique: Technique, directory: Path) -> None:
     """Check the same after the first third, which is the end of an epoch, and before the last step."""
     straight = straight_run(technique)
     for step in sorted({max(straight.steps // 3, 1), straight.steps - 1}):
-        assert_resumes(straight, directory / str(step), step, weight_decay=WEIGHT_DECAY)
+        assert_resumes(straight, directory / str(step), step)
 
 
 def check_trains_twice(technique: Technique, directory: Path) -> None:
     """Check that the same instance gives the same run a second time, even without checkpoints."""
     first = straight_run(technique)
-    second = tiny_trainer([first.technique], directory, weight_decay=WEIGHT_DECAY)
+    second = tiny_trainer([first.technique], directory, **SETTINGS)
     second.train()
     assert losses_of(second) == first.losses, f"{first.technique!r}: the second run differs from the first"
     assert largest_difference(weights_of(second), first.weights) == 0.0
@@ -135,7 +133,7 @@ def check_trains_twice(technique: Technique, directory: Path) -> None:
 
 def check_evaluates_what_it_returns(technique: Technique, directory: Path) -> None:
     """Check that the last evaluation, the returned model and the saved model agree."""
-    run = train_and_evaluate(technique, directory, **AT_END)
+    run = straight_run(technique)
     assert_evaluates_what_it_returns(run)
     assert_saves_what_it_returns(run, directory)
 
@@ -143,8 +141,9 @@ def check_evaluates_what_it_returns(technique: Technique, directory: Path) -> No
 def check_micro_batch_invariant(technique: Technique, directory: Path) -> None:
     """Check that the size of a micro-batch changes only rounding (float64, no dropout)."""
     runs = []
+    exact: dict[str, Any] = {"dropout": 0.0, "dtype": torch.float64, "num_train_epochs": 2}
     for size in (8, 3):
-        trainer = tiny_trainer([again(technique)], directory, dropout=0.0, dtype=torch.float64, micro_batch_size=size)
+        trainer = tiny_trainer([again(technique)], directory, micro_batch_size=size, **exact)
         trainer.train()
         runs.append(weights_of(trainer))
     difference = largest_difference(*runs)
@@ -162,7 +161,7 @@ def check_every_option_matters(technique: Technique, directory: Path) -> None:
     straight = straight_run(technique)
     for name, other in other_values(technique):
         varied = dataclasses.replace(technique, **{name: other})  # type: ignore[type-var]
-        trainer = tiny_trainer([varied], directory, weight_decay=WEIGHT_DECAY)
+        trainer = tiny_trainer([varied], directory, **SETTINGS)
         trainer.train()
         same = losses_of(trainer) == straight.losses and trainer.receipt.techniques[0]["report"] == straight.report
         same = same and largest_difference(weights_of(trainer), straight.weights) == 0.0

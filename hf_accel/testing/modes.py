@@ -13,8 +13,6 @@ from transformers import TrainingArguments
 from hf_accel.technique import Technique
 from hf_accel.testing.probes import PROBES, largest_difference, tiny_llama
 from hf_accel.testing.runs import (
-    AT_END,
-    WEIGHT_DECAY,
     Run,
     assert_evaluates_what_it_returns,
     assert_resumes,
@@ -77,13 +75,6 @@ def check_tied_head(technique: Technique, directory: Path) -> None:
 
 def _check_mode(
     technique: Technique, directory: Path, model: Callable[[], torch.nn.Module] | None = None, **settings: Any
-) -> None:
-    run = _run_in_mode(technique, directory, model, **AT_END, **settings)
-    assert_evaluates_what_it_returns(run)
-
-
-def _run_in_mode(
-    technique: Technique, directory: Path, model: Callable[[], torch.nn.Module] | None = None, **settings: Any
 ) -> Run:
     def made() -> dict[str, Any]:
         return settings if model is None else settings | {"model": model()}
@@ -92,6 +83,7 @@ def _run_in_mode(
     assert_trains(run)
     steps = range(4, run.steps, 4)
     assert_resumes(run, directory / "resumed", steps[len(steps) // 2], **made())
+    assert_evaluates_what_it_returns(run)
     assert_saves_what_it_returns(run, directory, model, **settings)
     return run
 
@@ -100,7 +92,7 @@ def _check_checkpointing(technique: Technique, directory: Path, use_reentrant: b
     if not PROBES[technique.modality].model(0.0, torch.float32).supports_gradient_checkpointing:
         return
     settings = {CHECKPOINTING: True, f"{CHECKPOINTING}_kwargs": {"use_reentrant": use_reentrant}}
-    run, without = _run_in_mode(technique, directory, weight_decay=WEIGHT_DECAY, **settings), straight_run(technique)
+    run, without = _check_mode(technique, directory, **settings), straight_run(technique)
     assert run.losses == without.losses, f"{technique!r}: activation checkpointing changes the losses"
     difference = largest_difference(run.weights, without.weights)
     assert difference == 0.0, f"{technique!r}: weights differ by {difference} with activation checkpointing"

@@ -63,6 +63,14 @@ __all__ = [
 ]
 
 VOCABULARY = 48
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
+"""Sizes of the tiny models of text."""
 EXAMPLES = 64
 EPOCHS = 3
 
@@ -116,13 +124,9 @@ def tiny_llama(
 ) -> LlamaForCausalLM:
     """Return a Llama of four blocks and 15,000 parameters from a seed; keep the global generator unchanged."""
     config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
+        **SIZES,
         num_hidden_layers=4,
-        num_attention_heads=2,
         num_key_value_heads=2,
-        max_position_embeddings=64,
         attention_dropout=dropout,
         pad_token_id=0,
         bos_token_id=1,
@@ -186,12 +190,8 @@ def tiny_bert(
 ) -> PreTrainedModel:
     """Return a BERT of two blocks from a seed, with a head for masked tokens or that of ``kind``."""
     config = BertConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=16,
-        intermediate_size=32,
+        **SIZES,
         num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
         hidden_dropout_prob=dropout,
         attention_probs_dropout_prob=dropout,
     )

@@ -20,10 +20,8 @@ from transformers import Trainer
 from hf_accel.technique import Technique
 from hf_accel.testing.probes import PROBES, again, largest_difference, losses_of, tiny_trainer, weights_of
 
-WEIGHT_DECAY = 0.1  # of most runs, for techniques that change it
-
-AT_END: dict[str, Any] = {"eval_strategy": "steps", "eval_steps": 100}
-"""Arguments to evaluate after the last step, and before it if a technique needs to."""
+SETTINGS: dict[str, Any] = {"weight_decay": 0.1, "eval_strategy": "steps", "eval_steps": 100}
+"""Arguments of runs that are compared: decay, for techniques that change it, and an evaluation after the last step."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Run:
 def train_and_evaluate(technique: Technique, directory: Path, **settings: Any) -> Run:
     """Evaluate, train, evaluate and save; the first evaluation draws nothing from the global generator."""
     fresh = again(technique)
-    trainer = tiny_trainer([fresh], directory, **settings)
+    trainer = tiny_trainer([fresh], directory, **(SETTINGS | settings))
     before = _outfit(trainer.model)
     with torch.random.fork_rng(devices=[]):
         initial = trainer.evaluate()["eval_loss"]
@@ -79,8 +77,7 @@ def straight_run(technique: Technique) -> Run:
         _straight_runs.clear()
         directory = Path(tempfile.mkdtemp(prefix="contract-"))
         try:
-            saving = {"save_strategy": "steps", "save_steps": 1}
-            run = train_and_evaluate(technique, directory, weight_decay=WEIGHT_DECAY, **saving)
+            run = train_and_evaluate(technique, directory, save_strategy="steps", save_steps=1)
         except BaseException:
             shutil.rmtree(directory)
             raise
@@ -122,7 +119,7 @@ def assert_trains(run: Run) -> None:
 def assert_resumes(straight: Run, directory: Path, step: int, **settings: Any) -> None:
     """Assert that a run resumed at a step is the uninterrupted one, bit for bit."""
     technique = straight.technique
-    resumed = tiny_trainer([again(technique)], directory, **settings)
+    resumed = tiny_trainer([again(technique)], directory, **(SETTINGS | settings))
     resumed.train(resume_from_checkpoint=str(straight.directory / f"checkpoint-{step}"))
     assert losses_of(resumed) == straight.losses, f"{technique!r}: other losses after resuming at {step}"
     difference = largest_difference(weights_of(resumed), straight.weights)

@@ -131,7 +131,7 @@ def calibrate(trainer: Any, *, seconds: float = 30.0, without: Sequence[Techniqu
     """
     engine, clock = trainer.accel, trainer.clock
     began = clock.now()
-    counted = {unit: math.inf for unit in engine.limits() if unit in ("flops", "joules")}
+    counted = {unit: math.inf for unit in engine.limits().amounts if unit in ("flops", "joules")}
     args, size = trainer.args, trainer.args.eval_batch_size
     evaluates, saves = IntervalStrategy(args.eval_strategy).value, SaveStrategy(args.save_strategy).value
     few, more = (None, None) if evaluates == "no" else (probe_of(engine, size), probe_of(engine, PROBED_BATCHES * size))

@@ -72,8 +72,8 @@ def run_script(script: Path, arguments: list[str]) -> None:
 
 
 @contextmanager
-def attached(recipe: Recipe) -> Iterator[None]:
-    """Attach a recipe to trainers that start to train inside.
+def attached(recipe: Recipe, *, allow_changes: bool = False) -> Iterator[None]:
+    """Attach a recipe to trainers that start to train inside; for ``allow_changes``, see `AccelTrainerMixin`.
 
     Every subclass calls ``Trainer.train``, whatever else it overrides.  Replacing the class ``transformers.Trainer``
     would miss subclasses that exist already.
@@ -88,7 +88,7 @@ def attached(recipe: Recipe) -> Iterator[None]:
         met.append(self)
         if isinstance(self, AccelTrainerMixin):
             return plain(self, resume_from_checkpoint, *args, **kwargs)
-        equip(self, recipe)
+        equip(self, recipe, allow_changes=allow_changes)
         # `equip` changed its class.  If its own ``train`` called this function, do not enter it again.
         engine, one_pass = self.accel, super(AccelTrainerMixin, self).training_step  # type: ignore[misc]
         output = engine.train(resume_from_checkpoint, lambda found: plain(self, found, *args, **kwargs), one_pass)
@@ -114,7 +114,7 @@ def say(line: str) -> None:
     Console(stderr=True, soft_wrap=True, highlight=False).print(f"hf-accel: {line}", markup=False)
 
 
-def equip(trainer: Trainer, recipe: Recipe) -> None:
+def equip(trainer: Trainer, recipe: Recipe, *, allow_changes: bool) -> None:
     """Attach a recipe's techniques, and give the trainer its arguments."""
     found: Any = trainer.model
     model = type(unwrapped(found)).__name__
@@ -131,7 +131,7 @@ def equip(trainer: Trainer, recipe: Recipe) -> None:
         replace_arguments(trainer, merged)
         if "seed" in recipe.args:
             set_seed(trainer.args.seed)
-    attach(trainer, techniques=techniques)
+    attach(trainer, techniques=techniques, allow_changes=allow_changes)
 
 
 def yielding_args(trainer: Any, given: Mapping[str, Any], techniques: Sequence[Technique]) -> TrainingArguments:

@@ -55,7 +55,7 @@ class Watch(Technique):
         self.hook_.remove()
         self.mode_.close()
         steps = max(state.global_step - WARM, 1)
-        run.stopwatch._settle()
+        run.stopwatch.settle()
         run.stopwatch.synchronizes = False
         self.seconds_ = {
             name.partition(".")[2] or name: (seconds - self.before_.get(name, 0.0)) / steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from fractions import Fraction
 
@@ -10,12 +11,20 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils.data import IterableDataset
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_accel import Budget, LayerFreezing, LearningRateSearch, SharpnessAware
 from hf_accel.clock import Clock
 from hf_accel.engine.reserve import guess_saving
-from hf_accel.testing import CountingText, collate_padded, losses_of, tiny_llama, tiny_trainer
+from hf_accel.testing import (
+    CountingText,
+    collate_padded,
+    largest_difference,
+    losses_of,
+    tiny_llama,
+    tiny_trainer,
+    weights_of,
+)
 
 
 def of_one_length(features):
@@ -51,7 +60,7 @@ HAND_WRITTEN = {
 
 @pytest.mark.parametrize("text", HAND_WRITTEN)
 def test_a_limit_is_an_amount_of_one_unit(text):
-    assert Budget(text).budget() == HAND_WRITTEN[text] == Budget([text]).budget()
+    assert Budget(text).budget().amounts == HAND_WRITTEN[text] == Budget([text]).budget().amounts
 
 
 @pytest.mark.parametrize("limit", [[], ["1h", "30min"], ["5steps", "5 steps"]])
@@ -62,7 +71,7 @@ def test_a_unit_is_limited_once_and_one_is(limit):
 
 def test_the_first_limit_that_is_reached_ends_the_run():
     """Steps of 4, 8, 12 ... samples and 30 tokens each, against a count that shares no code with the clock."""
-    limits = Budget(["100samples", "250tok", "9steps"]).budget()
+    limits = Budget(["100samples", "250tok", "9steps"]).budget().amounts
     clock = Clock(limits)
     samples, tokens, steps, seen = 0, 0, 0, []
     while not clock.done:
@@ -74,12 +83,12 @@ def test_the_first_limit_that_is_reached_ends_the_run():
 
 
 def test_going_on_under_another_limit_is_another_share():
-    short, long = Clock(Budget("12steps").budget()), Clock(Budget("48steps").budget())
+    short, long = Clock(Budget("12steps").budget().amounts), Clock(Budget("48steps").budget().amounts)
     while not short.done:
         short.advance()
     long.load_state_dict(short.state_dict())
     assert (long.progress, long.done) == (0.25, False)
-    same = Clock(Budget("12steps").budget())
+    same = Clock(Budget("12steps").budget().amounts)
     same.load_state_dict(short.state_dict())
     assert (same.progress, same.done) == (1.0, True)
 
@@ -132,12 +141,37 @@ def test_too_little_for_a_step(limit, tmp_path):
     assert all(map(torch.equal, before, trainer.model.parameters()))
 
 
-def test_a_budget_that_is_spent_already(tmp_path):
-    tiny_trainer([Budget("6steps")], tmp_path, save_strategy="steps", save_steps=6).train()
-    with pytest.raises(
-        ValueError, match=r"Budget\(limit='6steps'\): the run has spent this budget already. Set a larger one."
+def test_a_finished_run_returns_its_result_as_in_trainer(tmp_path):
+    outcomes = []
+    for name, techniques, args in (
+        ("plain", [], {"trainer_class": Trainer, "max_steps": 8}),
+        ("budget", [Budget("8steps")], {}),
     ):
-        tiny_trainer([Budget("6steps")], tmp_path).train(resume_from_checkpoint=True)
+        first = tiny_trainer(techniques, tmp_path / name, save_strategy="steps", save_steps=8, **args)
+        first.train()
+        again = tiny_trainer(techniques, tmp_path / name, **args)
+        said = r"Budget\(limit='8steps'\): the run has spent this budget already, .*larger one, or extend .* '\+30min'"
+        with pytest.warns(UserWarning, match=said) if techniques else contextlib.nullcontext():
+            output = again.train(resume_from_checkpoint=True)
+        assert largest_difference(weights_of(first), weights_of(again)) == 0.0
+        outcomes.append((output.global_step, output.training_loss, again.state.epoch))
+    assert outcomes[0] == outcomes[1] == (8, 0.0, again.state.epoch)
+    assert again.receipt.steps == 8 and again.receipt.final_learning_rate == 0.0
+
+
+def test_a_run_without_time_left_returns_what_it_has(tmp_path):
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop |= state.global_step == 4
+
+    first = tiny_trainer([Budget(["10steps", "1h"])], tmp_path, save_strategy="steps", save_steps=4)
+    first.add_callback(Stops())
+    first.train()
+    again = tiny_trainer([Budget(["10steps", "1h"])], tmp_path)
+    again.clock.now = iter(range(0, 10**9, 4000)).__next__
+    with pytest.warns(UserWarning, match="has spent this budget already"):
+        assert again.train(resume_from_checkpoint=True).global_step == 4
+    assert largest_difference(weights_of(first), weights_of(again)) == 0.0
 
 
 @pytest.mark.ci
@@ -211,7 +245,7 @@ def test_evaluations_of_a_stream_are_kept_back_for_once_one_has_been_made(tmp_pa
 def test_tokens_of_images_are_refused_before_the_first_update(tmp_path):
     trainer = tiny_trainer([Budget("100tok")], tmp_path, modality="image")
     before = [p.clone() for p in trainer.model.parameters()]
-    with pytest.raises(ValueError, match=r"Budget does not support tokens here .* Give the budget in steps, epochs or"):
+    with pytest.raises(ValueError, match=r"Budget\(.*\) does not support tokens here .* Give the budget in steps"):
         trainer.train()
     assert all(map(torch.equal, before, trainer.model.parameters()))
 

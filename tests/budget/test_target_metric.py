@@ -43,6 +43,21 @@ def test_more_is_better_of_what_is_no_loss(tmp_path):
     assert trainer.state.global_step == 12
 
 
+def test_less_is_better_where_that_is_declared(tmp_path):
+    def falling(prediction):
+        return {"nll": 1 - trainer.state.global_step / 24}
+
+    trainer = tiny_trainer([TargetMetric("nll", 0.5, greater_is_better=False)], tmp_path, **EVERY)
+    trainer.compute_metrics = falling
+    trainer.train()
+    assert trainer.state.global_step == 12
+
+
+def test_a_metric_without_a_direction_is_refused():
+    with pytest.raises(ValueError, match=r"metric\('nll'\): its direction is not declared. Set greater_is_better="):
+        TargetMetric("nll", 0.5)
+
+
 def test_where_there_are_no_evaluations_it_asks_for_some(tmp_path):
     trainer = tiny_trainer([TargetMetric("eval_loss")], tmp_path)
     trainer.train()

@@ -2,15 +2,17 @@
 
 import multiprocessing
 import os
-import resource
+import pickle
 import signal
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 from ranks import run_on_ranks
 from safetensors.torch import load_file
+from small_disk import FillsTheDisk, assert_a_full_disk_keeps_the_last_checkpoint
 from transformers import LlamaForCausalLM, TrainerCallback
 
 from hf_accel import (
@@ -96,6 +98,30 @@ def test_resumes_bit_exactly_with_it_and_without(tmp_path, given):
         assert largest_difference(weights_of(resumed), weights_of(straight)) == 0.0
 
 
+class Runs:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+def test_a_crafted_checkpoint_runs_no_code(tmp_path):
+    trained(tmp_path / "run", given=lambda: [])
+    checkpoint, made = tmp_path / "run" / "checkpoint-6", tmp_path / "made"
+    assert not any(path.is_dir() for path in checkpoint.iterdir())
+    (checkpoint / "optimizer_0").mkdir()
+    (checkpoint / "optimizer_0" / ".metadata").write_bytes(pickle.dumps(Runs(made)))
+    torch.save(Runs(made), checkpoint / "optimizer.pt")
+    ckpt.mark_incomplete(checkpoint)
+    ckpt.mark_complete(checkpoint)
+    with pytest.raises(pickle.UnpicklingError):
+        trained(tmp_path / "run", given=lambda: [], resume=str(checkpoint))
+    assert not made.exists()
+
+
 class LetsGo(TrainerCallback):
     """Notes whether a held checkpoint is whole some steps later, and lets go."""
 
@@ -172,37 +198,14 @@ def test_killed_while_it_is_written(tmp_path):
     assert largest_difference(weights_of(resumed), weights_of(straight)) == 0.0
 
 
-class FillsTheDisk(TrainerCallback):
-    """From a step on, no file may grow beyond a size that what is written in the loop does not reach."""
-
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
-            self.trainer.accel.checkpoints.finish()
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-
-
 @pytest.mark.parametrize("steps", [7, 12])  # found at the end of the run, and at the next checkpoint
-def test_a_full_disk_keeps_the_last_checkpoint_whole_and_says_so(tmp_path, steps):
-    trainer = make(tmp_path, given=lambda: [InfoBatch()], max_steps=steps, save_total_limit=1)
-    trainer.add_callback(FillsTheDisk(trainer))
-    before = resource.getrlimit(resource.RLIMIT_FSIZE), signal.getsignal(signal.SIGXFSZ)
-    try:
-        with pytest.raises(
-            ckpt.CheckpointError, match=r"checkpoint-6: the checkpoint could not be written.*checkpoint-3"
-        ):
-            trainer.train()
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before[0])
-        signal.signal(signal.SIGXFSZ, before[1])
+def test_a_full_disk_keeps_the_last_checkpoint_and_says_so(tmp_path, steps):
+    def given():
+        return [InfoBatch()]
+
+    trainer = make(tmp_path, given=given, max_steps=steps, save_total_limit=1)
+    assert_a_full_disk_keeps_the_last_checkpoint(trainer, lambda: make(tmp_path, given=given))
     assert trainer.state.global_step == min(steps, 9)
-    assert ckpt.newest_complete(tmp_path)[0] == tmp_path / "checkpoint-3"
-    again = make(tmp_path, given=lambda: [InfoBatch()])
-    again.train(resume_from_checkpoint=True)
-    assert again.clock.progress == 1.0
 
 
 def test_the_best_model_is_the_one_that_was_written(tmp_path):

@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from hf_accel import Recipe
 from hf_accel.cli import app
-from hf_accel.optim.learning_rate.search import index_of, rate_at
+from hf_accel.updates.learning_rates import index_of, rate_at
 
 TINY = {
     "model_type": "llama",

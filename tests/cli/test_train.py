@@ -208,7 +208,7 @@ def test_a_finished_run_goes_on(recipe, tmp_path):
         (("--set", "args.max_steps=5"), "max_steps=5: Budget(limit='8steps') limits the run already"),
         (("--budget", "+4steps"), "there is no run to continue"),
         (("--continue", "elsewhere"), "needs a budget that extends the run. Add --budget +30min."),
-        (("--continue", "elsewhere", "--budget", "+4steps"), "elsewhere: there is no whole checkpoint"),
+        (("--continue", "elsewhere", "--budget", "+4steps"), "elsewhere: there is no complete checkpoint"),
     ],
 )
 def test_budgets_that_cannot_be_kept_are_one_sentence_before_training(options, sentence, recipe, tmp_path, monkeypatch):
@@ -223,8 +223,5 @@ def test_budgets_that_cannot_be_kept_are_one_sentence_before_training(options, s
 
 def test_a_budget_that_is_spent_is_one_sentence(recipe):
     assert run("train", recipe).exit_code == 0
-    result = run("train", recipe, "--resume")
-    assert result.exit_code == 2
-    assert "Budget(limit='8steps'): the run has spent this budget already. Set a larger one." in " ".join(
-        result.output.split()
-    )
+    with pytest.warns(UserWarning, match=r"Budget\(limit='8steps'\): the run has spent this budget already"):
+        assert run("train", recipe, "--resume").exit_code == 0

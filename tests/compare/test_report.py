@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import html
+import io
 import json
 import math
 import random
@@ -9,13 +11,14 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
 from hf_accel import evidence
 from hf_accel.compare import Arm, Comparison, write_record
 from hf_accel.compare.figures import ARMS as ARM_COLORS
 from hf_accel.compare.figures import COLORS, PARTS, parts
 from hf_accel.compare.page import page
-from hf_accel.compare.report import markdown, sentences
+from hf_accel.compare.report import markdown, sentences, table
 from hf_accel.compare.results import record
 from hf_accel.recipe import Recipe
 
@@ -26,8 +29,14 @@ ARMS = {  # name: (loss at the cost of the full horizon, that cost), the baselin
     "stack & more": (1.3, 6.0),
     "stack & more without Muon": (1.3, 8.0),
     "baseline, LR of half": (1.3, 9.0),
-    "Trainer's defaults": (1.5, 10.0),
+    "Trainer's defaults": (1.8, 10.0),
 }
+START = {"learning_rate": 1.0, "per_device_train_batch_size": 8, "train_sampling_strategy": "random"}
+START |= {"weight_decay": 0.0, "adam_beta2": 0.999, "loss": 1.3, "cost": 10.0}
+OTHERS = {"learning_rate": 2.0, "per_device_train_batch_size": 4, "train_sampling_strategy": "group_by_length"}
+OTHERS |= {"weight_decay": 0.1, "adam_beta2": 0.98}
+TRIALS = {"baseline": [START, *(START | {name: value} for name, value in OTHERS.items())]}
+TRIALS["baseline"].append(START | {"per_device_train_batch_size": 16})
 
 
 @pytest.fixture(scope="module")
@@ -47,12 +56,15 @@ def results():
     without = Arm("stack & more without Muon", Recipe(techniques=["LayerFreezing"]), "ablation", "stack & more")
     placebo = Arm("baseline, LR of half", Recipe(args={"learning_rate": 1.0}), "placebo", "half")
     defaults = Arm("Trainer's defaults", Recipe(), "defaults")
+    comparison.trials = TRIALS
     arms = [comparison.reference, *comparison.arms, without, placebo, defaults]
     noise, records = random.Random(0), {}
     for arm in arms:
         for seed in comparison.seeds:
-            for horizon in comparison.horizons if arm.role == "baseline" else [1.0]:
+            for horizon in comparison.horizons if arm.role in ("baseline", "defaults") else [1.0]:
                 loss, cost = ARMS.get(arm.name, (1 + 0.3 / horizon, 10 * horizon))
+                if arm.role == "defaults":
+                    loss, cost = 1 + 0.8 / horizon, 10 * horizon
                 record = made(loss + noise.gauss(0, 0.004), cost * math.exp(noise.gauss(0, 0.01)))
                 records[arm.name, horizon, seed] = {"run": {"recipe": arm.recipe.to_dict(), "options": {}}, **record}
     for (name, _, _), record in records.items():
@@ -89,16 +101,42 @@ def test_a_sentence_says_what_came_out(results):
     assert "1.6" in stack and stack.startswith("stack & more reaches")
 
 
+def test_there_are_two_speed_ups_and_one_claim(results):
+    half, bad = results.row("half"), results.row("bad")
+    assert half.over_defaults.kind == "bound", "1.5 times the horizon does not bring the defaults to its loss"
+    assert half.over_defaults.value == pytest.approx(15 / 5, rel=0.05)
+    assert bad.over_defaults.kind == "miss" and results.row("baseline").over_defaults is None
+    narrow = copy.copy(results)
+    narrow.trials = {}
+    for found, claim in ((results, "over the best of Trainer"), (narrow, "over the baseline")):
+        for text in (markdown(found), page(found), shown(found)):
+            words = html.unescape(" ".join(text.split()))
+            assert "over Trainer" in words and claim in words and str(half.over_defaults) in words
+            assert ("did not vary learning rate, batch size, grouping by length" in words) is (found is narrow)
+    assert record(results)["arms"][5]["over_defaults"]["text"] == str(half.over_defaults)
+
+
+def shown(results) -> str:
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(table(results))
+    return console.export_text()
+
+
 def test_the_markdown_begins_with_the_sentences(results):
     text = markdown(results)
     lines = text.splitlines()
     assert lines[2:6] == [f"- {line}" for line in sentences(results)]
+    trials = lines[lines.index("## Trials") + 2 :]
+    assert trials[0].startswith("| arm | learning_rate | per_device_train_batch_size | train_sampling_strategy |")
+    assert trials[2] == "| baseline | 1 | 8 | random | 0 | 0.999 | 1.3 | 10 |"
+    assert trials[3].startswith("| baseline | 2 |") and len(trials) > 2 + len(TRIALS["baseline"])
     assert all(any(line.startswith(f"| {name} ") or f"- {name} |" in line for line in lines) for name in ARMS)
     headings = [line for line in lines if line.startswith("## ")]
     assert headings == [
         "## Apart from the comparison",
         "## Counted in other costs",
-        "## Errors",
+        "## Trials",
+        "## Caveats",
         "## Baseline",
     ]
 
@@ -189,8 +227,9 @@ def test_the_page_needs_nothing_else_and_shows_every_arm(results):
         "Training loss",
         "Where the time went",
         "Counted in other costs",
+        "Trials",
         "Apart from the comparison",
-        "Errors",
+        "Caveats",
         "Baseline",
         "Machine and versions",
     ]
@@ -202,7 +241,7 @@ def test_its_charts_are_well_formed_and_have_every_run(results):
     titles = [title.text for title in quality.iter("title")]
     finished = [run for run in results.runs if run["status"] == "finished"]
     finished = [run for run in finished if run["arm"] != "baseline, hosted"]
-    assert len(titles) == len(finished) == 5 * 3 + 7 * 3 - 1
+    assert len(titles) == len(finished) == 2 * 5 * 3 + 6 * 3 - 1
     for run in finished:
         label = f"{run['arm']}, horizon {run['horizon']:g}, seed {run['seed']}: loss {run['metrics']['eval_loss']:.4f}"
         assert len([title for title in titles if title.startswith(label + " at ")]) == 1
@@ -227,7 +266,7 @@ def test_costs_grow_to_the_right_and_losses_upwards(results):
         half = places[f"half, horizon 1, seed {seed}"]
         assert short[0] < half[0] < long[0], "cheaper is further left"
         assert short[1] < half[1] < long[1], "a higher loss is higher up"
-    assert "2 runs lie outside and are drawn at the edge" in text
+    assert "5 runs lie outside and are drawn at the edge" in text
     bars = next(svg for svg in pictures if svg.get("aria-label") == "wall seconds of each arm by part")
     told = [title.text for title in bars.iter("title")]
     assert "forward: 3.33 s, 32.9%" in told, "of the baseline through AccelTrainer"

@@ -4,7 +4,6 @@ import pytest
 
 from hf_accel.compare.arms import Arm
 from hf_accel.compare.collect import Design, collect
-from hf_accel.compare.results import lower_is_better
 from hf_accel.compare.workloads import build_workload
 from hf_accel.recipe import Recipe
 
@@ -30,12 +29,12 @@ def test_of_accuracies_the_higher_is_better():
     design = Design(
         workload=build_workload("synthetic"),
         metric="eval_accuracy",
+        lower_is_better=False,
         seeds=seeds,
         horizons=horizons,
         budget=None,
         cost="cpu_seconds",
         tuned="",
-        placebos=False,
         trials={},
         baseline_args={},
     )
@@ -54,11 +53,3 @@ def test_of_accuracies_the_higher_is_better():
     assert half.non_inferiority.verdict == "non-inferior" and half.non_inferiority.difference == pytest.approx(0)
     assert worse.speed_ups["cpu_seconds"].kind == "miss"
     assert worse.non_inferiority.verdict == "inferior" and worse.non_inferiority.difference == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(
-    "name, lower",
-    [("eval_loss", True), ("perplexity", True), ("eval_wer", True), ("eval_accuracy", False), ("f1", False)],
-)
-def test_the_name_of_a_metric_says_which_is_better(name, lower):
-    assert lower_is_better(name) is lower

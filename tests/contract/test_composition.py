@@ -1,6 +1,6 @@
 """Techniques together: all pairs within few runs; two owners of a slot are refused.
 
-The runs are those of composition_runs.json, which ``python tests/contract/test_composition.py`` writes anew:
+The runs are those of composition_runs.json; ``PYTHONPATH=tests python tests/contract/test_composition.py`` writes it:
 
 - ``together``: every pair meets; the first dozen are in the default suite;
 - ``in order``: in both orders where these can differ, and each technique without each other;
@@ -21,15 +21,14 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from contract.covering import covering_array, relations_shown
 
 from hf_accel.recipe import known_techniques
 from hf_accel.technique import CLAIMS, SLOTS, Technique
 from hf_accel.testing import (
     EPOCHS,
-    covering_array,
     largest_difference,
     losses_of,
-    relations_shown,
     tiny_trainer,
     weights_of,
 )
@@ -50,7 +49,7 @@ FREE = [name for name in KINDS if not any(name in owners for owners in OWNERS.va
 RUNS = json.loads(FILE.read_text()) if FILE.exists() else {}
 SEARCH = "LearningRateSearch"
 IN_TURN = (
-    "prepare_args prepare_dataset prepare_model loss_head transform_batch evaluating saving "
+    "prepare_args prepare_dataset prepare_model loss_head transform_batch for_inference "
     "on_step_begin on_pre_optimizer_step on_optimizer_step on_step_end"
 ).split()
 """Hooks and events in which one technique gets what another has made, or finds the model as the other left it."""
@@ -232,7 +231,7 @@ DEFAULT = {"together": 12, "search": 1}
 def runs_with_marks():
     for kind, runs in RUNS.items():
         for i, names in enumerate(runs):
-            left_out = pytest.mark.full if kind == "both orders" else pytest.mark.ci
+            left_out = pytest.mark.ci if kind in ("together", "in order") else pytest.mark.full
             yield pytest.param(names, id=f"{kind} {i + 1}", marks=[left_out] * (i >= DEFAULT.get(kind, 0)))
 
 

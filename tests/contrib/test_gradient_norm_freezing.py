@@ -2,29 +2,10 @@ import math
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from hf_accel.contrib.gradient_norm_freezing import GradientNormFreezing, settled_by_gradient
-from hf_accel.testing import (
-    CHECKS,
-    check_neutral_is_trainer,
-    check_resumes_bit_exactly,
-    check_trains,
-    tiny_trainer,
-)
-
-SMALL = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "pad_token_id": 0}
-
-
-def tiny():
-    torch.manual_seed(0)
-    sizes = {**SMALL, "num_hidden_layers": 4, "bos_token_id": 1, "eos_token_id": 2}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", use_cache=False, **sizes))
-
-
-def data(num=32):
-    ids = torch.randint(3, 64, (num, 8), generator=torch.Generator().manual_seed(1))
-    return [{"input_ids": row, "labels": row} for row in ids]
+from hf_accel.testing import CountingText, collate_padded, tiny_llama, tiny_trainer
 
 
 def oracle_gradient(norms, depth, threshold):
@@ -76,7 +57,8 @@ def test_blocks_freeze_by_the_gradients_of_the_run(tmp_path):
         tmp_path, per_device_train_batch_size=4, max_steps=16, use_cpu=True, report_to=[], learning_rate=1e-2,
         save_strategy="no", disable_tqdm=True,
     )  # fmt: skip
-    Trainer(tiny(), args, train_dataset=data(), callbacks=[technique, norms]).train()
+    text = {"train_dataset": CountingText(32), "data_collator": collate_padded}
+    Trainer(tiny_llama(dropout=0.0), args, **text, callbacks=[technique, norms]).train()
     means = [
         [math.sqrt(sum(row[i] ** 2 for row in norms.norms[start : start + 4]) / 4) for i in range(4)]
         for start in (0, 4, 8)
@@ -99,14 +81,3 @@ def test_gradients_are_measured_as_they_were_before_clipping(tmp_path):
     assert len(measured[0]) > 2 and min(min(norms) for norms in measured[0]) > 1e-3
     for plain, clipped in zip(*measured, strict=True):
         assert clipped == pytest.approx(plain, rel=1e-4)
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_contract(check, tmp_path):
-    check(GradientNormFreezing(**GradientNormFreezing.probe_fields), tmp_path)
-
-
-@pytest.mark.parametrize("check", [check_trains, check_neutral_is_trainer, check_resumes_bit_exactly])
-def test_it_trains_is_neutral_and_resumes(check, tmp_path):
-    check(GradientNormFreezing(**GradientNormFreezing.probe_fields), tmp_path)

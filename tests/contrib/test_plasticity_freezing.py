@@ -3,28 +3,15 @@ import math
 import pytest
 import torch
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, AutoModelForCausalLM, TrainingArguments
+from transformers import TrainingArguments
 from transformers import default_data_collator as collate
 
 from hf_accel.contrib.plasticity_freezing import PlasticityFreezing, settled_by_plasticity, similarities
-from hf_accel.testing import (
-    CHECKS,
-    check_neutral_is_trainer,
-    check_resumes_bit_exactly,
-    check_trains,
-)
-
-SMALL = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "pad_token_id": 0}
-
-
-def tiny():
-    torch.manual_seed(0)
-    sizes = {**SMALL, "num_hidden_layers": 4, "bos_token_id": 1, "eos_token_id": 2}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model("llama", use_cache=False, **sizes))
+from hf_accel.testing import VOCABULARY, tiny_llama
 
 
 def data(num=32):
-    ids = torch.randint(3, 64, (num, 8), generator=torch.Generator().manual_seed(1))
+    ids = torch.randint(3, VOCABULARY, (num, 8), generator=torch.Generator().manual_seed(1))
     return [{"input_ids": row, "labels": row} for row in ids]
 
 
@@ -53,7 +40,7 @@ def by_hand(x, y):
 
 
 def test_plasticity_is_the_change_of_similarities(tmp_path):
-    technique, model = PlasticityFreezing(), tiny().double()
+    technique, model = PlasticityFreezing(), tiny_llama(dropout=0.0).double()
     args = TrainingArguments(tmp_path, use_cpu=True, seed=3)
     technique.on_train_begin(args, None, None, model=model, train_dataloader=DataLoader(data(), collate_fn=collate))
     batch = {k: torch.cat([inputs[k] for inputs in technique.examples_]) for k in ("input_ids", "labels")}
@@ -73,14 +60,3 @@ def test_plasticity_is_the_change_of_similarities(tmp_path):
     assert [len(module._forward_hooks) for module in model.modules()] == hooks
     with pytest.raises(ValueError, match="PlasticityFreezing.*examples of a training set.*Use GradientNormFreezing"):
         technique.on_train_begin(args, None, None, model=model, train_dataloader=DataLoader(data(1)))
-
-
-@pytest.mark.full
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__.removeprefix("check_"))
-def test_contract(check, tmp_path):
-    check(PlasticityFreezing(**PlasticityFreezing.probe_fields), tmp_path)
-
-
-@pytest.mark.parametrize("check", [check_trains, check_neutral_is_trainer, check_resumes_bit_exactly])
-def test_it_trains_is_neutral_and_resumes(check, tmp_path):
-    check(PlasticityFreezing(**PlasticityFreezing.probe_fields), tmp_path)

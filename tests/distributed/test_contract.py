@@ -1,6 +1,6 @@
 """Techniques on two ranks: in step with each other, equal to one process, and the same after a resume.
 
-All of them under DDP; under FSDP2 and ZeRO one of each class of hooks, and the others in the full suite.
+All of them under DDP; under FSDP2 and ZeRO some that answer to all hooks together, and the others in the full suite.
 """
 
 import functools
@@ -8,7 +8,7 @@ import tempfile
 
 import pytest
 import torch
-from hook_classes import one_of_each_class
+from hook_classes import one_for_each_hook
 from ranks import assert_backend, backend_args, forced_fp16_support, run_on_ranks
 
 from hf_accel.recipe import known_techniques
@@ -79,9 +79,9 @@ def backends_and_names():
         kinds = known_techniques()
         accepted = {name: kind for name, kind in kinds.items() if not refused(kind, backend)}
         others = {name: kind for name, kind in kinds.items() if name not in accepted}
-        # ZeRO-2 and ZeRO-3 share what a technique must do for them: each takes every other class.
-        shown = one_of_each_class(accepted)[{"zero2": 0, "zero3": 1}.get(backend, 0) :: 2 if "zero" in backend else 1]
-        chosen = {*(kinds if backend == "ddp" else shown), *one_of_each_class(others)}
+        # ZeRO-2 and ZeRO-3 share what a technique must do for them: each takes half.
+        shown = one_for_each_hook(accepted)[{"zero2": 0, "zero3": 1}.get(backend, 0) :: 2 if "zero" in backend else 1]
+        chosen = {*(kinds if backend == "ddp" else shown), *one_for_each_hook(others)}
         for name in kinds:
             left_out = [] if name == default else pytest.mark.ci if name in chosen else pytest.mark.full
             yield pytest.param(backend, name, marks=left_out, id=f"{backend}-{name}")

@@ -1,13 +1,16 @@
 """How many examples and tokens a batch has, and budgets in them under collators of every structure."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import DataCollatorWithFlattening, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-from hf_accel import AccelTrainer, Budget
+from hf_accel import AccelTrainer, Budget, RandomSubset, attach
 from hf_accel.engine.batch_sizes import num_examples, num_tokens
+from hf_accel.testing import losses_of, tiny_trainer
 
 ROWS = torch.zeros(4, 3)
 
@@ -136,7 +139,7 @@ def test_a_budget_of_an_epochs_samples_is_one_epoch(kind, micro_batch_size, tmp_
 
 @pytest.mark.parametrize("kind", ["nested", "preferences"])
 def test_a_budget_in_tokens_that_cannot_be_counted_is_refused(kind, tmp_path):
-    with pytest.raises(ValueError, match=r"Budget does not support tokens here .* Give the budget in"):
+    with pytest.raises(ValueError, match=r"Budget\(.*\) does not support tokens here .* Give the budget in"):
         trainer_of(kind, tmp_path, "100tok").train()
 
 
@@ -155,7 +158,7 @@ def test_a_budget_in_samples_that_cannot_be_counted_is_refused(tmp_path):
 
     args = TrainingArguments(str(tmp_path), report_to=[], save_strategy="no", use_cpu=True, disable_tqdm=True)
     trainer = OwnLoader(model=Scaled(), args=args, train_dataset=[{"scale": 1.0}] * 4, techniques=[Budget("2samples")])
-    with pytest.raises(ValueError, match="Budget does not support samples here"):
+    with pytest.raises(ValueError, match=r"Budget\(limit='2samples'\) does not support samples here"):
         trainer.train()
 
 
@@ -179,3 +182,39 @@ def test_lists_of_examples_are_taken_as_trainer_takes_them(tmp_path):
         trainer.train()
         after.append(trainer.model.layer.weight.detach().clone())
     assert torch.equal(*after)
+
+
+ACCUMULATION = {"gradient_accumulation_kwargs": {"num_steps": 4}}
+
+
+@pytest.mark.parametrize("how", ["stream", "budget", "attached"])
+def test_accelerates_number_of_accumulated_batches_is_trainers(how, tmp_path):
+    """64 examples in batches of 4, of which 4 are an update: 4 updates in an epoch."""
+    techniques = [Budget("2epochs")] if how == "budget" else [RandomSubset(keep=1.0)]
+    logs = []
+    for name in ("plain", how):
+        args = {"accelerator_config": copy.deepcopy(ACCUMULATION), "per_device_train_batch_size": 4}
+        if name == "plain" or how == "attached":
+            trainer = tiny_trainer([], tmp_path, trainer_class=Trainer, num_train_epochs=2, **args)
+            if name == how:
+                attach(trainer, techniques)
+        else:
+            epochs = {} if how == "budget" else {"num_train_epochs": 2}
+            trainer = tiny_trainer(techniques, tmp_path, **epochs, **args)
+        trainer.train()
+        logs.append((trainer.state.global_step, losses_of(trainer)))
+    assert logs[0] == logs[1] and logs[0][0] == 8
+    assert trainer.accel.nominal_batch_size == 16
+
+
+def test_two_numbers_of_accumulated_batches_are_refused(tmp_path):
+    with pytest.raises(ValueError, match=r"num_steps=4 does not support gradient_accumulation_steps=2.*Remove one\."):
+        tiny_trainer([RandomSubset()], tmp_path, accelerator_config=ACCUMULATION, gradient_accumulation_steps=2)
+
+
+def test_arguments_serve_two_trainers(tmp_path):
+    args = TrainingArguments(str(tmp_path), accelerator_config=copy.deepcopy(ACCUMULATION), report_to=[], use_cpu=True)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=8, hidden_size=4, intermediate_size=4, num_hidden_layers=1, num_attention_heads=1)
+    )
+    assert [AccelTrainer(model, args).args.gradient_accumulation_steps for _ in range(2)] == [4, 4]

@@ -70,12 +70,12 @@ def by_hand(weight_of, tmp_path, extra=None):
 
 
 class ByExample(Quiet):
-    def example_weights(self, losses, ids_B):
+    def loss_weights(self, losses, ids_B):
         return ids_B.double() / 10
 
 
 class ByToken(Quiet):
-    def token_weights(self, losses, ids_B):
+    def loss_weights(self, losses, ids_B):
         return torch.arange(losses.losses_BL.shape[1]).double().expand_as(losses.losses_BL) + 1
 
 
@@ -174,16 +174,10 @@ class Prepares(Quiet):
         return model
 
     @contextlib.contextmanager
-    def evaluating(self, model):
-        self.log.append("evaluating")
+    def for_inference(self, model):
+        self.log.append("enters")
         yield
-        self.log.append("evaluated")
-
-    @contextlib.contextmanager
-    def saving(self, model):
-        self.log.append("saving")
-        yield
-        self.log.append("saved")
+        self.log.append("leaves")
 
 
 def test_what_is_asked_before_training_and_around_it(tmp_path):
@@ -193,9 +187,9 @@ def test_what_is_asked_before_training_and_around_it(tmp_path):
     trainer.train()
     assert trainer.model.marked and trainer.args.max_grad_norm == 0.25
     assert trainer.state.global_step == 2 and trainer.train_dataset is given
-    assert log == ["evaluating", "evaluated"]
+    assert log == ["enters", "leaves"]
     trainer.save_model(str(tmp_path / "saved"))
-    assert log[2:] == ["saving", "saved"]
+    assert log[2:] == ["enters", "leaves"]
 
 
 class OnlyNow(Quiet):
@@ -315,7 +309,7 @@ def test_losses_are_those_of_the_weighted_step(tmp_path):
 
 
 class Ones(Quiet):
-    def example_weights(self, losses, ids_B):
+    def loss_weights(self, losses, ids_B):
         return torch.ones(len(ids_B))
 
 

@@ -10,11 +10,13 @@ from hf_accel import (
     AccelTrainer,
     Budget,
     ExponentialMovingAverage,
+    InfoBatch,
     LayerwiseDecay,
     LengthGrouped,
     LinearToZero,
     Muon,
     accelerated,
+    attach,
 )
 
 CONFIG = BertConfig(
@@ -102,6 +104,15 @@ def test_a_given_schedule_is_refused_under_a_budget_of_unknown_steps(tmp_path):
         AccelTrainer(model, args, train_dataset=DATA, optimizers=given, techniques=[Budget("1000tok")])
 
 
+@pytest.mark.parametrize("method, technique", [("get_train_dataloader", LengthGrouped), ("compute_loss", InfoBatch)])
+def test_a_method_of_the_instance_is_refused_under_its_own_name(method, technique, tmp_path):
+    trainer = built(Trainer, tmp_path)
+    setattr(trainer, method, getattr(trainer, method))
+    with pytest.raises(ValueError, match=rf"{technique.__name__}.* trainer overrides|trainer\.{method} makes"):
+        attach(trainer, [technique()])
+    assert type(trainer) is Trainer
+
+
 def test_a_training_step_that_is_given_a_whole_step_is_refused_with_a_remedy(tmp_path):
     def made(base):
         class Looks(base):
@@ -152,6 +163,18 @@ def test_a_schedule_that_is_made_before_train_follows_the_run(hosting, tmp_path)
     assert rates(trainer) == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
 
 
+@pytest.mark.parametrize("technique", [LengthGrouped(), Budget("4steps")], ids=str)
+def test_a_schedule_that_is_made_before_train_counts_its_own_steps(technique, tmp_path):
+    trainer = built(AccelTrainer, tmp_path, [technique])
+    trainer.create_optimizer_and_scheduler(num_training_steps=4)
+    found = []
+    for _ in range(4):
+        found.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    assert found == pytest.approx([1e-2, 0.75e-2, 0.5e-2, 0.25e-2])
+
+
 class Looks(TrainerCallback):
     """Looks at batches, and asks how long the loader is."""
 
@@ -170,6 +193,8 @@ def test_looking_at_the_loader_changes_nothing(tmp_path):
     trainer = looks.trainer = built(AccelTrainer, tmp_path, [LengthGrouped()], [looks], num_train_epochs=2)
     batch = next(iter(trainer.get_train_dataloader()))
     assert {name: tuple(value.shape) for name, value in batch.items()} == {"input_ids": (4, 3), "labels": (4,)}
+    loader = trainer.get_train_dataloader()
+    assert (loader.total_batch_size, loader.num_workers, loader.prefetch_factor) == (4, 0, None)
     trainer.train()
     assert looks.shape == (4, 3) and looks.length == 4
     assert rates(trainer) == rates(plain) and trainer.state.epoch == plain.state.epoch == 2.0

@@ -1,5 +1,6 @@
 """What Trainer honors and resumes, the stream does too."""
 
+import json
 import os
 import signal
 
@@ -9,6 +10,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 
 from hf_accel import AccelTrainer, BatchSizeRamp, Budget
+from hf_accel.checkpoints.format import CheckpointError
 from hf_accel.checkpoints.reader import Heartbeat
 
 
@@ -82,6 +84,55 @@ def test_a_run_that_is_over_takes_no_step_more(tmp_path):
     run = trainer(AccelTrainer, model, tmp_path, micro_batch_size=8, **args)
     run.train(resume_from_checkpoint=True)
     assert run.state.global_step == 5 and model.read == []
+
+
+def delete_optimizer(checkpoint):
+    (checkpoint / "optimizer.pt").unlink()
+    (checkpoint / "scheduler.pt").unlink()
+
+
+def clear_log(checkpoint):
+    state = json.loads((checkpoint / "trainer_state.json").read_text())
+    (checkpoint / "trainer_state.json").write_text(json.dumps(state | {"log_history": []}))
+
+
+def replace_weights(checkpoint):
+    (checkpoint / "model.safetensors").unlink()
+    torch.save({"slope": torch.tensor(1.5)}, checkpoint / "pytorch_model.bin")
+
+
+@pytest.mark.parametrize("edit", [delete_optimizer, clear_log, replace_weights])
+def test_edited_checkpoints_resume_as_in_trainer(edit, tmp_path):
+    args = dict(max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=8)
+    slopes = []
+    for cls in (Trainer, AccelTrainer):
+        folder = tmp_path / cls.__name__
+        trainer(cls, Line(), folder, **args).train()
+        edit(folder / "checkpoint-2")
+        run = trainer(cls, Line(), folder, **args)
+        run.train(resume_from_checkpoint=str(folder / "checkpoint-2"))
+        slopes.append((run.state.global_step, run.model.slope.item()))
+    assert slopes[0] == slopes[1]
+
+
+def test_edited_checkpoints_with_techniques_resume_if_changes_are_allowed(tmp_path):
+    args = dict(max_steps=4, save_strategy="steps", save_steps=2, per_device_train_batch_size=8)
+    trainer(AccelTrainer, Line(), tmp_path, techniques=[BatchSizeRamp(0.5)], **args).train()
+    clear_log(tmp_path / "checkpoint-2")
+    run = trainer(AccelTrainer, Line(), tmp_path, techniques=[BatchSizeRamp(0.5)], **args)
+    with pytest.raises(CheckpointError, match=r"Resume from .*checkpoint-4, or set allow_changes=True if you edited"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    run.accel.options.allow_changes = True
+    run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert run.state.global_step == 4
+    (tmp_path / "checkpoint-2" / "accel_state.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"not whole, accel_state.json .*Resume from .*checkpoint-4\.$"):
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+def test_a_size_beside_the_search_for_one_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="auto_find_batch_size=True does not support micro_batch_size=8 because"):
+        trainer(AccelTrainer, Line(), tmp_path, micro_batch_size=8, auto_find_batch_size=True)
 
 
 def test_a_heartbeat_that_cannot_be_written_ends_no_run(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 from transformers import Trainer, TrainingArguments
 
 import hf_accel
-from hf_accel.evidence import cards
+from hf_accel.evidence import cards, records
 from hf_accel.recipe import known_techniques, read_technique
 from hf_accel.technique import Technique
 from hf_accel.testing import VOCABULARY, tiny_llama
@@ -117,13 +117,17 @@ def test_settings_that_were_compared_are_listed_the_fastest_first():
         entries = [{"InfoBatch": {"keep": keep, "end": 0.875}}, *({other: {"lr": 0.1}} for other in others)]
         arm = {"name": "an arm", "role": "candidate", "techniques": entries, "args": args, "p_value": 0.001}
         arm["speed_ups"] = {"cpu_seconds": speed_up}
-        return {"cost": "cpu_seconds", "tuned": "8 trials", "placebos": True, "arms": [arm]}
+        placebo = {"name": "a placebo", "role": "placebo", "of": "an arm"}
+        placebo["speed_ups"] = {"cpu_seconds": {"kind": "measured", "value": 1.0, "low": 0.95, "high": 1.05}}
+        trials = [{name: value for name in records.FREE} for value in (1, 2)]
+        found = {"cost": "cpu_seconds", "tuned": "8 trials", "trials": {"baseline": trials}}
+        return found | {"arms": [arm, placebo]}
 
     slow = tried(0.5, {}, value=1.1, low=0.9, high=1.3)
     fast = tried(0.3, {"learning_rate": 0.1, "output_dir": "out"}, "Muon", value=1.5, low=1.2, high=1.8)
     found = cards.worked(TECHNIQUES["InfoBatch"], {"digits": slow, "sst2": fast})
     assert found.split("\n\n")[:2] == [
-        "No setting of this technique alone has gained on a tuned baseline yet.",
+        "No setting of this technique alone has gained on the best of Trainer yet.",
         "| setting | comparison | speed-up | verdict |\n|---|---|---|---|\n"
         "| `keep=0.3, end=0.875` with `learning_rate=0.1`, beside `Muon` | [sst2](../evidence/sst2.json) "
         "| 1.50x [1.20, 1.8] | faster |\n"

@@ -5,8 +5,8 @@ import torch
 
 from hf_accel.batch import StepPlan
 from hf_accel.data.sampling import Coreset, WeightedSampling
-from hf_accel.data.sampling.static_subset import rows_of
 from hf_accel.features.columns import column, column_chunks, numbers
+from hf_accel.features.static_subset import rows_of
 from hf_accel.stream.reader import StepReader
 
 ASKING = WeightedSampling()

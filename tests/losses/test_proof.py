@@ -219,26 +219,3 @@ def test_a_micro_batch_without_labels_has_no_share(kind, given, micro_batch_size
     right = trained(Trainer, model_of(kind), dataset, tmp_path, **given)
     found = trained(AccelTrainer, model_of(kind), dataset, tmp_path, micro_batch_size=micro_batch_size, **given)
     assert_same(found, right)
-
-
-class Contrastive(BertForSequenceClassification):
-    """Each example has the others as its negatives."""
-
-    def forward(self, input_ids=None, labels=None):
-        states = self.bert(input_ids)[1]
-        scores = states @ self.classifier.weight[0] + states @ states.T
-        return {"loss": F.cross_entropy(scores, torch.arange(len(scores))), "logits": self.classifier(states)}
-
-
-class MeanOfWeights(BertForSequenceClassification):  # pytorch/pytorch#72047
-    def forward(self, input_ids=None, labels=None):
-        logits = 50 * self.classifier(self.bert(input_ids)[1])
-        return {"loss": F.cross_entropy(logits, labels, torch.tensor([1.0, 20.0])), "logits": logits}
-
-
-@pytest.mark.parametrize("kind", [Contrastive, MeanOfWeights])
-def test_a_loss_that_is_no_mean_over_examples_is_not_divided(kind, tmp_path):
-    with pytest.raises(ValueError, match="micro_batch_size=4 does not support the loss of .* for 8 examples"):
-        trained(AccelTrainer, model_of(kind), labeled(), tmp_path, micro_batch_size=4)
-    right = trained(Trainer, model_of(kind), labeled(), tmp_path)
-    assert_same(trained(AccelTrainer, model_of(kind), labeled(), tmp_path, micro_batch_size=16), right)

@@ -63,15 +63,6 @@ def test_nothing_is_estimated_where_nothing_is_counted(tmp_path):
         EnergyMeter(CPU, powercap=tmp_path)
 
 
-class Metered(Budget):
-    """A budget whose counters are in a folder of the test."""
-
-    folder = None
-
-    def meters(self):
-        return {"joules": EnergyMeter(self.run_.args.device, powercap=self.folder)}
-
-
 @dataclass(eq=False)
 class Draws(Technique):
     """What the machine draws: so many joules a step."""
@@ -84,8 +75,8 @@ class Draws(Technique):
 
 
 def test_a_budget_in_joules_is_kept(powercap, tmp_path, monkeypatch):
-    monkeypatch.setattr(Metered, "folder", powercap)
-    trainer = tiny_trainer([Draws(powercap), Metered("5kJ")], tmp_path)
+    monkeypatch.setattr("hf_accel.meters.energy.POWERCAP", powercap)
+    trainer = tiny_trainer([Draws(powercap), Budget("5kJ")], tmp_path)
     trainer.train()
     assert 0.8 * 5000 < trainer.receipt.joules <= 5000
     assert trainer.receipt.final_learning_rate == 0.0
@@ -94,8 +85,8 @@ def test_a_budget_in_joules_is_kept(powercap, tmp_path, monkeypatch):
 
 @pytest.mark.ci
 def test_a_search_of_the_rate_takes_its_share_of_energy(powercap, tmp_path, monkeypatch):
-    monkeypatch.setattr(Metered, "folder", powercap)
-    trainer = tiny_trainer([Draws(powercap), Metered("30kJ"), LearningRateSearch(share=0.6)], tmp_path)
+    monkeypatch.setattr("hf_accel.meters.energy.POWERCAP", powercap)
+    trainer = tiny_trainer([Draws(powercap), Budget("30kJ"), LearningRateSearch(share=0.6)], tmp_path)
     trainer.train()
     assert 0 < trainer.clock.excluded_cost["joules"] <= 0.6 * 30_000
     assert 0.8 * 30_000 < trainer.receipt.joules <= 30_000
@@ -103,15 +94,15 @@ def test_a_search_of_the_rate_takes_its_share_of_energy(powercap, tmp_path, monk
 
 
 def test_a_budget_in_joules_that_holds_no_step(powercap, tmp_path, monkeypatch):
-    monkeypatch.setattr(Metered, "folder", powercap)
-    trainer = tiny_trainer([Draws(powercap), Metered("40J")], tmp_path)
+    monkeypatch.setattr("hf_accel.meters.energy.POWERCAP", powercap)
+    trainer = tiny_trainer([Draws(powercap), Budget("40J")], tmp_path)
     with pytest.raises(ValueError, match="is too small for one step and the evaluation and checkpoint after it"):
         trainer.train()
     assert trainer.state.global_step == 0
 
 
 def test_energy_since_the_last_checkpoint_counts_after_a_kill(powercap, tmp_path, monkeypatch):
-    monkeypatch.setattr(Metered, "folder", powercap)
+    monkeypatch.setattr("hf_accel.meters.energy.POWERCAP", powercap)
     monkeypatch.setattr("hf_accel.engine.callbacks.BEAT_SECONDS", 0.0)
 
     class Killed(TrainerCallback):
@@ -120,11 +111,11 @@ def test_energy_since_the_last_checkpoint_counts_after_a_kill(powercap, tmp_path
                 raise KeyboardInterrupt
 
     saving = {"save_strategy": "steps", "save_steps": 20}
-    killed = tiny_trainer([Draws(powercap), Metered("5kJ")], tmp_path, **saving)
+    killed = tiny_trainer([Draws(powercap), Budget("5kJ")], tmp_path, **saving)
     killed.add_callback(Killed())
     with pytest.raises(KeyboardInterrupt):
         killed.train()
-    resumed = tiny_trainer([Draws(powercap), Metered("5kJ")], tmp_path)
+    resumed = tiny_trainer([Draws(powercap), Budget("5kJ")], tmp_path)
     resumed.train(resume_from_checkpoint=True)
     assert resumed.receipt.joules == 50 * (resumed.state.global_step + 10)  # ten steps were made twice
     assert 0.8 * 5000 < resumed.receipt.joules <= 5000

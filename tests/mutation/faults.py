@@ -189,7 +189,7 @@ FAULTS = (
     ),
     Fault(
         "averages-not-restored",
-        "optim/averaging/running_average.py",
+        "updates/running_average.py",
         'self.averages_ = scatter(self.model_, state["averages"])',
         "self.averages_ = at_least_float32(self.weights())",
         "After resuming, the average of weights begins again.",
@@ -301,7 +301,7 @@ FAULTS = (
         "copied = copy.deepcopy(model)\n",
         "copied = model\n",
         "A search for the learning rate leaves a trained model to the run.",
-        "tests/optim/learning_rate/test_search.py::test_the_trainer_stays_as_it_was",
+        "tests/updates/test_learning_rates.py::test_the_trainer_stays_as_it_was",
     ),
     Fault(
         "averages-left-in-model",
@@ -371,11 +371,11 @@ FAULTS = (
     ),
     Fault(
         "coefficient-digits-swapped",
-        "optim/optimizers/newton_schulz.py",
+        "updates/newton_schulz.py",
         "COEFFICIENTS = 3.4445, -4.7750, 2.0315",
         "COEFFICIENTS = 3.4445, -4.7750, 2.0135",
         "Singular values of Muon's updates lie in another range.",
-        "tests/optim/optimizers/test_newton_schulz.py",
+        "tests/updates/test_newton_schulz.py",
     ),
     Fault(
         "matrix-scale-inverted",
@@ -590,8 +590,8 @@ FAULTS = (
     Fault(
         "soup-metric-always-lower",
         "cli/soup.py",
-        "soups.greedy(scores, evaluate, lower_is_better(metric))",
-        "soups.greedy(scores, evaluate, True)",
+        "soups.greedy(scores, evaluate, lower_is_better=not more_is_better)",
+        "soups.greedy(scores, evaluate, lower_is_better=True)",
         "hf-accel soup --greedy --metric accuracy keeps the worst models.",
         "tests/cli/test_soup.py::test_a_greedy_soup_keeps_what_is_more_accurate",
     ),

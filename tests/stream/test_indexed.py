@@ -144,6 +144,36 @@ def test_resumes_at_every_step_with_the_same_batches(slots, workers):
             assert epoch(second, 1) == expected[1]
 
 
+class Sorted(Technique):
+    """Sorts by a key within batches' worth of examples, so that the order depends on the size of a batch."""
+
+    def __init__(self):
+        pass
+
+    def order(self, ids_N, batch_size, generator):
+        shuffled_N = ids_N[torch.randperm(len(ids_N), generator=generator)]
+        return torch.cat([part.sort().values for part in shuffled_N.split(2 * batch_size)])
+
+
+@pytest.mark.parametrize("sizes", [(4, 8, 6), (6, 4, 12)])
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_an_epoch_resumed_at_other_batch_sizes_reads_each_example_once(sizes, drop_last):
+    whole = stream(batch_size=sizes[0], slots=Slots(order=Sorted()), drop_last=drop_last)
+    expected = sorted(i for batch in epoch(whole, 0) for micro in batch for i in micro["ids"])
+    read, state = [], None
+    for size in sizes:
+        part = stream(batch_size=size, slots=Slots(order=Sorted()), drop_last=drop_last)
+        if state is not None:
+            part.load_state_dict(state)
+        part.set_epoch(0)
+        for batch in part:
+            read += [i for micro in content(batch) for i in micro["ids"]]
+            if size != sizes[-1]:  # goes on with the next size after one step
+                break
+        state = part.state_dict()
+    assert sorted(read) == expected
+
+
 def test_randomness_does_not_depend_on_ranks_or_micro_batches():
     def noises(**kw):
         return {

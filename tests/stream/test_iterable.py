@@ -202,12 +202,20 @@ def test_the_owner_of_batch_sees_more_where_it_wants_more():
     assert [len(step[0]["x"]) + len(step[1]["x"]) + len(step[2]["x"]) for step in epoch(s, 0)] == [10]
 
 
-def test_a_last_step_that_is_too_small_is_left_out_where_asked():
-    assert [sum(len(m["x"]) for m in step) for step in epoch(stream(Counting(23), drop_last=True), 0)] == [6, 6, 6]
-    assert [sum(len(m["x"]) for m in step) for step in epoch(stream(Counting(24), drop_last=True), 0)] == [6] * 4
-    s = stream(Counting(23), drop_last=True)
-    s.set_epoch(0)
-    assert [s.epoch_is_over for _ in s] == [False, False, True]
+def test_nothing_is_dropped_as_in_trainer(tmp_path):
+    """Trainer's loader takes no ``drop_last`` for data without an index."""
+    args = {"dataloader_drop_last": True, "max_steps": 6}
+    plain = hosted([], tmp_path, Text(20), Trainer, **args)
+    plain.train()
+    ours = hosted([Watch()], tmp_path, Text(20), **args)
+    ours.train()
+    assert losses_of(ours) == losses_of(plain)
+    assert ours.receipt.samples == 2 * 20
+    accumulated = hosted(
+        [watch := Watch()], tmp_path, Text(20), gradient_accumulation_steps=2, **args | {"max_steps": 4}
+    )
+    accumulated.train()
+    assert [i for i, _ in watch.seen_] == 2 * list(range(20))
 
 
 def test_randomness_does_not_depend_on_ranks_micro_batches_or_workers():

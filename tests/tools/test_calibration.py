@@ -61,7 +61,7 @@ def slow_trainer(directory, *techniques, **args):
 def test_a_run_takes_what_was_predicted(args, techniques, tmp_path):
     trainer = slow_trainer(tmp_path, *techniques, **args)
     forecast = calibrate(trainer, seconds=10.0)
-    steps = forecast.steps(trainer.accel.limits())
+    steps = forecast.steps(trainer.accel.limits().amounts)
     assert (forecast.start, forecast.step) == (3.0, 1.0)
     assert trainer.state.global_step == 0 and trainer.clock.now.seconds == forecast.cost
     trainer.train()
@@ -72,7 +72,7 @@ def test_a_run_takes_what_was_predicted(args, techniques, tmp_path):
 def test_seconds_buy_steps(tmp_path):
     trainer = slow_trainer(tmp_path, Budget("40s"), eval_strategy="epoch")
     forecast = calibrate(trainer, seconds=6.0)
-    steps = forecast.steps(trainer.accel.limits())
+    steps = forecast.steps(trainer.accel.limits().amounts)
     trainer.train()
     # The budget keeps back an evaluation, which the forecast counts as it comes, at the end of each epoch.
     assert abs(trainer.receipt.steps - steps) <= 1 + forecast.evaluation
@@ -97,4 +97,4 @@ def test_operations_are_counted_for_a_budget_of_them(tmp_path):
     trainer = slow_trainer(tmp_path, Budget("1e9flop"))
     forecast = calibrate(trainer, seconds=6.0)
     trainer.train()
-    assert trainer.receipt.steps == pytest.approx(forecast.steps(trainer.accel.limits()), rel=0.1)
+    assert trainer.receipt.steps == pytest.approx(forecast.steps(trainer.accel.limits().amounts), rel=0.1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +121,18 @@ def test_a_recipe_gives_the_size_of_a_batch_and_the_seed(script, tmp_path):
         assert json.loads((tmp_path / "out" / "receipt.json").read_text())["samples"] == 10
         runs.append(weights(tmp_path / "out"))
     assert not same(*runs)
+
+
+def test_a_plain_run_resumes_with_techniques_if_changes_are_allowed(script, tmp_path):
+    resumes = "trainer.train(resume_from_checkpoint='--resume' in sys.argv)"
+    script.write_text(SCRIPT.replace('"no"', '"epoch"').replace("trainer.train()", resumes))
+    assert run(script, tmp_path / "out").exit_code == 0
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    given = ("--technique", "InfoBatch(keep=0.5)", script, tmp_path / "out", "--resume")
+    refused, done = run(*given), run("--allow-changes", *given)
+    assert refused.exit_code == 2 and "or set allow_changes=True" in refused.output
+    assert done.exit_code == 0, done.output
+    assert json.loads((tmp_path / "out" / "receipt.json").read_text())["progress"] == 1
 
 
 @pytest.mark.parametrize("name", ["label_smoothing_factor", "full_determinism", "enable_jit_checkpoint"])

@@ -28,7 +28,8 @@ class Workload:
 
     A workload fixes, before anything runs, the baseline's arguments, the nominal horizon, the metric and the margin of
     non-inferiority.  The record of a tuned baseline, ``tuned/NAME.json`` beside this file, replaces ``tuned``,
-    ``seed_sigma`` and the ``args`` that it names, at the scale ``cpu``; baselines of other scales are not tuned.
+    ``seed_sigma``, ``quality``, ``trials`` and the ``args`` that it names, at the scale ``cpu``.  Baselines of other
+    scales are not tuned.
 
     Args:
         scale: ``cpu``: a run takes about 20 seconds on one core; ``gpu``: a larger model, more data, a longer horizon.
@@ -47,6 +48,9 @@ class Workload:
     metric: ClassVar[str] = "eval_loss"
     """Quality, by its name in ``Trainer.evaluate()``; continuous where possible."""
 
+    greater_is_better: ClassVar[bool | None] = None
+    """Whether more of the metric is better; None: as Trainer or ``evaluate`` declares."""
+
     args: ClassVar[dict[str, Any]] = {}
     """The baseline's fields of ``TrainingArguments``; candidates inherit those that they do not set."""
 
@@ -55,6 +59,12 @@ class Workload:
 
     seed_sigma: ClassVar[float] = 0.0
     """Standard deviation of the metric between seeds of the baseline, from seeds that no comparison uses."""
+
+    quality: ClassVar[float | None] = None
+    """Level that the baseline should reach at its longest horizon; None: none is stated."""
+
+    trials: ClassVar[list[dict[str, Any]]] = []
+    """Trials by which ``args`` were found."""
 
     margin_floor: ClassVar[float] = 0.003
     """Smallest margin: 0.003 nats, or 0.002 of an accuracy."""
@@ -77,6 +87,7 @@ class Workload:
             found = json.loads(record.read_text())
             self.args = self.args | found["args"]  # type: ignore[misc]
             self.tuned, self.seed_sigma = found["tuned"], found["seed_sigma"]  # type: ignore[misc]
+            self.quality, self.trials = found.get("quality"), found["trials"]  # type: ignore[misc]
 
     @property
     def size(self) -> dict[str, Any]:

@@ -47,6 +47,7 @@ from hf_accel.features.flattening import CAUSAL, Layout, end_to_end, unpadded
 from hf_accel.features.flattening_trial import check_kept_apart
 from hf_accel.features.lengths import example_lengths
 from hf_accel.features.segment_attention import attend_as_before, attend_by_segment, can_attend_by_segment
+from hf_accel.host.internals import attention_of
 from hf_accel.technique import Technique
 
 if TYPE_CHECKING:
@@ -80,6 +81,12 @@ def filled_up(row: Mapping[str, Tensor], width: int) -> dict[str, Tensor]:
     return padded
 
 
+def _without_mask(model: nn.Module, args: Any, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Hide the mask of packed rows from the model, which would no longer look at ``position_ids``."""
+    packed = model.training and "position_ids" in inputs
+    return args, {name: value for name, value in inputs.items() if not (packed and name == "attention_mask")}
+
+
 def _has_token_ids(dataset: Any) -> bool:
     if isinstance(dataset, IterableDataset):
         return False
@@ -103,7 +110,7 @@ class Packing(Technique):
 
     def prepare_model(self, model: Any) -> nn.Module:
         """Try whether the model keeps packed examples apart."""
-        flash = "flash" in getattr(getattr(model, "config", None), "_attn_implementation", "")
+        flash = "flash" in attention_of(model)
         self.layout_ = check_kept_apart(model, self, num_rows=1 if flash else 2)  # type: ignore[misc]
         self.by_segment_ = can_attend_by_segment(model, num_rows=2, run=self.run_)
         return model
@@ -133,11 +140,13 @@ class Packing(Technique):
             )
         if self.by_segment_ and not args.torch_compile:
             attend_by_segment(model)
-        self.in_one_row_ = "flash" in model.config._attn_implementation
+        self.hook_ = model.register_forward_pre_hook(_without_mask, with_kwargs=True)
+        self.in_one_row_ = "flash" in attention_of(model)
         self.counts_ = {"rows": 0, "examples": 0, "tokens": 0, "positions": 0}
 
     def on_train_end(self, args, state, control, model: Any = None, **kwargs):
         attend_as_before(model)
+        self.hook_.remove()
 
     def collate(self, features: Sequence[Mapping[str, Any]], collator: Callable) -> dict[str, Any]:
         """Pack the examples, each as the collator makes it alone."""

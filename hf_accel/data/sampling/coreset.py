@@ -35,10 +35,10 @@ from tqdm.auto import trange
 from transformers import PreTrainedModel
 
 from hf_accel.adapters import unwrapped
-from hf_accel.data.sampling.static_subset import StaticSubset
 from hf_accel.features.choices import folded
 from hf_accel.features.columns import column
 from hf_accel.features.scores import WHOLE_WEIGHTS, head_for, score_examples
+from hf_accel.features.static_subset import StaticSubset
 from hf_accel.losses import Head
 
 

@@ -41,8 +41,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from hf_accel.data.sampling.static_subset import StaticSubset, rows_of
 from hf_accel.features.columns import column_chunks
+from hf_accel.features.static_subset import StaticSubset, rows_of
 from hf_accel.technique import Technique
 
 # MinHash is a dozen lines here (`band_keys`).  With rensa 0.5 instead, the whole search takes 1.8 times the CPU seconds

@@ -36,7 +36,6 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from hf_accel.batch import StepPlan
-from hf_accel.data.sampling.static_subset import rows_of
 from hf_accel.features.columns import check_indexable, numbers
 from hf_accel.features.scores import (
     WHOLE_WEIGHTS,
@@ -47,6 +46,7 @@ from hf_accel.features.scores import (
     reader_for,
     score_examples,
 )
+from hf_accel.features.static_subset import rows_of
 from hf_accel.losses import weighted_mean
 from hf_accel.preserve import random_state_kept
 from hf_accel.technique import Technique

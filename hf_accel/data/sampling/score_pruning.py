@@ -38,7 +38,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from hf_accel.data.sampling.static_subset import StaticSubset
 from hf_accel.features.columns import column, numbers
 from hf_accel.features.scores import (
     WHOLE_WEIGHTS,
@@ -50,6 +49,7 @@ from hf_accel.features.scores import (
     refuse_lost_classes,
     score_examples,
 )
+from hf_accel.features.static_subset import StaticSubset
 from hf_accel.losses import ClassHead, ExampleLosses, Head, TokenHead, weighted_mean
 
 PASSES = ("el2n", "grand", "loss", "perplexity")

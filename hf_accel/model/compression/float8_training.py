@@ -36,7 +36,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_accel.model.compression.low_precision import UNEQUAL, ContiguousGradient, convertible_layers
+from hf_accel.surgery.low_precision import UNEQUAL, ContiguousGradient, convertible_layers
 from hf_accel.technique import Technique
 
 CAPABILITY = (8, 9)

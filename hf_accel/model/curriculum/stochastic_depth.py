@@ -43,6 +43,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_accel.adapters import unwrapped
+from hf_accel.host.internals import attention_of
 from hf_accel.surgery.block_wrapper import ExampleSeeds, refuse_other_shape, wrap_block
 from hf_accel.surgery.blocks import block_stacks
 from hf_accel.technique import Technique
@@ -136,10 +137,9 @@ class StochasticDepth(Technique):
                 f"{self!r} does not support torch_compile because each number of examples would be compiled. "
                 "Set torch_compile=False."
             )
-        if (getattr(base.config, "_attn_implementation", None) or "").startswith(("flex", "paged")):
+        if (attention := attention_of(base)).startswith(("flex", "paged")):
             raise ValueError(
-                f"{self!r} does not support {base.config._attn_implementation} attention because it has one mask for "
-                "all rows. Use sdpa."
+                f"{self!r} does not support {attention} attention because it has one mask for all rows. Use sdpa."
             )
         self.keys_: ExampleSeeds | None = None
         self.drawn_: Drawn | None = None

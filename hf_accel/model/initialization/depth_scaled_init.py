@@ -28,8 +28,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from hf_accel.model.initialization.weight_init import WeightInit
 from hf_accel.surgery.blocks import block_lists, residual_projections
+from hf_accel.surgery.weight_init import WeightInit
 from hf_accel.technique import Fraction
 
 

@@ -41,10 +41,10 @@ import torch
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_accel.model.initialization.weight_init import WeightInit
 from hf_accel.surgery.depth_growth import interleaved, middle, on_top, repeats, stacked, zero_residual_branches
 from hf_accel.surgery.dimensions import NORMS_FIRST, Sizes, axes_of, elements, sizes_of
 from hf_accel.surgery.source_checkpoint import check_alike, head_sources, load_donor, write_from
+from hf_accel.surgery.weight_init import WeightInit
 
 logger = logging.get_logger(__name__)
 

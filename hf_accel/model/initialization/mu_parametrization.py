@@ -39,8 +39,8 @@ from torch import nn
 from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
-from hf_accel.model.initialization.weight_init import WeightInit
 from hf_accel.surgery.dimensions import Axis, axes_of
+from hf_accel.surgery.weight_init import WeightInit
 
 logger = logging.get_logger(__name__)
 

@@ -33,10 +33,10 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from hf_accel.model.initialization.weight_init import WeightInit
 from hf_accel.surgery.depth_growth import interleaved
 from hf_accel.surgery.dimensions import Sizes, axes_of, elements, sizes_of
 from hf_accel.surgery.source_checkpoint import check_alike, head_sources, load_donor, write_from
+from hf_accel.surgery.weight_init import WeightInit
 
 
 def first(size: int, new_size: int) -> list[int]:

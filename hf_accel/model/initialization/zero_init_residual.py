@@ -27,8 +27,8 @@ from typing import Any
 
 import torch
 
-from hf_accel.model.initialization.weight_init import WeightInit
 from hf_accel.surgery.blocks import residual_projections
+from hf_accel.surgery.weight_init import WeightInit
 
 
 @torch.no_grad()

@@ -41,6 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_accel.adapters import unwrapped
+from hf_accel.host.internals import attention_of
 from hf_accel.losses import examples_of
 from hf_accel.surgery.block_wrapper import ExampleSeeds, wrap_block
 from hf_accel.surgery.blocks import block_lists
@@ -135,7 +136,7 @@ class RandomTokenDrop(Technique):
         super().on_train_begin(args, state, control, **kwargs)
         base = unwrapped(model)
         blocks = self._blocks(base)
-        if (attention := base.config._attn_implementation or "").startswith(("flash", "flex", "paged")):
+        if (attention := attention_of(base)).startswith(("flash", "flex", "paged")):
             raise ValueError(
                 f"{self!r} does not support {attention} attention because it cannot skip positions. Use sdpa or eager."
             )

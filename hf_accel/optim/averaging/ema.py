@@ -45,8 +45,8 @@ from torch import Tensor
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from transformers import TrainerState
 
-from hf_accel.optim.averaging.running_average import RunningAverage, at_least_float32, move
 from hf_accel.technique import Positive
+from hf_accel.updates.running_average import RunningAverage, at_least_float32, move
 
 
 def ema_update(averages: Mapping[str, Tensor], weights: Mapping[str, Tensor], decay: float) -> None:

@@ -36,7 +36,7 @@ import annotated_types as at
 import torch
 from torch import Tensor
 
-from hf_accel.optim.averaging.running_average import RunningAverage, at_least_float32
+from hf_accel.updates.running_average import RunningAverage, at_least_float32
 
 
 @dataclass(eq=False)

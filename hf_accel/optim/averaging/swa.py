@@ -39,8 +39,8 @@ import annotated_types as at
 from torch.optim.swa_utils import get_swa_multi_avg_fn
 
 from hf_accel.clock import passes
-from hf_accel.optim.averaging.running_average import RunningAverage, at_least_float32, move
 from hf_accel.technique import Fraction
+from hf_accel.updates.running_average import RunningAverage, at_least_float32, move
 
 
 @dataclass(eq=False)

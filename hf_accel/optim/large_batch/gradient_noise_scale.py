@@ -39,8 +39,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from hf_accel.optim.large_batch.noise_scale import NoiseScaleMeasurement
 from hf_accel.technique import Positive
+from hf_accel.updates.noise_scale import NoiseScaleMeasurement
 
 
 @dataclass(eq=False)

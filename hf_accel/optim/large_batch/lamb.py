@@ -32,8 +32,8 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from hf_accel.optim.large_batch.trust_ratio import groups_for, local, norm, ratio
 from hf_accel.technique import Technique
+from hf_accel.updates.trust_ratio import groups_for, local, norm, ratio
 
 
 class LambAdam(torch.optim.Optimizer):

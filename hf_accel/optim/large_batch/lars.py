@@ -30,8 +30,8 @@ import annotated_types as at
 import torch
 from torch import nn
 
-from hf_accel.optim.large_batch.trust_ratio import groups_for, local, norm, ratio
 from hf_accel.technique import Positive, Technique
+from hf_accel.updates.trust_ratio import groups_for, local, norm, ratio
 
 
 class LarsSGD(torch.optim.Optimizer):

@@ -33,8 +33,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import annotated_types as at
 from torch import Tensor
 
-from hf_accel.optim.large_batch.noise_scale import NoiseScaleMeasurement
 from hf_accel.technique import Positive
+from hf_accel.updates.noise_scale import NoiseScaleMeasurement
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch

@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from hf_accel.clock import CONTINUOUS
-from hf_accel.optim.learning_rate.search import FoundRate, search
 from hf_accel.technique import Positive, Technique
+from hf_accel.updates.learning_rates import FoundRate, search
 
 
 @dataclass(eq=False)
@@ -114,5 +114,5 @@ def find_lr(trainer: Any, *, share: float = 3.0, follow: Callable[[str], None] =
         raise ValueError(f"find_lr(share={share!r}): share must be > 0. Set, for example, share=2.")
     own = [technique for technique in trainer.techniques if isinstance(technique, LearningRateSearch)]
     engine = trainer.accel
-    limits = engine.limits()
+    limits = engine.limits().amounts
     return search(engine, share, limits, kept=True, asking=f"find_lr(share={share:g})", without=own, follow=follow)

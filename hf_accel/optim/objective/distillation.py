@@ -53,10 +53,10 @@ from tqdm.auto import tqdm
 
 from hf_accel.adapters import unwrapped
 from hf_accel.batch import StepPlan
+from hf_accel.features.answers import Answer, Answers, has_answers, read_answers, write_answers
 from hf_accel.features.columns import check_indexable
 from hf_accel.features.scores import reader_for
 from hf_accel.losses import ClassHead, TokenHead, widest
-from hf_accel.optim.objective.answers import Answer, Answers, has_answers, read_answers, write_answers
 from hf_accel.surgery.frozen_model import freeze, judge, load_frozen, num_classes
 from hf_accel.technique import Fraction, Positive, Technique
 
@@ -195,7 +195,7 @@ class Distillation(Technique):
         micros = [micro._replace(inputs={**micro.inputs, **asking}) for micro in batch.micro_batches]
         return dataclasses.replace(batch, micro_batches=micros)
 
-    def example_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor | None:
+    def loss_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor | None:
         """Return the labels' share, the same for all examples."""
         if self._idle:
             return None

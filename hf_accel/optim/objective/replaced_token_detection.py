@@ -191,7 +191,7 @@ class ReplacedTokenDetection(Technique):
         with torch.set_grad_enabled(learns), run.accelerator.autocast():
             return generator(run.model.get_input_embeddings(), *tensors)
 
-    def example_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor:
+    def loss_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor:
         """Return the weight of the model's loss, the same for all examples."""
         return losses.losses_BL.new_full((len(ids_B),), self.weight)
 
@@ -215,8 +215,8 @@ class ReplacedTokenDetection(Technique):
         return losses_N.sum() / self.rate
 
     @contextlib.contextmanager
-    def saving(self, model: nn.Module):
-        """Save the model without the generator."""
+    def for_inference(self, model: nn.Module):
+        """Evaluate and save the model without the generator."""
         generator = model._modules.pop("generator")
         try:
             yield

@@ -96,7 +96,7 @@ class SelectiveLanguageModeling(Technique):
         self.reference_ = None if self.reference is None or self.keep == 1 else load_frozen(self, self.reference)
         self.kept_, self.items_ = torch.zeros((), dtype=torch.long), 0
 
-    def token_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor | None:
+    def loss_weights(self, losses: ExampleLosses, ids_B: Tensor) -> Tensor | None:
         """Return the weights of tokens, 0 for skipped ones."""
         if self.keep == 1 or ids_B[0] < 0:
             return None

@@ -56,9 +56,9 @@ from transformers.training_args import OptimizerNames
 from transformers.utils import logging
 
 from hf_accel.adapters import is_adapted
-from hf_accel.optim.optimizers.newton_schulz import orthogonalized
 from hf_accel.surgery.blocks import embedding_layers
 from hf_accel.technique import Fraction, Positive, Technique
+from hf_accel.updates.newton_schulz import orthogonalized
 
 logger = logging.get_logger(__name__)
 

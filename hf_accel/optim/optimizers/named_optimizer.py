@@ -58,11 +58,11 @@ from hf_accel.weights import local_parameters
 PACKAGES = "torch.optim", "pytorch_optimizer", "schedulefree"
 
 SWITCHES = {
-    "rank": {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"},
-    "sn": {"sn": True},
-    "use_muon": {"use_muon": True},
+    "rank": {"proj": {"rank": 128, "update_proj_gap": 200, "scale": 0.25, "projection_type": "std"}},
+    "sn": {"proj": {"sn": True}},
+    "use_muon": {"": {"use_muon": False}, "proj": {"use_muon": True}},
 }
-"""Keys of parameter groups that change the algorithm of an optimizer that reads them, with an example."""
+"""Keys of parameter groups that change the algorithm of an optimizer that reads them, with rules as an example."""
 
 
 def optimizers_in(package: str) -> dict[str, type[torch.optim.Optimizer]]:
@@ -101,12 +101,12 @@ def options_of(kind: type[torch.optim.Optimizer]) -> set[str]:
 
 
 def group_keys_of(kind: type[torch.optim.Optimizer]) -> set[str]:
-    """Return names in the code of the class that it may read from parameter groups."""
-    try:
-        source = inspect.getsource(kind)
-    except OSError:  # a class of torch with a wrong __module__
-        return set()
-    return set(re.findall(r"""['"]([A-Za-z_]\w*)['"]""", source))
+    """Return names in the code of the class and its bases that it may read from parameter groups."""
+    keys = set()
+    for base in kind.__mro__[: kind.__mro__.index(torch.optim.Optimizer)]:
+        with contextlib.suppress(OSError):  # a class of torch with a wrong __module__
+            keys.update(re.findall(r"""['"]([A-Za-z_]\w*)['"]""", inspect.getsource(base)))
+    return keys
 
 
 def failure(
@@ -130,14 +130,14 @@ def failure(
         try:
             made = kind(copies, **options)
         except Exception as error:
-            return f"{kind.__name__} refuses its options: {_in_words(error)}"
+            return f"{kind.__name__} refuses its options: {_in_words(error)}. Correct options and rules."
         if callable(train := getattr(made, "train", None)):  # schedule-free
             train()
         try:
             for _ in range(2):
                 made.step()
         except Exception as error:
-            return f"{kind.__name__} fails at an update: {_in_words(error)}"
+            return f"{kind.__name__} fails at an update: {_in_words(error)}. Correct the rules, or choose another."
     file = io.BytesIO()
     torch.save(made.state_dict(), file)
     file.seek(0)
@@ -221,8 +221,7 @@ class NamedOptimizer(Technique):
             raise ValueError(f"{self!r}: {kind.__name__} has no option {unknown[0]!r}. {nearest(unknown[0], known)}")
         for key in (SWITCHES.keys() & of_groups) - known - ruled:
             raise ValueError(
-                f"{self!r}: {kind.__name__} needs groups with {key!r}. Set rules, for example "
-                f"{{'proj': {SWITCHES[key]}}}."
+                f"{self!r}: {kind.__name__} needs groups with {key!r}. Set rules, for example {SWITCHES[key]}."
             )
         closure = inspect.signature(kind.step).parameters.get("closure")
         if closure is not None and closure.default is inspect.Parameter.empty:
@@ -268,7 +267,7 @@ class NamedOptimizer(Technique):
             )
 
     @contextlib.contextmanager
-    def _switched(self, model: nn.Module) -> Iterator[None]:
+    def for_inference(self, model: nn.Module) -> Iterator[None]:
         """Use the weights of evaluation during training; after it, the model has them anyway."""
         run: Any = self.run_
         if run is None or not run.is_in_train or not self.switched_:
@@ -284,15 +283,13 @@ class NamedOptimizer(Technique):
                 for name, weight in local_parameters(model).items():
                     weight.copy_(before[name])
 
-    evaluating = saving = _switched
-
     def on_train_end(self, args, state, control, **kwargs):
         if self.switched_:
             kwargs["optimizer"].eval()
 
 
 def _in_words(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{type(error).__name__}: {' '.join(str(error).split()).removesuffix('.')}"
 
 
 def _tuples(options: Mapping[str, Any]) -> dict[str, Any]:

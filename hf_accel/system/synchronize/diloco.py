@@ -31,8 +31,8 @@ import annotated_types as at
 import torch
 from torch import Tensor
 
-from hf_accel.system.synchronize.rounds import Rounds
 from hf_accel.technique import Positive, State
+from hf_accel.updates.rounds import Rounds
 from hf_accel.weights import local_parameters
 
 

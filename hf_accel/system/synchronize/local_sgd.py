@@ -29,7 +29,7 @@ import annotated_types as at
 import torch
 from torch import Tensor
 
-from hf_accel.system.synchronize.rounds import Rounds
+from hf_accel.updates.rounds import Rounds
 
 
 @dataclass(eq=False)

@@ -9,8 +9,8 @@ import torch
 from transformers.utils import logging
 
 from hf_accel import GradientNoiseScale
-from hf_accel.optim.large_batch.noise_scale import advice, signal_and_noise
 from hf_accel.testing import CountingText, largest_difference, losses_of, tiny_trainer, weights_of
+from hf_accel.updates.noise_scale import advice, signal_and_noise
 
 EXACT = {"dropout": 0.0, "dtype": torch.float64}
 

@@ -5,8 +5,8 @@ from transformers.trainer_utils import HPSearchBackend
 
 from hf_accel import Budget, LearningRateSearch, LinearToZero
 from hf_accel.optim.learning_rate import learning_rate_search
-from hf_accel.optim.learning_rate.search import rate_at
 from hf_accel.testing import losses_of, tiny_trainer
+from hf_accel.updates.learning_rates import rate_at
 
 pytestmark = pytest.mark.ci
 

@@ -1,5 +1,6 @@
 """NamedOptimizer against hand-made optimizers and hand-written loops."""
 
+import ast
 import copy
 import re
 
@@ -204,6 +205,16 @@ def test_rules_give_keys_that_the_optimizer_reads_from_its_groups(technique, ora
     assert largest_difference(weights_of(trainer), expected) < 1e-10
 
 
+@pytest.mark.parametrize("name", ["GaLore", "AdamWSN", "AdaMuon", "MuonClip"])
+def test_the_rules_that_a_refusal_proposes_train(name, tmp_path):
+    with pytest.raises(ValueError) as refusal:
+        tiny_trainer([NamedOptimizer(name)], tmp_path, **EXACT).train()
+    rules = ast.literal_eval(str(refusal.value).partition("for example ")[2].removesuffix("."))
+    trainer = tiny_trainer([NamedOptimizer(name, rules=rules)], tmp_path, **EXACT | {"max_steps": 1})
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
 @pytest.mark.parametrize("name", ["GaLore", "APOLLO", "Fira"])
 def test_moments_are_as_small_as_the_rank(name, tmp_path):
     trainer = tiny_trainer([NamedOptimizer(name, rules={"proj": PROJECTED})], tmp_path, max_steps=2)
@@ -226,7 +237,7 @@ def test_moments_are_as_small_as_the_rank(name, tmp_path):
         (NamedOptimizer("AdamWSN"), "AdamWSN needs groups with 'sn'"),
         (
             NamedOptimizer("AdaMuon"),
-            "AdaMuon needs groups with 'use_muon'. Set rules, for example {'proj'",
+            "AdaMuon needs groups with 'use_muon'. Set rules, for example {'': {'use_muon': False}, 'proj': {'use_m",
         ),
         (NamedOptimizer("pytorch_optimizer:Muon"), "Muon needs groups with 'use_muon'"),
         (NamedOptimizer("GaLore", options={"rank": 4}), "GaLore has no option 'rank'"),

@@ -2,7 +2,7 @@
 
 from itertools import combinations, permutations
 
-from hf_accel.testing import covering_array, relations_shown
+from contract.covering import covering_array, relations_shown
 
 
 def test_an_array_gives_each_slot_one_owner():

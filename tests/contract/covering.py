@@ -6,8 +6,6 @@ import random
 from collections.abc import Callable, Collection, Mapping, Sequence
 from itertools import combinations, permutations
 
-__all__ = ["covering_array", "relations_shown"]
-
 
 def covering_array(
     owners_by_slot: Mapping[str, Collection[str]],

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from hf_accel.optim.optimizers import newton_schulz
-from hf_accel.optim.optimizers.newton_schulz import orthogonalized
+from hf_accel.updates import newton_schulz
+from hf_accel.updates.newton_schulz import orthogonalized
 
 SHAPES = [(5, 16, 16), (3, 12, 40), (2, 40, 12), (4, 20, 30), (2, 30, 20), (1, 1, 7), (1, 64, 256)]
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 6e-2}

@@ -12,9 +12,9 @@ from transformers import Trainer
 
 from hf_accel import AccelTrainer, Budget, GradientSpikeGuard, InfoBatch, LinearToZero, Muon, Technique, find_lr
 from hf_accel.engine.short_run import probe_of, short_run
-from hf_accel.optim.learning_rate import search as module
-from hf_accel.optim.learning_rate.search import bracket, divergence, halve, index_of, rate_at, smoothed
 from hf_accel.testing import tiny_llama, tiny_trainer, weights_of
+from hf_accel.updates import learning_rates as module
+from hf_accel.updates.learning_rates import bracket, divergence, halve, index_of, rate_at, smoothed
 
 pytestmark = pytest.mark.ci
 
