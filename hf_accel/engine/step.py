@@ -273,9 +273,9 @@ class StepRunner:
 
     # The gradient ---------------------------------------------------------------------------------------------------
 
-    def run(self, model: nn.Module, inputs: Any, num_items: Any) -> Tensor:
+    def run(self, model: nn.Module, inputs: Any, num_items: Any, one_pass: OnePass) -> Tensor:
         """Compute the gradient of a step and return its loss; take a step batch or a batch of Trainer's loader."""
-        assert self.one_pass is not None
+        self.one_pass = one_pass
         if not isinstance(inputs, StepBatch):
             with self.meter.stopwatch.charge("backward"):  # except the forward pass, which `loss` charges
                 step = functools.partial(self.one_pass, model, inputs, num_items)

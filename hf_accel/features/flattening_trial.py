@@ -76,7 +76,12 @@ def flattening_fault(model: Any, num_rows: int = 1, run: Any = None, layout: Lay
 
     The trial has ``num_rows`` equal rows, and the device and precision of ``run``.  It leaves the model as found.
     """
-    return _tried(model, run, layout, lambda tried: _fault(tried, tried, num_rows, layout)) or None
+    try:
+        return _tried(model, run, layout, lambda tried: _fault(tried, tried, num_rows, layout)) or None
+    except (IndexError, TypeError, ValueError) as error:
+        if not layout.masked:
+            raise
+        return f"it takes no mask of pairs ({error})"
 
 
 @torch.no_grad()
