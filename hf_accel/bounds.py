@@ -17,6 +17,17 @@ def field_hints(kind: type) -> dict[str, Any]:
     return hints
 
 
+def check_decorated(kind: type) -> None:
+    """Raise TypeError if a class declares a field but is no dataclass, which would ignore the field."""
+    for base in kind.__mro__:
+        fields = [name for name, hint in inspect.get_annotations(base).items() if "ClassVar" not in str(hint)]
+        if fields and "__dataclass_fields__" not in vars(base):
+            raise TypeError(
+                f"{base.__name__}: {fields[0]!r} is not a hyperparameter, because the class is no dataclass. "
+                "Write @dataclass(eq=False) above the class."
+            )
+
+
 def check_bounds(technique: Any) -> None:
     """Raise ValueError if a field breaks the bound or the choice that its annotation declares."""
     hints = field_hints(type(technique))
@@ -37,7 +48,7 @@ def broken_rule(value: Any, hint: Any) -> str | None:
             rules = [broken_rule(value, option) for option in options if option is not type(None)]
             return None if value is None or None in rules else f"{rules[0]}, or None"
         if hint in (int, float, bool, str) and not _is_a(value, hint):
-            return f"a {hint.__name__}, not a {type(value).__name__}"
+            return f"{_with_article(hint)}, not {_with_article(type(value))}"
         return None
     base, *metadata = get_args(hint)
     if (rule := broken_rule(value, base)) is not None:
@@ -53,6 +64,10 @@ def broken_rule(value: Any, hint: Any) -> str | None:
             holds = {">": value > limit, ">=": value >= limit, "<": value < limit, "<=": value <= limit}[sign]
             broken |= not holds
     return " and ".join(words) if broken else None
+
+
+def _with_article(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'aeiou' else 'a'} {kind.__name__}"
 
 
 def _is_a(value: Any, kind: type) -> bool:

@@ -69,7 +69,6 @@ class Engine:
         self.options = options or Options()
         self.recipe = recipe or Recipe()
         streamed = streamed or self.options.micro_batch_size is not None
-        setup.refuse_classes(techniques)
         self.roster = Roster(techniques, streamed=streamed, paced=paced)
         self.ranks = Ranks(self.host)
         self.writer = CheckpointWriter(self.host, in_background=self.options.async_checkpoints)
@@ -282,7 +281,8 @@ class Engine:
         """Advance the clock by the cost of the step, before the scheduler sets the next learning rate."""
         stream, steps = self.step.stream, self.host.state.global_step + 1
         epochs = steps / self.steps_per_epoch if stream is None else stream.epochs
-        self.meter.end_step(refused=self.step.refused, epochs=epochs)
+        by_scaler = self.host.accelerator.optimizer_step_was_skipped  # fp16, with a gradient that is not finite
+        self.meter.end_step(skipped=self.step.refused or by_scaler, epochs=epochs)
 
     def finish(self, num_train_samples: float) -> float:
         """Leave the final weights in the model; return the number of samples for Trainer's speed metrics."""

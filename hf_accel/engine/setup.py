@@ -32,14 +32,6 @@ class Options:
     example_loss_func: Callable | losses.Head | None = None
 
 
-def refuse_classes(techniques: Sequence[Any]) -> None:
-    """Refuse anything but instances of techniques."""
-    for technique in techniques:
-        if not isinstance(technique, Technique):
-            said = f"{technique.__name__}()" if isinstance(technique, type) else "InfoBatch()"
-            raise ValueError(f"techniques: {technique!r} is not an instance of a technique. Pass one, such as {said}.")
-
-
 def show_run(techniques: Sequence[Technique], view: RunView) -> None:
     """Show a run to its techniques; refuse those that are training in another trainer."""
     for technique in techniques:

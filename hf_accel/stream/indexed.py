@@ -25,6 +25,7 @@ from torch.utils.data import BatchSampler, DataLoader
 
 from hf_accel.batch import StepBatch, StepPlan, earlier_occurrences
 from hf_accel.preserve import keyed_random
+from hf_accel.stream.choices import check_order, check_selection
 from hf_accel.stream.reader import StepReader
 from hf_accel.technique import Technique
 
@@ -132,11 +133,12 @@ class StepStream:
         ids_N, weights_N = torch.arange(num_examples), None
         if self.slots.select is not None:
             chooser = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) * 2 + 1)
-            ids_N, weights_N = self.slots.select.select(epoch, num_examples, chooser)
-            if len(ids_N) == 0:
-                raise ValueError(f"{self.slots.select!r} chose no example of epoch {epoch}. Keep more examples.")
+            selection = self.slots.select.select(epoch, num_examples, chooser)
+            check_selection(self.slots.select, selection, epoch, num_examples)
+            ids_N, weights_N = selection
         if self.slots.order is not None:
             ordered_N = self.slots.order.order(ids_N, batch_size, generator)
+            check_order(self.slots.order, ordered_N, ids_N, num_examples)
         elif self.sequential:
             ordered_N = ids_N
         else:

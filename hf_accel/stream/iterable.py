@@ -12,7 +12,6 @@ other streams have no state.  On resume, compare the last consumed example by ha
 
 from __future__ import annotations
 
-import copy
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -119,13 +118,6 @@ def digest(example: Any) -> str:
     return found.hexdigest()
 
 
-class ReadAhead(dict):
-    """Examples by their position.  Access returns a copy, because collators may change examples."""
-
-    def __getitem__(self, position: int) -> Any:
-        return copy.copy(super().__getitem__(position))
-
-
 class IterableStepStream(StepStream):
     """A `StepStream` of a data set that supports iteration only.
 
@@ -148,7 +140,7 @@ class IterableStepStream(StepStream):
         loader.pop("persistent_workers", None)
         loader["num_workers"] = min(loader.get("num_workers", 0), 1)
         self.windows = Windows(self.dataset, self.batch_size, self.seed)
-        self.examples = ReadAhead()
+        self.examples: dict[int, Any] = {}
         as_it_is: Any = _window_as_it_is
         return StepReader(self.examples, collate), DataLoader(
             self.windows, batch_size=None, collate_fn=as_it_is, **loader
