@@ -6,10 +6,11 @@ The callbacks set epochs, the live estimate of ``max_steps``, and the progress a
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 from typing import Any, Protocol
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_accel.clock import CONTINUOUS, passes
@@ -89,6 +90,8 @@ class ClockCallback(TrainerCallback):
             state.max_steps = state.global_step
         elif progress > 0:
             state.max_steps = max(round(state.global_step / progress), state.global_step + 1)
+        if progress > 0:
+            state.num_train_epochs = math.ceil(state.epoch / min(progress, 1.0))
         for kind, flag in (("logging", "should_log"), ("eval", "should_evaluate"), ("save", "should_save")):
             share = getattr(args, f"{kind}_steps") or 0
             strategy = getattr(args, f"{kind}_strategy")
@@ -97,8 +100,9 @@ class ClockCallback(TrainerCallback):
                 setattr(control, flag, True)
         self.fired_at = progress
         for callback in self.run.host.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.total = state.max_steps
+            for name in ("training_bar", "training_tracker"):  # of terminals and notebooks
+                if (bar := getattr(callback, name, None)) is not None:
+                    bar.total = state.max_steps
 
 
 class SigtermCallback(JITCheckpointCallback):
