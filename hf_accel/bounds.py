@@ -17,6 +17,17 @@ def field_hints(kind: type) -> dict[str, Any]:
     return hints
 
 
+def check_decorated(kind: type) -> None:
+    """Raise TypeError if a class declares a field but is no dataclass, which would ignore the field."""
+    for base in kind.__mro__:
+        fields = [name for name, hint in inspect.get_annotations(base).items() if "ClassVar" not in str(hint)]
+        if fields and "__dataclass_fields__" not in vars(base):
+            raise TypeError(
+                f"{base.__name__}: {fields[0]!r} is not a hyperparameter, because the class is no dataclass. "
+                "Write @dataclass(eq=False) above the class."
+            )
+
+
 def check_bounds(technique: Any) -> None:
     """Raise ValueError if a field breaks the bound or the choice that its annotation declares."""
     hints = field_hints(type(technique))

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback, TrainerState, TrainingArguments
 
-from hf_accel.bounds import check_bounds
+from hf_accel.bounds import check_bounds, check_decorated
 
 if TYPE_CHECKING:
     from hf_accel.batch import StepBatch
@@ -147,6 +147,7 @@ class Technique(TrainerCallback):
     """Current run (`hf_accel.run.Run`), set on the instance by the trainer; None in a plain Trainer."""
 
     def __post_init__(self) -> None:
+        check_decorated(type(self))
         check_bounds(self)
 
     # Before training ------------------------------------------------------------------------------------------------

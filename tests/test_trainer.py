@@ -316,7 +316,7 @@ def test_what_is_no_instance_of_a_technique_is_refused_and_changes_no_class(give
     plain = tiny_trainer([], tmp_path, trainer_class=Trainer)
     built = {"model": plain.model, "args": plain.args, "techniques": [given]}
     for build in (lambda: AccelTrainer(**built), lambda: attach(plain, [given])):
-        with pytest.raises(ValueError, match="is not an instance of a technique. Pass instances, such as"):
+        with pytest.raises(ValueError, match="is not an instance of a technique. Pass one, such as"):
             build()
     assert LengthGrouped.run_ is None
     plain.add_callback(LengthGrouped())
@@ -339,6 +339,17 @@ def test_the_list_of_callbacks_is_that_of_trainer(tmp_path):
     trainers = [tiny_trainer([], tmp_path, trainer_class=cls) for cls in (Trainer, AccelTrainer)]
     plain, ours = ([type(c) for c in trainer.callback_handler.callbacks] for trainer in trainers)
     assert ours == plain
+
+
+def test_a_training_step_outside_of_a_run_is_that_of_trainer(tmp_path):
+    found = []
+    for cls in (Trainer, AccelTrainer):
+        trainer = tiny_trainer([], tmp_path, trainer_class=cls)
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.current_gradient_accumulation_steps = 1
+        loss = trainer.training_step(trainer.model, batch)
+        found.append([loss, *(p.grad for p in trainer.model.parameters())])
+    assert len(found[0]) > 1 and all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("resume", [True, "checkpoint-8"], ids=str)

@@ -152,7 +152,8 @@ class Measured:
         sign = 1 if self.design.lower_is_better else -1
         losses_S = sign * self.values(row.name, row.horizon, row.seeds, self.quality)
         curves_SH = sign * self._curves("baseline", row.seeds, self.quality)
-        ended_S = [self.records[row.name, row.horizon, seed]["status"] == "finished" for seed in row.seeds]
+        ended_S = self._ended(row.name, row.horizon, row.seeds)
+        ended_SH = np.stack([self._ended("baseline", h, row.seeds) for h in self.design.horizons], axis=1)
         for cost in COSTS:
 
             def read(record: Mapping[str, Any], cost: str = cost) -> float:
@@ -162,7 +163,7 @@ class Measured:
                 self.values(row.name, row.horizon, row.seeds, read),
                 self._curves("baseline", row.seeds, read),
             )
-            counted = np.append(costs_SH, paid_S[ended_S])
+            counted = np.append(costs_SH[ended_SH], paid_S[ended_S])
             if (np.isfinite(counted) & (counted > 0)).all():
                 row.speed_ups[cost] = speed_up(costs_SH, curves_SH, paid_S, losses_S)
             if row.role == "candidate" and cost == self.design.cost and self._has_defaults(row.seeds):
@@ -175,6 +176,9 @@ class Measured:
 
     def _curves(self, name: str, seeds: Sequence[int], read: Read) -> np.ndarray:
         return np.stack([self.values(name, h, seeds, read) for h in self.design.horizons], axis=1)
+
+    def _ended(self, name: str, horizon: float, seeds: Sequence[int]) -> np.ndarray:
+        return np.array([self.records[name, horizon, seed]["status"] == "finished" for seed in seeds])
 
     def _has_defaults(self, seeds: Sequence[int]) -> bool:
         return all((DEFAULTS, h, seed) in self.records for h in self.design.horizons for seed in seeds)

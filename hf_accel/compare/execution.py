@@ -58,12 +58,19 @@ class Execution:
 
             def done(job: dict[str, Any], status: int) -> None:
                 run = missing[Path(job["record"])]
-                self.records[run] = _read(run, job, status)
+                self.records[run] = _read(job, status)
+                self._refuse_a_baseline_that_only_fails(run, job)
                 self._tell(every, f"{run.arm}, horizon {run.horizon:g}, seed {run.seed}")
 
             jobs = self._jobs(missing)
             run_jobs(jobs, min(self.slots, len(missing)), self.single_threaded, done, self.out / "logs")
         return {run: self.records[run] for run in runs if run in self.records}
+
+    def _refuse_a_baseline_that_only_fails(self, run: Run, job: dict[str, Any]) -> None:
+        if run.arm != "baseline" or self.records[run]["status"] == "finished":
+            return
+        if not any(r["status"] == "finished" for other, r in self.records.items() if other.arm == "baseline"):
+            raise ValueError(f"baseline: a run failed, {self.records[run]['error']} See {job['log']}.")
 
     def _jobs(self, missing: Mapping[Path, Run]) -> Iterator[dict[str, Any]]:
         for path, run in missing.items():
@@ -91,11 +98,9 @@ class Execution:
         self.follow(Progress(done, len(runs), None if left is None else left / self.slots, last))
 
 
-def _read(run: Run, job: dict[str, Any], status: int) -> Record:
-    """Read what a job has recorded; the comparison ends if the baseline failed."""
+def _read(job: dict[str, Any], status: int) -> Record:
+    """Read the record of a job."""
     record = cache.read(Path(job["record"]))
     if status != 0 or record is None:
-        record = {"status": "failed", "error": f"the process ended with status {status}"}
-    if record["status"] == "failed" and run.arm == "baseline":
-        raise ValueError(f"baseline: a run failed, {record['error']} See {job['log']}.")
+        return {"status": "failed", "error": f"The process ended with status {status}."}
     return record

@@ -19,7 +19,7 @@ from hf_accel.recipe import Recipe
 
 LABELS = {"learning_rate": "LR", "per_device_train_batch_size": "batch", "warmup_steps": "warm-up"}
 OTHER_ORDER = 5000
-"""A data seed; the worker adds the seed of the run."""
+"""A data seed; the worker adds the seed of the run, and gives dropout the same one."""
 
 
 def planned_placebos(arms: Sequence[Arm], baseline: Recipe) -> list[Arm]:

@@ -81,8 +81,8 @@ def measure(run: dict[str, Any]) -> dict[str, Any]:
     recipe = Recipe.from_dict(run["recipe"])
     with tempfile.TemporaryDirectory() as folder:
         args = recipe.args | {"output_dir": folder, "seed": run["seed"]} | HARNESS
-        if "data_seed" in args:  # another order for each seed
-            args["data_seed"] += run["seed"]
+        if "data_seed" in args:  # another order for each seed, of group_by_length by the seed of the run
+            args["seed"] = args["data_seed"] = args["data_seed"] + run["seed"]
         warm_up(task, args)
         set_seed(run["seed"])
         reset_peak_memory()

@@ -129,6 +129,8 @@ class Optimization:
             or host.overrides("create_scheduler") is not None
         ):
             return plain(num_training_steps, optimizer)
+        if owner is not None and not isinstance(factor := owner.schedule(self.clock.progress), int | float):
+            raise ValueError(f"{owner!r}: schedule returned {factor!r}. Return a factor on the learning rate.")
         optimizer = optimizer or host.optimizer
         shape = self._named_shape(optimizer) if owner is None else owner.schedule
         if self.continuation_point is not None:

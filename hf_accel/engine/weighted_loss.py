@@ -35,14 +35,21 @@ def weighted_loss(
     for technique in roster.with_hook("loss_weights"):
         with meter.charge(technique):
             weight = technique.loss_weights(example, micro.ids_B)
-        if weight is None or weight.dim() == 1:
+        if weight is None or weight.shape == micro.ids_B.shape:
             weight_B = _product(weight_B, weight)
-        else:
+        elif weight.shape == example.losses_BL.shape:
             weight_BL = _product(weight_BL, weight)
+        else:
+            raise ValueError(
+                f"{technique!r}: loss_weights returned shape {tuple(weight.shape)}. Return a weight for each example, "
+                f"{tuple(micro.ids_B.shape)}, or for each item, {tuple(example.losses_BL.shape)}."
+            )
     loss = losses.weighted_mean(example, items_K, weight_B, weight_BL)
     for technique in roster.with_hook("extra_loss"):
         with meter.charge(technique):
             if (extra := technique.extra_loss(model, inputs, outputs)) is not None:
+                if extra.dim():
+                    raise ValueError(f"{technique!r}: extra_loss returned shape {tuple(extra.shape)}. Return a sum.")
                 loss = loss + extra / items_K.sum()
     if host.args.average_tokens_across_devices:
         loss = loss * host.accelerator.num_processes  # DDP averages over ranks

@@ -388,9 +388,12 @@ def test_a_workload_trains(name):
     assert not plain["phases"] and hosted["phases"]["forward"] > 0
 
 
-def test_another_order_is_another_one_for_each_seed():
-    run = {"workload": "digits", "options": {}, "budget": "128samples", "seed": 3}
-    args = build_workload("digits").baseline_args()
+@pytest.mark.parametrize(
+    ("name", "strategy"), [("digits", "random"), pytest.param("code-lm", "group_by_length", marks=pytest.mark.ci)]
+)
+def test_another_order_is_another_one_for_each_seed(name, strategy):
+    run = {"workload": name, "options": {}, "budget": "128samples", "seed": 3}
+    args = build_workload(name).baseline_args() | {"train_sampling_strategy": strategy}
     losses = [
         measure(run | {"recipe": {"args": args | order, "techniques": []}})["metrics"]["eval_loss"]
         for order in ({}, {"data_seed": 0}, {"data_seed": OTHER_ORDER})
@@ -405,6 +408,31 @@ def test_workloads_say_what_they_need(monkeypatch, tmp_path):
         assert kind.name == name and issubclass(kind, Workload)
         kind().nominal_budget()
         Recipe(args=kind().baseline_args()).training_arguments()
+
+
+@pytest.mark.parametrize("finished_before", [0, 1])
+def test_only_a_baseline_that_never_finishes_ends_a_comparison(finished_before, monkeypatch, tmp_path):
+    def failing(jobs, slots, single_threaded, done, logs):
+        for number, job in enumerate(jobs):
+            costs = dict.fromkeys(("cpu_seconds", "wall_seconds", "flops", "tokens", "samples", "steps"), 64.0)
+            record = {"status": "finished", "metrics": {"eval_loss": 2.0}, "costs": costs, "whole_seconds": 1.0}
+            rest = {"set_up": {}, "peak_memory_bytes": 2**20, "phases": {}, "log": []}
+            lost = number == finished_before
+            record = {"status": "failed", "error": "MemoryError.", "whole_seconds": 1.0} if lost else record | rest
+            Path(job["record"]).write_text(json.dumps({"run": job["run"], **record}))
+            done(job, 0)
+
+    monkeypatch.setattr(execution, "run_jobs", failing)
+    comparison = Comparison(["LinearToZero"], workload="synthetic", seeds=1, placebos=False, out=tmp_path)
+    plan = sorted(comparison.plan(), key=lambda run: run.arm != "baseline")
+    monkeypatch.setattr(Comparison, "plan", lambda self: plan)
+    if finished_before:
+        results = comparison.run()
+        assert [len(row.errors) for row in results.rows if row.name == "baseline"].count(1) == 1
+        assert "MemoryError." in (tmp_path / "report.md").read_text()
+    else:
+        with pytest.raises(ValueError, match="baseline: a run failed, MemoryError. See .*.log."):
+            comparison.run()
 
 
 def test_a_worker_that_dies_is_an_error_not_a_wait(monkeypatch, tmp_path):
@@ -459,7 +487,7 @@ def test_the_command_prints_what_python_returns(monkeypatch, finished):
     monkeypatch.setattr(Comparison, "run", lambda self, progress: results)
     line = ["compare", "LayerFreezing", "--workload", "synthetic", "--seeds", "2"]
     shown = CliRunner().invoke(app, line, env={"COLUMNS": "200"})
-    assert shown.exit_code == 0 and "speed-up" in shown.output and "SkipsHalf" in shown.output
+    assert shown.exit_code == 0 and "Speed-up" in shown.output and "SkipsHalf" in shown.output
     plain = CliRunner().invoke(app, [*line, "--json"])
     assert json.loads(plain.stdout) == results.to_dict()
     tuning = CliRunner().invoke(app, ["compare", "--workload", "synthetic", "--tune", "8"])

@@ -178,6 +178,18 @@ def test_a_cost_that_was_not_counted_is_left_out_and_no_miss(results):
     assert told == ["half: FLOPs were not measured."]
 
 
+def test_a_baseline_that_fails_on_one_seed_is_a_caveat_and_keeps_the_rest(results):
+    def failing(run):
+        lost = (run["arm"], run["horizon"], run["seed"]) == ("baseline", 0.75, 2)
+        return {"run": {}, "status": "failed", "error": "The process ended with status 137."} if lost else run
+
+    found = recollected(results, failing)
+    assert found.row("half").speed_ups["cpu_seconds"].kind == "measured"
+    assert found.row("half").speed_ups["cpu_seconds"].value == pytest.approx(2.0, rel=0.05)
+    for text in (markdown(found), page(found), shown(found)):
+        assert "baseline failed on 1 of 3 seeds: The process ended with status 137." in text
+
+
 # The page -------------------------------------------------------------------------------------------------------------
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from hook_classes import one_for_each_hook
 from ranks import assert_backend, backend_args, forced_fp16_support, run_on_ranks
+from transformers import TrainerCallback
 
 from hf_accel.recipe import known_techniques
 from hf_accel.testing import losses_of, tiny_trainer
@@ -30,6 +31,16 @@ OWN = {"LoRA": {"learning_rate": 5e-4}}
 EXACT = {"dropout": 0.0, "dtype": torch.float64}
 
 
+class RankState(TrainerCallback):
+    """Asks a technique, while its run lasts, whether a checkpoint has state of each rank."""
+
+    def __init__(self, technique):
+        self.technique = technique
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self.found = bool(self.technique.state_dict("rank"))
+
+
 def train(technique, directory, backend=None, resume=None, **settings):
     """Weights, losses and report of a run; on ranks, of the calling one."""
     args = {"per_device_train_batch_size": 8} if backend is None else backend_args(backend)
@@ -39,6 +50,8 @@ def train(technique, directory, backend=None, resume=None, **settings):
         args["fsdp_config"]["transformer_layer_cls_to_wrap"] = LAYERS[technique.modality]
     own = OWN.get(type(technique).__name__, {})
     trainer = tiny_trainer([technique], directory, **(SHORT | own | settings | args))
+    rank_state = RankState(technique)
+    trainer.add_callback(rank_state)
     trainer.train(resume_from_checkpoint=resume)
     if backend is not None:
         assert_backend(trainer, backend)
@@ -48,7 +61,7 @@ def train(technique, directory, backend=None, resume=None, **settings):
         "local": local,
         "losses": losses_of(trainer),
         "report": trainer.receipt.techniques[0]["report"],
-        "of_a_rank": bool(technique.state_dict("rank")),
+        "of_a_rank": rank_state.found,
         "samples": trainer.receipt.samples,
         "epoch": trainer.state.epoch,
     }
