@@ -6,11 +6,12 @@ The callbacks set epochs, the live estimate of ``max_steps``, and the progress a
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
 from collections.abc import Callable
 from typing import Any, Protocol
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
@@ -91,6 +92,8 @@ class ClockCallback(TrainerCallback):
             state.max_steps = state.global_step
         elif progress > 0:
             state.max_steps = max(round(state.global_step / progress), state.global_step + 1)
+        if progress > 0:
+            state.num_train_epochs = math.ceil(state.epoch / min(progress, 1.0))
         for kind, flag in (("logging", "should_log"), ("eval", "should_evaluate"), ("save", "should_save")):
             share = getattr(args, f"{kind}_steps") or 0
             strategy = getattr(args, f"{kind}_strategy")
@@ -99,8 +102,9 @@ class ClockCallback(TrainerCallback):
                 setattr(control, flag, True)
         self.fired_at = progress
         for callback in self.run.host.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.total = state.max_steps
+            for name in ("training_bar", "training_tracker"):  # of terminals and notebooks
+                if (bar := getattr(callback, name, None)) is not None:
+                    bar.total = state.max_steps
 
 
 class SigtermCallback(JITCheckpointCallback):
