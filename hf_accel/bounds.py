@@ -48,7 +48,7 @@ def broken_rule(value: Any, hint: Any) -> str | None:
             rules = [broken_rule(value, option) for option in options if option is not type(None)]
             return None if value is None or None in rules else f"{rules[0]}, or None"
         if hint in (int, float, bool, str) and not _is_a(value, hint):
-            return f"a {hint.__name__}, not a {type(value).__name__}"
+            return f"{_with_article(hint)}, not {_with_article(type(value))}"
         return None
     base, *metadata = get_args(hint)
     if (rule := broken_rule(value, base)) is not None:
@@ -64,6 +64,10 @@ def broken_rule(value: Any, hint: Any) -> str | None:
             holds = {">": value > limit, ">=": value >= limit, "<": value < limit, "<=": value <= limit}[sign]
             broken |= not holds
     return " and ".join(words) if broken else None
+
+
+def _with_article(kind: type) -> str:
+    return f"{'an' if kind.__name__[0] in 'aeiou' else 'a'} {kind.__name__}"
 
 
 def _is_a(value: Any, kind: type) -> bool:

@@ -79,7 +79,7 @@ class Receipt:
             accelerator, seconds until work is launched; the phase that needs a result first waits for it.
         wall_seconds: Wall seconds of the whole run, with its earlier parts.
         steps: Optimizer updates.
-        skipped_steps: Refused updates (NaN, spikes).
+        skipped_steps: Updates that a technique refused (spikes) or the loss scaler of fp16 skipped.
         samples: Examples trained on, over all ranks.
         tokens: Tokens trained on without padding, over all ranks; 0 if the input has none.
         flops: Floating-point operations by the rule 6 x parameters x input positions, with padding.

@@ -165,7 +165,8 @@ class AccelTrainerMixin(Base):
         return self.accel.next_batches(epoch_iterator, plain)
 
     def training_step(self, model, inputs, num_items_in_batch=None):
-        return self.accel.step.run(model, inputs, num_items_in_batch)
+        one_pass: Any = super().training_step
+        return self.accel.step.run(model, inputs, num_items_in_batch, one_pass)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch: Any = None):
         return self.accel.step.loss(model, inputs, return_outputs, num_items_in_batch, super().compute_loss)

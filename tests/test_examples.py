@@ -53,7 +53,7 @@ def test_every_example_is_run():
     assert RUNS.keys() == {path.name for path in EXAMPLES.glob("*.py")}
 
 
-@pytest.mark.ci
+@pytest.mark.full  # .ci/examples runs them as well
 @pytest.mark.parametrize("name", RUNS)
 def test_examples_run(name, tmp_path, monkeypatch, capsys):
     arguments, reached = RUNS[name]

@@ -38,9 +38,23 @@ from transformers import (
     Trainer,
     TrainingArguments,
 )
-from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl import DPOConfig, DPOTrainer, GRPOConfig, GRPOTrainer, RLOOConfig, RLOOTrainer, SFTConfig, SFTTrainer
+from trl.experimental.gkd import GKDConfig, GKDTrainer
+from trl.trainer.distillation_config import DistillationConfig
+from trl.trainer.distillation_trainer import DistillationTrainer
 
-from hf_accel import Budget, InfoBatch, Packing, PaddingFree, Recipe, TargetMetric, accelerated, attach
+from hf_accel import (
+    Budget,
+    ExponentialMovingAverage,
+    InfoBatch,
+    Packing,
+    PaddingFree,
+    RandomSubset,
+    Recipe,
+    TargetMetric,
+    accelerated,
+    attach,
+)
 from hf_accel.losses import head_of
 from hf_accel.recipe import known_techniques
 from hf_accel.testing import CountingText, collate_padded, largest_difference, losses_of, tiny_llama, weights_of
@@ -339,3 +353,82 @@ def test_arguments_of_a_recipe_alone_are_of_the_trainers_kind(tmp_path):
         made = accelerated(kind)(train_dataset=datasets.Dataset.from_dict(data), **given, **more)
         assert type(made.args) is arguments
         assert made.args.learning_rate == arguments(str(tmp_path), use_cpu=True, bf16=False).learning_rate
+
+
+# Trainers whose batches are lists of prompts --------------------------------------------------------------------------
+
+
+def reward(completion_ids, **kwargs):
+    return [float(sum(ids) % 7) for ids in completion_ids]
+
+
+def teacher():
+    model = byte_llama()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(3)
+    return model
+
+
+def of_prompts(config, **settings):
+    def make(directory, kind, steps, **hosting):
+        given = {"per_device_train_batch_size": 4, "num_train_epochs": 1, "max_steps": steps}
+        return kind(
+            model=byte_llama(),
+            args=config(str(directory), **TRL | given | settings),
+            train_dataset=datasets.Dataset.from_dict({"prompt": TEXTS[:8]}),
+            processing_class=tokenizer(),
+            **hosting,
+        )
+
+    return make
+
+
+SAMPLED = {"beta": 0.0, "num_generations": 2, "max_completion_length": 4}
+OF_PROMPTS = {
+    GRPOTrainer: (of_prompts(GRPOConfig, **SAMPLED), {"reward_funcs": reward}),
+    RLOOTrainer: (of_prompts(RLOOConfig, **SAMPLED), {"reward_funcs": reward}),
+    DistillationTrainer: (of_prompts(DistillationConfig, max_completion_length=4), {"teacher_model": teacher()}),
+}
+
+
+@pytest.mark.parametrize("budget", ["2steps", "8samples"])
+@pytest.mark.parametrize("kind", OF_PROMPTS, ids=lambda kind: kind.__name__)
+def test_trainers_of_prompts_train_as_without_us(kind, budget, tmp_path):
+    make, given = OF_PROMPTS[kind]
+    plain = make(tmp_path / "plain", kind, 2, **given)
+    before = weights_of(plain)
+    plain.train()
+    techniques = [Budget(budget), ExponentialMovingAverage(**ExponentialMovingAverage.neutral)]
+    ours = make(tmp_path / "ours", accelerated(kind), -1, techniques=techniques, **given)
+    ours.train()
+    assert largest_difference(before, weights_of(plain)) > 0
+    assert largest_difference(weights_of(ours), weights_of(plain)) == 0.0
+    assert ours.state.global_step == plain.state.global_step == 2 and ours.receipt.samples == 8
+
+
+@pytest.mark.parametrize("kind", OF_PROMPTS, ids=lambda kind: kind.__name__)
+def test_the_batches_of_trainers_of_prompts_are_not_replaced(kind, tmp_path):
+    make, given = OF_PROMPTS[kind]
+    with pytest.raises(
+        ValueError, match=rf"{kind.__name__}.get_train_dataloader makes its own batches, .* Remove InfoBatch"
+    ):
+        make(tmp_path, accelerated(kind), 2, techniques=[InfoBatch()], **given)
+
+
+def test_generalized_distillation_trains_as_without_us(tmp_path):
+    runs, words = [], tokenizer()
+    words.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    turns = [[{"role": "user", "content": t}, {"role": "assistant", "content": "yes"}] for t in TEXTS[:8]]
+    for kind, hosting in ((GKDTrainer, {}), (accelerated(GKDTrainer), {"techniques": [RandomSubset(keep=1.0)]})):
+        hosted = kind(
+            model=byte_llama(),
+            teacher_model=teacher(),
+            args=GKDConfig(str(tmp_path), **TRL | {"max_steps": 2, "max_new_tokens": 4, "lmbda": 0.0}),
+            train_dataset=datasets.Dataset.from_dict({"messages": turns}),
+            processing_class=words,
+            **hosting,
+        )
+        before = weights_of(hosted)
+        hosted.train()
+        runs.append(weights_of(hosted))
+    assert largest_difference(runs[0], runs[1]) == 0.0 < largest_difference(before, runs[0])

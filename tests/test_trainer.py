@@ -311,6 +311,19 @@ def test_a_technique_among_the_callbacks_is_hosted(tmp_path):
     assert trainer.techniques == [watch] and watch.run_ is None and len(watch.seen_) == 16
 
 
+@pytest.mark.parametrize("given", [LengthGrouped, "LengthGrouped", {"LengthGrouped": {}}])
+def test_what_is_no_instance_of_a_technique_is_refused_and_changes_no_class(given, tmp_path):
+    plain = tiny_trainer([], tmp_path, trainer_class=Trainer)
+    built = {"model": plain.model, "args": plain.args, "techniques": [given]}
+    for build in (lambda: AccelTrainer(**built), lambda: attach(plain, [given])):
+        with pytest.raises(ValueError, match="is not an instance of a technique. Pass one, such as"):
+            build()
+    assert LengthGrouped.run_ is None
+    plain.add_callback(LengthGrouped())
+    with pytest.raises(ValueError, match="LengthGrouped"):
+        plain.train()
+
+
 def test_a_plain_trainer_refuses_what_it_cannot_do(tmp_path):
     with pytest.raises(ValueError, match=r"Watch\(\) needs observe, which a callback of a plain Trainer cannot do"):
         Trainer(model=tiny_trainer([], tmp_path).model, args=TrainingArguments(str(tmp_path)), callbacks=[Watch()])
@@ -326,6 +339,17 @@ def test_the_list_of_callbacks_is_that_of_trainer(tmp_path):
     trainers = [tiny_trainer([], tmp_path, trainer_class=cls) for cls in (Trainer, AccelTrainer)]
     plain, ours = ([type(c) for c in trainer.callback_handler.callbacks] for trainer in trainers)
     assert ours == plain
+
+
+def test_a_training_step_outside_of_a_run_is_that_of_trainer(tmp_path):
+    found = []
+    for cls in (Trainer, AccelTrainer):
+        trainer = tiny_trainer([], tmp_path, trainer_class=cls)
+        batch = next(iter(trainer.get_train_dataloader()))
+        trainer.current_gradient_accumulation_steps = 1
+        loss = trainer.training_step(trainer.model, batch)
+        found.append([loss, *(p.grad for p in trainer.model.parameters())])
+    assert len(found[0]) > 1 and all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("resume", [True, "checkpoint-8"], ids=str)

@@ -58,7 +58,10 @@ class Budget(Technique):
 
     def budget(self) -> Limits:
         """Return the limits; the seconds of a job count from its start."""
-        texts = [text.strip() for text in ([self.limit] if isinstance(self.limit, str) else self.limit)]
+        given = self.limit if isinstance(self.limit, list | tuple) else [self.limit]
+        if not all(isinstance(text, str) for text in given):
+            raise ValueError(f"{self!r}: a limit must be text with a unit. Write, for example, '30min' or '500steps'.")
+        texts = [text.strip() for text in given]
         further = [text.startswith("+") for text in texts]
         if len(set(further)) > 1 or "+job" in texts:
             raise ValueError(

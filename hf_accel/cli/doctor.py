@@ -46,12 +46,14 @@ def doctor(
 
 
 def examine_recipe(recipe: Recipe) -> Examination:
-    """Examine a short run of a recipe without its budget."""
-    techniques = [t for t in recipe.build_techniques() if "budget" not in t.implemented_hooks()]
+    """Examine a short run of a recipe; its budget tells the length of the whole run."""
+    built = recipe.build_techniques()
+    techniques = [t for t in built if "budget" not in t.implemented_hooks()]
+    limits = next((t.budget().amounts for t in built if "budget" in t.implemented_hooks()), None)
     with tempfile.TemporaryDirectory() as folder:
         args: Any = recipe.with_changes(f"args.output_dir={folder}").training_arguments()
         set_seed(args.seed)
-        return examine(Trainer(args=args, **build_task(recipe)), techniques)
+        return examine(Trainer(args=args, **build_task(recipe)), techniques, limits)
 
 
 def show(console: Console, found: Examination) -> None:

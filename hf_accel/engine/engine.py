@@ -83,7 +83,7 @@ class Engine:
         self._made_optimizer = False
         self.searched_hyperparameters: dict[str, Any] = {}
         self.view = RunView(self)
-        self._show_run_to_techniques()
+        setup.show_run(self.roster.techniques, self.view)
         self.begin({})
 
     def begin(self, limits: Mapping[str, float], now: Callable[[], float] = time.monotonic) -> None:
@@ -127,10 +127,6 @@ class Engine:
             micro_batch_size=self._micro_batch_size,
             halves=self.options.micro_batch_size == "auto",
         )
-
-    def _show_run_to_techniques(self) -> None:
-        for technique in self.roster.techniques:
-            technique.run_ = self.view  # type: ignore[misc]
 
     # Construction ---------------------------------------------------------------------------------------------------
 
@@ -189,7 +185,7 @@ class Engine:
         """Train with Trainer's own ``train``, ``plain(checkpoint)``, and its ``training_step``, ``one_pass``."""
         self.checkpoints.finish()  # of a run that was interrupted
         args = self.host.args
-        self._show_run_to_techniques()
+        setup.show_run(self.roster.techniques, self.view)
         limits = self.limits()
         self.begin(limits.amounts, self.meter.clock.now)
         self.step.one_pass = one_pass
@@ -199,12 +195,14 @@ class Engine:
         self.meter.start(resumed=self.resumed, began=limits.began)
         if args.device.type == "cuda" and not self.host.is_in_train:  # a short run inside a run is part of it
             torch.cuda.reset_peak_memory_stats(args.device)
-        with self.meter.stopwatch.charge("other"):
-            output = plain(checkpoint)
-        self.meter.count_energy()
-        self._write_receipt()
-        for technique in self.roster.techniques:
-            vars(technique).pop("run_", None)
+        try:
+            with self.meter.stopwatch.charge("other"):
+                output = plain(checkpoint)
+            self.meter.count_energy()
+            self._write_receipt()
+        finally:
+            for technique in self.roster.techniques:
+                vars(technique).pop("run_", None)
         return output
 
     def limits(self) -> Limits:
@@ -234,6 +232,7 @@ class Engine:
         """Return Trainer's initial values, with epochs and steps that follow the clock in a paced run."""
         found = list(values)
         self.steps_per_epoch = int(found[1] or 1)
+        self.step.loader_counter = loader_counter(self.host)
         if self.roster.paced:
             limits = self.meter.clock.limits
             found[0] = math.ceil(limits["epochs"]) if "epochs" in limits else sys.maxsize
@@ -282,7 +281,8 @@ class Engine:
         """Advance the clock by the cost of the step, before the scheduler sets the next learning rate."""
         stream, steps = self.step.stream, self.host.state.global_step + 1
         epochs = steps / self.steps_per_epoch if stream is None else stream.epochs
-        self.meter.end_step(refused=self.step.refused, epochs=epochs)
+        by_scaler = self.host.accelerator.optimizer_step_was_skipped  # fp16, with a gradient that is not finite
+        self.meter.end_step(skipped=self.step.refused or by_scaler, epochs=epochs)
 
     def finish(self, num_train_samples: float) -> float:
         """Leave the final weights in the model; return the number of samples for Trainer's speed metrics."""
@@ -320,19 +320,17 @@ class Engine:
     def train_loader(self, plain: Callable[[], Any]) -> Any:
         """Return the stream, or Trainer's own loader."""
         host = self.host
+        if self.step.stream is not None and host.is_in_train:  # a caller's look into the run's own
+            return self.step.stream
         replaced = self.head is not None and host.overrides("compute_loss") is not None  # on the instance
         if self.roster.streamed and (host.model_init is not None or replaced):  # another model or loss
             self.step.head = self.head = self.find_head()
             vars(self.step).pop("_host_scales_rightly", None)
         with prepared_dataset(host, self.roster, self.meter):
-            self.step.loader_counter = loader_counter(host)
             if not self.roster.streamed or host.train_dataset is None:
                 return plain()
-            stream = self.make_stream(host.train_dataset)
-            stream.serves_looks = True  # Trainer and other callers get it from the same method
-            if self.step.stream is not None and host.is_in_train:  # the run has its own
-                return stream
-            self.step.stream = stream
+            stream = self.step.stream = self.make_stream(host.train_dataset)
+        stream.serves_looks = True  # Trainer and other callers get it from the same method
         if "stream" in (state := self.checkpoints.state or {}):
             stream.load_state_dict(state["stream"])
         return stream

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -94,6 +95,7 @@ class LossProof:
             evaluation_mode(model),
             buffers_kept(self.host.model),
             random_state_kept(self.host.args.device),
+            self.host.metrics_kept(),
         ):
             yield model
 
@@ -141,7 +143,12 @@ class LossProof:
         return sizes.get(next(iter(sizes)) if self._mean_over is None else self._mean_over, 0)
 
     def _sizes(self, micro: MicroBatch) -> dict[str, int]:
-        return losses.sizes_of_mean(micro.inputs, len(micro.ids_B), shifted=self.host.loss_shifts_labels)
+        return losses.sizes_of_mean(micro.inputs, len(micro.ids_B), shifted=self._shifted)
+
+    @functools.cached_property
+    def _shifted(self) -> bool:
+        """Return whether the first label of a row predicts nothing; Trainer does not know a subclass by its name."""
+        return self.host.loss_shifts_labels or losses.kind_of(unwrapped(self.host.model)) == "causal LM"
 
     def _prove_mean(self, batch: StepBatch, read: Callable[[StepPlan], StepBatch]) -> None:
         """Find out what a loss is a mean of: labels or examples.

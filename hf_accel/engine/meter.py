@@ -94,13 +94,14 @@ class Meter:
         self._step_flops = (executed + flops.executed, of_model + flops.model * needed)
         return result
 
-    def end_step(self, *, refused: bool, epochs: float) -> None:
-        """Advance the clock by the cost of the step."""
+    def end_step(self, *, skipped: bool, epochs: float) -> None:
+        """Advance the clock by the cost of the step; without an update, it is no step."""
+        self.skipped_steps += skipped
         tokens = self.read_tokens() if "tokens" in self.clock.limits else 0.0
         flops, model_flops, joules = self._read() if self.gauges else (0.0, 0.0, 0.0)
         self.clock.model_flops += model_flops
         self.clock.advance(
-            steps=0 if refused else 1, samples=self.samples, tokens=tokens, flops=flops, joules=joules, epochs=epochs
+            steps=0 if skipped else 1, samples=self.samples, tokens=tokens, flops=flops, joules=joules, epochs=epochs
         )
 
     def count_tokens(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 from transformers import TrainerCallback
 
@@ -26,7 +27,7 @@ class Roster:
     def __init__(self, techniques: Sequence[Technique], *, streamed: bool = False, paced: bool = False):
         self.techniques = list(techniques)
         for technique in self.techniques:
-            check_declarations(type(technique))
+            check_instance(technique)
         self.names = [f"{i}.{type(technique).__name__}" for i, technique in enumerate(self.techniques)]
         self._owners = {slot: self._find_owner(slot) for slot in SLOTS}
         check_claims(self.techniques)
@@ -55,13 +56,19 @@ class Roster:
         return self.names[self.techniques.index(technique)]
 
 
-def check_declarations(kind: type[Technique]) -> None:
-    """Raise ValueError if a technique overrides nothing, or if its claims or counters have the wrong form."""
+def check_instance(technique: Any) -> None:
+    """Raise ValueError unless it is an instance of a technique that overrides something and declares it well."""
+    if not isinstance(technique, Technique):
+        meant = f"{technique.__name__}()" if isinstance(technique, type) else "InfoBatch()"
+        raise ValueError(f"techniques: {technique!r} is not an instance of a technique. Pass one, such as {meant}.")
+    kind = type(technique)
     name = kind.__name__
     known = (*EVENTS, *HOOKS, *SLOTS)
     if all(getattr(kind, method) is getattr(Technique, method) for method in known):
         others = [method for method in dir(kind) if not method.startswith("_") and not hasattr(Technique, method)]
-        meant = [(method, close) for method in others for close in difflib.get_close_matches(method, known, n=1)]
+        meant = [
+            (method, close) for method in others for close in difflib.get_close_matches(method, known, n=1, cutoff=0.8)
+        ]
         advice = "Did you mean {1!r} by {0!r}?".format(*meant[0]) if meant else "Override one."
         raise ValueError(f"{name} overrides no event, hook or slot. {advice}")
     if not isinstance(kind.claims, frozenset):

@@ -23,7 +23,7 @@ class RunView:
     def __init__(self, engine: Any):
         self.engine = engine
 
-    # Of the trainer.
+    # From the trainer.
     args = _of("host.args")
     model = _of("host.model")
     model_wrapped = _of("host.model_wrapped")
@@ -42,7 +42,7 @@ class RunView:
     optimizer_cls_and_kwargs = _of("host.optimizer_cls_and_kwargs")
     prepare_inputs = _of("host.prepare_inputs")
 
-    # Of the run.
+    # From the run.
     techniques = _of("roster.techniques")
     owner = _of("roster.owner")
     with_hook = _of("roster.with_hook")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,7 +17,9 @@ from hf_accel import losses
 from hf_accel.engine.callbacks import SigtermCallback, charging
 from hf_accel.engine.ranks import Ranks
 from hf_accel.engine.roster import Roster
+from hf_accel.engine.run_view import RunView
 from hf_accel.host.view import TrainerView
+from hf_accel.technique import Technique
 
 
 @dataclass
@@ -28,6 +30,16 @@ class Options:
     allow_changes: bool = False
     async_checkpoints: bool = False
     example_loss_func: Callable | losses.Head | None = None
+
+
+def show_run(techniques: Sequence[Technique], view: RunView) -> None:
+    """Show a run to its techniques; refuse those that are training in another trainer."""
+    for technique in techniques:
+        other = technique.run_
+        if other is not None and other is not view and getattr(other, "is_in_train", False):
+            raise ValueError(f"{technique!r} is training in another trainer. Make a new instance.")
+    for technique in techniques:
+        technique.run_ = view  # type: ignore[misc]
 
 
 def prepared_args(args: TrainingArguments, dataset: Any, roster: Roster, options: Options) -> TrainingArguments:

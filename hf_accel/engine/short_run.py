@@ -28,6 +28,7 @@ from hf_accel.clock import Limits
 from hf_accel.engine.engine import Engine
 from hf_accel.host.internals import unwrap_forward
 from hf_accel.preserve import keyed_random, random_state_kept
+from hf_accel.stream.reader import CopyingCollator
 from hf_accel.technique import SLOTS, Diverged, Technique
 
 QUIET = {
@@ -168,6 +169,7 @@ def _twin(engine: Engine, techniques: Sequence[Technique], without: Sequence[Tec
     own = [t for t in engine.roster.techniques if t not in without and not t.implemented_hooks() & left_out]
     fresh = [*techniques, *map(copy.copy, own)]  # copies keep their knowledge of the prepared model
     twin = engine.host.twin(_copy_of_model(engine.host.model))
+    twin.data_collator = CopyingCollator(twin.data_collator)
     for name, value in changes.items():
         setattr(twin.args, name, value)
     options = dataclasses.replace(engine.options, allow_changes=False, async_checkpoints=False)

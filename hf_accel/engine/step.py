@@ -273,9 +273,9 @@ class StepRunner:
 
     # The gradient ---------------------------------------------------------------------------------------------------
 
-    def run(self, model: nn.Module, inputs: Any, num_items: Any) -> Tensor:
+    def run(self, model: nn.Module, inputs: Any, num_items: Any, one_pass: OnePass) -> Tensor:
         """Compute the gradient of a step and return its loss; take a step batch or a batch of Trainer's loader."""
-        assert self.one_pass is not None
+        self.one_pass = one_pass
         if not isinstance(inputs, StepBatch):
             with self.meter.stopwatch.charge("backward"):  # except the forward pass, which `loss` charges
                 step = functools.partial(self.one_pass, model, inputs, num_items)
@@ -308,14 +308,14 @@ class StepRunner:
         parts = [(micro, 1.0 if self._own_loss else float(len(batch.micro_batches))) for micro in batch.micro_batches]
         if mean := not self._own_loss and self.proof.is_mean(num_items):
             parts = self.proof.parts_of_mean(batch, self.stream)
-        owner = self.roster.owner("synchronize")
-        synchronizes = owner is None or owner.synchronize()
+        synchronizes = (owner := self.roster.owner("synchronize")) is None or owner.synchronize()
         total = torch.zeros((), device=host.args.device)
         for i, (micro, divisor) in enumerate(parts, 1):
             last = i == len(parts)
             host.current_gradient_accumulation_steps = divisor
             with self.proof.means() if mean else contextlib.nullcontext():
-                total = total + self._pass_over(model, micro, num_items, last=last, synchronizes=synchronizes)
+                loss = self._pass_over(model, micro, num_items, last=last, synchronizes=synchronizes)
+            total = total + loss if divisor < torch.inf else total
             if not last:
                 host.control = host.callback_handler.on_substep_end(host.args, host.state, host.control)
         return total

@@ -76,7 +76,12 @@ def flattening_fault(model: Any, num_rows: int = 1, run: Any = None, layout: Lay
 
     The trial has ``num_rows`` equal rows, and the device and precision of ``run``.  It leaves the model as found.
     """
-    return _tried(model, run, layout, lambda tried: _fault(tried, tried, num_rows, layout)) or None
+    try:
+        return _tried(model, run, layout, lambda tried: _fault(tried, tried, num_rows, layout)) or None
+    except (IndexError, TypeError, ValueError) as error:
+        if not layout.masked:
+            raise
+        return f"it takes no mask of pairs ({error})"
 
 
 @torch.no_grad()
@@ -157,12 +162,32 @@ def _fault(model: Any, forward: Callable, num_rows: int, layout: Layout) -> str:
         # Fresh projections may be zero and hide everything: try weights that are not.
         noisy = {name: _noisy(p, generator) for name, p in model.named_parameters() if p.is_floating_point()}
         return _fault(model, lambda **kwargs: torch.func.functional_call(model, noisy, (), kwargs), num_rows, layout)
-    if (flat - logits(others_RL, position_ids=positions_RL))[:, BORDER:].norm() > 0.1 * would_change:
+    if _crosses(model, lambda: forward(input_ids=ids_RL, position_ids=positions_RL)["logits"], generator):
         return "what it computes of one example depends on the one before"
     apart = torch.cat([joined(ids_RL[:, :BORDER]), joined(ids_RL[:, BORDER:])], 1)
     if (flat - apart).norm() > 0.1 * (one - apart).norm():
         return f"it does not count positions from {layout.first}"
     return ""
+
+
+def _crosses(model: Any, forward: Callable[[], Tensor], generator: torch.Generator) -> bool:
+    """Return whether the logits of the second example have a gradient at the tokens of the first.
+
+    The gradient is exactly 0 if nothing crosses.  Otherwise it is not, however little crosses with fresh weights.
+    """
+    embedded: list[Tensor] = []
+    hook = model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: embedded.append(output if output.requires_grad else output.requires_grad_())
+    )
+    try:
+        with torch.enable_grad():
+            logits = forward()
+            weights = torch.randn(logits.shape, generator=generator).to(logits)
+            weights[:, :BORDER] = 0
+            gradients = torch.autograd.grad((logits * weights).sum(), embedded, allow_unused=True)
+    finally:
+        hook.remove()
+    return any(gradient is not None and bool(gradient[:, :BORDER].any()) for gradient in gradients)
 
 
 def _predicts_itself(model: Any) -> bool:

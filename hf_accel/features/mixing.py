@@ -6,16 +6,59 @@ Shape suffixes: ``B`` examples of a micro-batch, ``N`` of a step, ``V`` classes.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from hf_accel.batch import MicroBatch, StepBatch, split_step
-from hf_accel.features.augmentation import images_of, refuse_other_than_images
+from hf_accel.features.augmentation import generators, images_of, refuse_other_than_images, strength
 from hf_accel.losses import ClassHead
 from hf_accel.technique import Technique
+
+Generators = list[np.random.Generator]
+
+
+class ImageMixing(Technique):
+    """Mix every image of a step with its neighbor, and the labels by the shares of both; the base class of mixups.
+
+    Subclasses are dataclasses with the fields ``alpha`` and ``ramp``.  An ``alpha`` of 0 mixes nothing.
+    """
+
+    alpha: float
+    ramp: float
+    modality: ClassVar = "image"
+    neutral: ClassVar = {"alpha": 0.0}
+    rank_counters: ClassVar = ("mixed", "seen")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        prepare_soft_labels(self, model)
+        self.mixed_, self.seen_ = 0.0, 0
+
+    def combine(self, images_B: Tensor, partners_B: Tensor, alpha: float, drawn: Generators) -> tuple[Tensor, Tensor]:
+        """Return the mixed images, and the share of each that is its own, (B,)."""
+        raise NotImplementedError
+
+    def transform_batch(self, batch: StepBatch) -> StepBatch:
+        """Mix every image with its neighbor."""
+        alpha = self.alpha * strength(self)
+        self.seen_ += sum(len(micro.ids_B) for micro in batch.micro_batches)
+        if alpha == 0:
+            return batch
+        micros = []
+        for micro, (partners_B, labels_B) in zip(batch.micro_batches, partners(self, batch), strict=True):
+            drawn = generators(self, batch.plan, micro)
+            images_B, shares_B = self.combine(images_of(self, micro), partners_B, alpha, drawn)
+            micros.append(with_soft_labels(self, micro, images_B, labels_B, shares_B))
+            self.mixed_ += float(self.foreign(shares_B).sum())
+        return dataclasses.replace(batch, micro_batches=micros)
+
+    def foreign(self, shares_B: Tensor) -> Tensor:
+        """Return the share of each image to report as mixed in."""
+        return 1 - shares_B
 
 
 def prepare_soft_labels(technique: Technique, model: Any) -> None:

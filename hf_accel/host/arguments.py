@@ -87,8 +87,8 @@ def with_accumulation_steps(args: TrainingArguments) -> TrainingArguments:
     steps = kwargs.pop("num_steps", 1)  # Trainer leaves a 1 there
     if steps > 1 and args.gradient_accumulation_steps > 1:
         raise ValueError(
-            f"accelerator_config.gradient_accumulation_kwargs.num_steps={steps} does not support "
-            f"gradient_accumulation_steps={args.gradient_accumulation_steps} because both set the same. Remove one."
+            f"The `AcceleratorConfig`'s `num_steps` is set but gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps} is set as well. Remove one."
         )
     config.gradient_accumulation_kwargs = kwargs or None  # type: ignore[union-attr]
     args.gradient_accumulation_steps = max(steps, args.gradient_accumulation_steps)

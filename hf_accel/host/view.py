@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -87,6 +89,16 @@ class TrainerView:
         twin.state, twin.control = TrainerState(), TrainerControl()
         twin.callback_handler = CallbackHandler([DefaultFlowCallback], model, self.processing_class, None, None)
         return twin
+
+    @contextlib.contextmanager
+    def metrics_kept(self) -> Iterator[None]:
+        """Forget what the trainer's own ``compute_loss`` records inside, as those of TRL do for their logs."""
+        given = {name: value for name, value in vars(self._trainer).items() if name.endswith("_metrics")}
+        kept = {name: copy.deepcopy(value) for name, value in given.items() if isinstance(value, dict)}
+        try:
+            yield
+        finally:
+            vars(self._trainer).update(kept)
 
     def with_frozen_config(self) -> Trainer:
         """Return a copy with a frozen configuration of the model, because growth may change the live one."""

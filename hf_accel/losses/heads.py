@@ -343,7 +343,7 @@ def _labels(inputs: Mapping[str, Any]) -> Tensor:
 
 
 def _logits(outputs: Any, name: str) -> Tensor:
-    logits = getattr(outputs, name, None)
+    logits = outputs.get(name) if isinstance(outputs, Mapping) else getattr(outputs, name, None)
     if logits is None:
         raise ValueError(
             f"{type(outputs).__name__}({name}=None): losses of examples need {name}. "

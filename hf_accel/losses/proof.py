@@ -58,12 +58,14 @@ def is_divided_by(loss: Tensor, items: Tensor, scale: float = 1.0) -> bool | Non
         scale: Factor of the loss in the backward pass.
 
     Returns:
-        None if the loss is 0 or not finite, which tells nothing.
+        None if the loss is 0 or depends on ``items`` but is not finite, which tells nothing.
     """
-    if not bool(torch.isfinite(loss)) or float(loss) == 0:
+    if float(loss) == 0:
         return None
     if items.grad is None:
         return False
+    if not bool(torch.isfinite(loss)):
+        return None
     return abs(float(-items.grad * items.detach() / (scale * loss)) - 1) < DIVIDED
 
 

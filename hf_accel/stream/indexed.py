@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader
 
 from hf_accel.batch import StepBatch, StepPlan, earlier_occurrences
 from hf_accel.preserve import keyed_random
@@ -214,11 +214,18 @@ class StepStream:
 
     def _looks(self) -> Iterator[Any]:
         """Yield the inputs of an epoch from its beginning, without changing the stream."""
-        twin = copy.copy(self)
-        twin._drawn, twin._replay, twin.ids_N = deque(), deque(), None
-        twin.set_epoch(self.epoch)
-        for plan in twin.draw():
+        for plan in self._twin().draw():
             yield from (micro.model_inputs for micro in self.read(plan).micro_batches)
+
+    def _twin(self) -> StepStream:
+        """Return a copy at the beginning of the epoch; it asks no technique that counts its calls."""
+        twin = copy.copy(self)
+        twin._drawn, twin._replay, twin.consumed = deque(), deque(), 0
+        twin.micro_batch_size = self.loader_batch_size // self.world
+        twin.slots = Slots(order=self.slots.order)
+        if twin.ids_N is None:
+            twin.ids_N, twin.weights_N = twin._choose(self.epoch)
+        return twin
 
     def _steps(self) -> Iterator[StepBatch]:
         if self.consumed:
@@ -257,6 +264,33 @@ class StepStream:
         if steps and self.slots.select is None:
             self.set_epoch(epoch)
             self.consumed = steps * self.batch_size
+
+    # As Trainer's own loader ----------------------------------------------------------------------------------------
+
+    @property
+    def total_dataset_length(self) -> int:
+        """Return the number of examples in the data set."""
+        return len(self.dataset)
+
+    @property
+    def sampler(self) -> Any:
+        """Return the examples of the present epoch, in order."""
+        return self._twin().ids_N.tolist()  # type: ignore[union-attr]
+
+    @property
+    def batch_sampler(self) -> Any:
+        """Return the examples of the items of the present epoch, unless a technique sizes them."""
+        return BatchSampler(self.sampler, self.batch_size, drop_last=False)
+
+    @property
+    def collate_fn(self) -> Callable:
+        """Return the collator of a micro-batch."""
+        return self.reader.collate
+
+    @property
+    def num_workers(self) -> int:
+        """Return the number of loader workers."""
+        return self.loader.num_workers
 
     # State ----------------------------------------------------------------------------------------------------------
 

@@ -119,13 +119,6 @@ def digest(example: Any) -> str:
     return found.hexdigest()
 
 
-class ReadAhead(dict):
-    """Examples by their position.  Access returns a copy, because collators may change examples."""
-
-    def __getitem__(self, position: int) -> Any:
-        return copy.copy(super().__getitem__(position))
-
-
 class IterableStepStream(StepStream):
     """A `StepStream` of a data set that supports iteration only.
 
@@ -135,7 +128,8 @@ class IterableStepStream(StepStream):
     """
 
     def __init__(self, dataset: Any, collate: Callable, *, nominal_examples: float = float("inf"), **kwargs: Any):
-        super().__init__(dataset, collate, **kwargs | {"drop_last": False})
+        kwargs["drop_last"] = False
+        super().__init__(dataset, collate, **kwargs)
         self.nominal_examples = nominal_examples
         self.num_read = 0
         self.ended = False
@@ -147,7 +141,7 @@ class IterableStepStream(StepStream):
         loader.pop("persistent_workers", None)
         loader["num_workers"] = min(loader.get("num_workers", 0), 1)
         self.windows = Windows(self.dataset, self.batch_size, self.seed)
-        self.examples = ReadAhead()
+        self.examples: dict[int, Any] = {}
         as_it_is: Any = _window_as_it_is
         return StepReader(self.examples, collate), DataLoader(
             self.windows, batch_size=None, collate_fn=as_it_is, **loader
@@ -162,7 +156,32 @@ class IterableStepStream(StepStream):
         self.epoch, self.consumed, self.num_read, self.ended = epoch, 0, 0, False
         self._starts = deque([(0, None)])
 
-    def __iter__(self) -> Iterator[StepBatch]:
+    @property
+    def sampler(self) -> Any:
+        return self.loader.sampler
+
+    @property
+    def batch_sampler(self) -> None:
+        return None
+
+    def _looks(self) -> Iterator[Any]:
+        # A second iteration would spoil the state of this one in `datasets`, and a loader would draw its seed.
+        stateful = isinstance(self.dataset, datasets.IterableDataset)
+        twin = IterableStepStream(
+            copy.deepcopy(self.dataset) if stateful else self.dataset,
+            self.reader.collate,
+            batch_size=self.batch_size,
+            micro_batch_size=self.loader_batch_size // self.world,
+            seed=self.seed,
+            rank=self.rank,
+            world=self.world,
+        )
+        twin.loader = twin.windows  # type: ignore[assignment]
+        twin.set_epoch(self.epoch)
+        for batch in twin:
+            yield from (micro.model_inputs for micro in batch.micro_batches)
+
+    def _steps(self) -> Iterator[StepBatch]:
         if self.consumed == 0:
             windows = self._windows_from(0, None)
         else:

@@ -5,7 +5,8 @@ Shape suffix: ``B`` examples of a micro-batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import copy
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 import datasets
@@ -24,11 +25,15 @@ class StepReader(Dataset):
     """
 
     def __init__(self, dataset: Any, collate: Callable[[list[Any]], Mapping[str, Any]]):
-        self.dataset, self.collate = dataset, collate
+        self.dataset, self.epoch = dataset, 0
         # Read rows at once if the data set can, unless a transform may draw: each example then needs its own key.
         self.reads_rows = hasattr(dataset, "__getitems__") and not _has_transform(dataset)
+        self.collate = CopyingCollator(collate)
 
     def __getitem__(self, plan: StepPlan) -> StepBatch:
+        if plan.epoch != self.epoch and hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(plan.epoch)  # a persistent worker has its own copy
+        self.epoch = plan.epoch
         with keyed_random():
             return StepBatch(plan, [self._read(plan, *columns) for columns in plan.micro_batches()])
 
@@ -49,6 +54,35 @@ class StepReader(Dataset):
             return micro
         inputs = dict(inputs)
         return micro.of(inputs, inputs.pop(ORDER))
+
+
+class CopyingCollator:
+    """Collate copies of the examples, because a collator may change them; other attributes are the collator's.
+
+    The same examples may be read again: in smaller micro-batches, to score them, or in a short run.
+    """
+
+    def __init__(self, collate: Callable[[list[Any]], Any]):
+        self.collate = collate
+
+    def __call__(self, features: list[Any]) -> Any:
+        return self.collate([_copied(example) for example in features])
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "collate":  # before it is unpickled
+            raise AttributeError(name)
+        return getattr(self.collate, name)
+
+
+def _copied(value: Any) -> Any:
+    """Return a copy of nested mappings and lists."""
+    if isinstance(value, MutableMapping):
+        value = copy.copy(value)
+        for name in value:
+            value[name] = _copied(value[name])
+    elif isinstance(value, list):
+        value = [_copied(item) for item in value] if value and isinstance(value[0], dict | list) else value.copy()
+    return value
 
 
 def _has_transform(dataset: Any) -> bool:

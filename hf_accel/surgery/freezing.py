@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
 import annotated_types as at
-from torch import Tensor, nn
+from torch import nn
 from transformers import TrainerState
 
 from hf_accel.surgery.block_wrapper import refuse_waiting_ddp
@@ -73,7 +73,7 @@ class BlockFreezing(Technique):
             raise ValueError(f"{self!r}: {error}") from None
         self.trainable_ = [[p for p in block.parameters() if p.requires_grad] for block in self.blocks_]
         self.most_ = int(len(self.blocks_) * self.max_fraction + 1e-9)
-        self.tied_ = _has_tied_head(model)
+        self.tied_ = has_tied_head(model)
         if self.most_ and not self._trains_above(model):
             raise ValueError(
                 f"{self!r}: nothing that is trained lies above the first {self.most_} of {len(self.blocks_)} blocks. "
@@ -134,7 +134,8 @@ def _is_reentrant(module: nn.Module) -> bool:
     return bool(getattr(module, "gradient_checkpointing", False) and run and run.keywords.get("use_reentrant"))
 
 
-def _has_tied_head(model: Any) -> bool:
-    head: Any = model.get_output_embeddings()
-    weight: Tensor | None = None if head is None else head.weight
-    return weight is not None and weight is model.get_input_embeddings().weight
+def has_tied_head(model: Any) -> bool:
+    """Return whether the output head shares its weight with another module."""
+    weight = getattr(model.get_output_embeddings(), "weight", None)
+    shared = [name for name, parameter in model.named_parameters(remove_duplicate=False) if parameter is weight]
+    return len(shared) > 1

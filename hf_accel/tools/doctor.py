@@ -11,11 +11,12 @@ in every step.  They have no share and come last.  Traps cost correctness instea
 from __future__ import annotations
 
 import contextlib
+import copy
 import math
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from transformers import EarlyStoppingCallback, Trainer
+from transformers import EarlyStoppingCallback, Trainer, TrainingArguments
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_utils import IntervalStrategy, SaveStrategy, has_length
 
@@ -73,15 +74,17 @@ class Examination:
     traps: list[Finding] = field(default_factory=list)
 
 
-def examine(trainer: Trainer, techniques: list[Technique] | None = None) -> Examination:
+def examine(
+    trainer: Trainer, techniques: list[Technique] | None = None, limits: Mapping[str, float] | None = None
+) -> Examination:
     """Train for a few steps, and report the costs.
 
     Args:
         trainer: Trainer before its `train()`; it cannot be used afterwards.
         techniques: Techniques to attach, as a recipe builds them.
+        limits: Limits of the whole run by unit; None: its arguments tell its length.
     """
-    steps = planned_steps(trainer)
-    evaluations = planned_evaluations(trainer, steps)
+    args, steps, epochs = trainer.args, planned_steps(trainer), trainer.args.num_train_epochs
     logs_each_step = trainer.args.logging_strategy == IntervalStrategy.STEPS and trainer.args.logging_steps == 1
     watch = Watch()
     with tempfile.TemporaryDirectory() as folder:
@@ -89,10 +92,15 @@ def examine(trainer: Trainer, techniques: list[Technique] | None = None) -> Exam
         attach(trainer, techniques=[Horizon({"steps": float(WARM + STEPS)}), *(techniques or []), watch])
         trainer.train()
         accel: Any = trainer.accel  # type: ignore[attr-defined]
-        step = statistics.median(watch.steps_)
+        step, spent = statistics.median(watch.steps_), accel.meter.clock.spent
+        if limits is not None:
+            steps = limited_steps(limits, {unit: n / spent["steps"] for unit, n in spent.items()} | {"seconds": step})
+            epochs = (steps or 0) * spent["epochs"] / spent["steps"]
+        evaluations = planned_evaluations(args, steps, epochs)
         has_data = trainer.eval_dataset is not None and evaluations
         evaluation = probe_evaluation(accel.host, accel.meter.clock.now) if has_data else 0.0  # type: ignore[arg-type]
-        run_seconds = None if steps is None else steps * step + evaluations * evaluation
+        longest = math.inf if limits is None else limits.get("seconds", math.inf)
+        run_seconds = None if steps is None else min(steps * step + evaluations * evaluation, longest)
         waiting, seconds = communication(trainer), dict(watch.seconds_)
         if waiting:  # DDP sends gradients during the backward pass, whose end waits for the last ones
             seconds["backward"] = max(seconds.get("backward", 0.0) - waiting, 0.0)
@@ -135,11 +143,12 @@ def communication(trainer: Any, passes: int = 5) -> float:
 
 def quiet(trainer: Trainer, folder: str) -> None:
     """Turn off everything that a short run does not need."""
-    args: Any = trainer.args
+    args: Any = copy.copy(trainer.args)
     changes = {"output_dir": folder, "max_steps": -1, "eval_strategy": IntervalStrategy.NO, "push_to_hub": False}
     changes |= {"save_strategy": SaveStrategy.NO, "load_best_model_at_end": False, "eval_on_start": False}
     for name, value in changes.items():
         setattr(args, name, value)
+    trainer.args = args
     # EarlyStoppingCallback needs evaluations, and the others report.
     for callback in (EarlyStoppingCallback, *INTEGRATION_TO_CALLBACK.values()):
         trainer.remove_callback(callback)
@@ -156,11 +165,16 @@ def planned_steps(trainer: Trainer) -> int | None:
     return max(math.ceil(args.num_train_epochs * math.ceil(len(trainer.train_dataset) / size)), 1)  # type: ignore[arg-type]
 
 
-def planned_evaluations(trainer: Trainer, steps: int | None) -> int:
-    """Return the number of evaluations of that run; 0 if it is unknown."""
-    args = trainer.args
+def limited_steps(limits: Mapping[str, float], each: Mapping[str, float]) -> int | None:
+    """Return the number of updates within limits, given the cost of each by unit; None if no cost is known."""
+    bought = [limit / each[unit] for unit, limit in limits.items() if each[unit]]
+    return max(math.floor(min(bought) + 1e-6), 1) if bought else None
+
+
+def planned_evaluations(args: TrainingArguments, steps: int | None, epochs: float) -> int:
+    """Return the number of evaluations of a run; 0 if it is unknown."""
     if args.eval_strategy == IntervalStrategy.EPOCH:
-        return math.ceil(args.num_train_epochs)
+        return math.ceil(epochs)
     if args.eval_strategy == IntervalStrategy.STEPS and steps is not None:
         every = args.eval_steps or args.logging_steps
         return int(steps / (every if every >= 1 else max(every * steps, 1)))

@@ -1,8 +1,8 @@
-"""Divide parameters into those with a layer-wise rate and the others, and compute their norms."""
+"""Update parameters one by one, some with a layer-wise rate: the divided groups, norms and ratios."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -10,6 +10,27 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from hf_accel.technique import Technique
+
+
+class EachParameter(torch.optim.Optimizer):
+    """Update one parameter after the other."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None) -> Any:
+        """Update all groups once."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.update(p, group, self.state[p])
+        return loss
+
+    def update(self, p: Tensor, group: dict[str, Any], state: dict[str, Any]) -> None:
+        """Update one parameter, which has a gradient; ``state`` is empty at first."""
+        raise NotImplementedError
 
 
 def norm(tensor: Tensor) -> Tensor:

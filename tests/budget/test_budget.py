@@ -69,6 +69,12 @@ def test_a_unit_is_limited_once_and_one_is(limit):
         Budget(limit)
 
 
+@pytest.mark.parametrize("limit", [30, 0.5, ["30min", 4], None])
+def test_a_limit_is_text(limit):
+    with pytest.raises(ValueError, match="a limit must be text with a unit. Write, for example, '30min'"):
+        Budget(limit).budget()
+
+
 def test_the_first_limit_that_is_reached_ends_the_run():
     """Steps of 4, 8, 12 ... samples and 30 tokens each, against a count that shares no code with the clock."""
     limits = Budget(["100samples", "250tok", "9steps"]).budget().amounts

@@ -44,7 +44,7 @@ def test_accelerate_reads_its_files(path):
 
 
 @pytest.mark.ci
-@pytest.mark.parametrize("name", ["single", "ddp"])
+@pytest.mark.parametrize("name", [pytest.param("single", marks=pytest.mark.full), "ddp"])
 def test_accelerate_launches(name, tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
     launch = [

@@ -208,7 +208,7 @@ def test_accelerates_number_of_accumulated_batches_is_trainers(how, tmp_path):
 
 
 def test_two_numbers_of_accumulated_batches_are_refused(tmp_path):
-    with pytest.raises(ValueError, match=r"num_steps=4 does not support gradient_accumulation_steps=2.*Remove one\."):
+    with pytest.raises(ValueError, match=r"`num_steps` is set but gradient_accumulation_steps=2 .*Remove one\."):
         tiny_trainer([RandomSubset()], tmp_path, accelerator_config=ACCUMULATION, gradient_accumulation_steps=2)
 
 

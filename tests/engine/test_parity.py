@@ -126,7 +126,7 @@ def test_edited_checkpoints_with_techniques_resume_if_changes_are_allowed(tmp_pa
     run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert run.state.global_step == 4
     (tmp_path / "checkpoint-2" / "accel_state.json").write_text("{}")
-    with pytest.raises(CheckpointError, match=r"not whole, accel_state.json .*Resume from .*checkpoint-4\.$"):
+    with pytest.raises(CheckpointError, match=r"not complete, accel_state.json .*Resume from .*checkpoint-4\.$"):
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

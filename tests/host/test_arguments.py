@@ -331,7 +331,7 @@ def test_honored(name, shown):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.ci
+@pytest.mark.full
 @pytest.mark.parametrize("name", UNSEEN)
 def test_honored_without_a_trace(name, shown):
     value, beside = UNSEEN[name]

@@ -187,3 +187,35 @@ def test_a_trainers_own_sum_over_the_given_items_is_left_as_it_is(tmp_path):
     model = model_of(BertForSequenceClassification)
     assert_same(trained(AccelTrainer, model, labeled(), tmp_path, micro_batch_size=4, **given), right)
     assert calls == [4, 4, 4, 4]
+
+
+def masked_mean(outputs, labels, num_items_in_batch=None):
+    """A mean that is 0 / 0, as are its gradients, where no label counts."""
+    counts = labels[:, 1:].ne(-100)
+    losses = F.cross_entropy(outputs.logits[:, :-1].transpose(1, 2), labels[:, 1:], reduction="none")
+    return (losses * counts).sum() / counts.sum()
+
+
+def masked_mean_loss(model, inputs, return_outputs=False, num_items_in_batch=None):
+    inputs = dict(inputs)
+    labels = inputs.pop("labels")
+    return masked_mean(model(**inputs), labels)
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 5])
+@pytest.mark.parametrize(
+    ("kind", "given"),
+    [
+        (OwnShift, {}),
+        (LlamaForCausalLM, {"compute_loss_func": masked_mean}),
+        (LlamaForCausalLM, {"compute_loss": masked_mean_loss}),
+    ],
+    ids=["model", "function", "trainer"],
+)
+def test_a_micro_batch_without_labels_has_no_share(kind, given, micro_batch_size, tmp_path):  # karpathy/nanochat#618
+    labels = [[-100] * 4 if i % 3 else [*ids[: i % 4 + 1], *[-100] * (3 - i % 4)] for i, ids in enumerate(IDS)]
+    labels[0] = IDS[0]
+    dataset = Dataset.from_dict({"input_ids": IDS, "labels": labels})
+    right = trained(Trainer, model_of(kind), dataset, tmp_path, **given)
+    found = trained(AccelTrainer, model_of(kind), dataset, tmp_path, micro_batch_size=micro_batch_size, **given)
+    assert_same(found, right)

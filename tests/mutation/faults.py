@@ -81,8 +81,8 @@ FAULTS = (
     Fault(
         "divided-by-micro-batches-twice",
         "engine/step.py",
-        "(micro, 1.0 if self._own_loss else float(len(batch.micro_batches)))",
-        "(micro, float(len(batch.micro_batches)))",
+        "1.0 if self._own_loss else float(len(batch.micro_batches))",
+        "float(len(batch.micro_batches))",
         "With a technique that weights examples, the learning rate shrinks with gradient accumulation.",
         "tests/engine/test_hooks.py::test_a_model_that_takes_no_number_of_items_has_the_same_step",
     ),

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch.utils.data import IterableDataset
-from transformers import PrinterCallback, Trainer
+from transformers import PrinterCallback, Trainer, TrainerCallback
 
 from hf_accel import (
     AccelTrainer,
@@ -423,3 +423,67 @@ def test_goes_on_where_a_plain_trainer_was(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
     assert losses_of(resumed) == losses_of(plain)
     assert largest_difference(weights_of(resumed), weights_of(plain)) == 0.0
+
+
+class Looks(TrainerCallback):
+    """Looks into the loader of the run at its second step, and asks for another one."""
+
+    def __init__(self):
+        self.trainer, self.shapes = None, []
+
+    def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+        if state.global_step == 2:
+            for loader in (train_dataloader, self.trainer.get_train_dataloader()):
+                self.shapes += [len(batch["input_ids"]) for batch, _ in zip(loader, range(3), strict=False)]
+
+
+@pytest.mark.parametrize("source", ["torch", "datasets", "shuffled", "indexed"])
+def test_a_look_into_the_loader_does_not_disturb_the_run(source, tmp_path):
+    make = CountingText if source == "indexed" else SOURCES[source]
+    args = {"gradient_accumulation_steps": 2, "max_steps": 6, "save_strategy": "steps", "save_steps": 3}
+    runs = []
+    for name in ("alone", "seen"):
+        trainer = hosted([Watch()], tmp_path / name, make(), **args)
+        if name == "seen":
+            looks = Looks()
+            looks.trainer = trainer
+            trainer.add_callback(looks)
+        trainer.train()
+        runs.append(trainer)
+    assert looks.shapes == [8] * 6
+    assert losses_of(runs[0]) == losses_of(runs[1])
+    assert largest_difference(weights_of(runs[0]), weights_of(runs[1])) == 0.0
+    resumed = hosted([Watch()], tmp_path / "resumed", make(), **args)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "seen" / "checkpoint-3"))
+    assert losses_of(resumed) == losses_of(runs[0])
+
+
+@pytest.mark.parametrize("source", [Text, CountingText])
+def test_the_loader_has_the_attributes_of_trainers(source, tmp_path):
+    theirs = hosted([], tmp_path, source(20), Trainer).get_train_dataloader()
+    loader = hosted([Watch()], tmp_path, source(20)).get_train_dataloader()
+    for name in ("dataset", "batch_size", "total_batch_size", "sampler", "batch_sampler", "collate_fn", "drop_last"):
+        assert hasattr(loader, name), name
+    assert loader.total_batch_size == 8 and loader.num_workers == theirs.num_workers == 0
+    loader.set_epoch(0)
+    theirs.set_epoch(0)
+    if source is CountingText:
+        assert len(loader) == len(theirs) == 3 and loader.total_dataset_length == theirs.total_dataset_length == 20
+        assert sorted(loader.sampler) == list(range(20))
+        assert [len(ids) for ids in loader.batch_sampler] == [8, 8, 4]
+    batches = list(zip(loader, theirs, strict=True))
+    assert [len(batch["labels"]) for batch, _ in batches] == [8, 8, 4]
+    for batch, other in batches:
+        assert torch.equal(batch["input_ids"], other["input_ids"])
+
+
+def test_a_look_does_not_change_the_count_of_samples(tmp_path):
+    class Asks(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            trainer.get_train_dataloader()
+
+    trainer = tiny_trainer([Budget("40samples")], tmp_path)
+    trainer.train_dataset = CountingText(20)
+    trainer.add_callback(Asks())
+    trainer.train()
+    assert (trainer.receipt.samples, trainer.state.global_step) == (40, 6)

@@ -156,7 +156,7 @@ def quantized(path):
         (("causal-lm", None, {}), "recipe: it names no model."),
         (bad(sauce="x"), "data: there is no option 'sauce'. Did you mean 'source'?"),
         (bad(context=1), "data.context(1): must be >= 2. Correct the value."),
-        (bad(context="many"), "data.context('many'): must be a int, not a str."),
+        (bad(context="many"), "data.context('many'): must be an int, not a str."),
         (bad(validation_share=1.0), "data.validation_share(1.0): must be > 0 and < 1."),
         (bad(source="TEXT", context=10**6), "the training text is shorter than one block of 1000000 tokens."),
         (bad(source="TEXT", validation_share=0.001), "the validation text is shorter than one block"),

@@ -21,10 +21,10 @@ from transformers import (
 from transformers.integrations import TensorBoardCallback
 from typer.testing import CliRunner
 
-from hf_accel import LengthGrouped, LocalSGD, Recipe
+from hf_accel import Budget, LengthGrouped, LocalSGD, Recipe
 from hf_accel.cli import app
 from hf_accel.testing import CountingText, collate_padded
-from hf_accel.tools.doctor import _memory_and_seconds, examine, planned_evaluations, planned_steps
+from hf_accel.tools.doctor import _memory_and_seconds, examine, limited_steps, planned_evaluations, planned_steps
 from hf_accel.tools.watch import Watch
 
 pytestmark = pytest.mark.ci
@@ -206,7 +206,31 @@ def test_what_grouping_by_length_would_leave():
 def test_what_the_run_would_have_been(args, steps, evaluations, tmp_path):
     trainer = healthy(tmp_path, **args)
     assert planned_steps(trainer) == steps
-    assert planned_evaluations(trainer, steps) == evaluations
+    assert planned_evaluations(trainer.args, steps, trainer.args.num_train_epochs) == evaluations
+
+
+@pytest.mark.parametrize(
+    ("limits", "steps"),
+    [
+        ({"steps": 4}, 4),
+        ({"epochs": 2.5}, 20),
+        ({"samples": 100}, 12),
+        ({"tokens": 1000}, 10),
+        ({"seconds": 6, "steps": 50}, 12),
+        ({"joules": 5}, None),
+    ],
+)
+def test_what_a_budget_buys(limits, steps):
+    each = {"steps": 1.0, "epochs": 0.125, "samples": 8.0, "tokens": 100.0, "seconds": 0.5, "joules": 0.0}
+    assert limited_steps(limits, each) == steps
+
+
+@pytest.mark.parametrize(("budget", "seconds"), [("4steps", 8.0), ("3epochs", 48.0), ("1min", 60.0)])
+def test_a_run_lasts_as_long_as_its_budget(budget, seconds, tmp_path, monkeypatch):
+    """Of 8 steps in an epoch, each of which takes 2 seconds; the arguments alone ask for 320."""
+    monkeypatch.setattr("hf_accel.tools.doctor.statistics.median", lambda values: 2.0)
+    found = examine(healthy(tmp_path), [LengthGrouped()], Budget(budget).budget().amounts)
+    assert found.run_seconds == pytest.approx(seconds)
 
 
 def test_a_loss_that_is_mis_scaled_is_a_trap(tmp_path):

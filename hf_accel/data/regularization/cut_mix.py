@@ -25,22 +25,17 @@ https://arxiv.org/abs/1905.04899.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import annotated_types as at
 import numpy as np
 import torch
 from torch import Tensor
 
-from hf_accel.features.augmentation import generators, images_of, strength
-from hf_accel.features.mixing import partners, prepare_soft_labels, with_soft_labels
-from hf_accel.technique import Fraction, Technique
-
-if TYPE_CHECKING:
-    from hf_accel.batch import StepBatch
+from hf_accel.features.mixing import Generators, ImageMixing
+from hf_accel.technique import Fraction
 
 Box = tuple[int, int, int, int]
 """Top, bottom, left and right in pixels; bottom and right are exclusive."""
@@ -67,7 +62,7 @@ def paste(images_B: Tensor, partners_B: Tensor, boxes: list[Box]) -> tuple[Tenso
 
 
 @dataclass(eq=False)
-class CutMix(Technique):
+class CutMix(ImageMixing):
     """Train on images with a rectangle of another one, and on labels mixed by area.
 
     Args:
@@ -77,34 +72,15 @@ class CutMix(Technique):
 
     alpha: Annotated[float, at.Ge(0)] = 1.0  # the paper's
     ramp: Fraction = 0.0  # no ramp, as in the paper
-    modality: ClassVar = "image"
-    neutral: ClassVar = {"alpha": 0.0}
-    rank_counters: ClassVar = ("pasted", "seen")
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        prepare_soft_labels(self, model)
-        self.pasted_, self.seen_ = 0.0, 0
-
-    def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Paste a rectangle of its neighbor into every image."""
-        alpha = self.alpha * strength(self)
-        self.seen_ += sum(len(micro.ids_B) for micro in batch.micro_batches)
-        if alpha == 0:
-            return batch
-        micros = []
-        for micro, (partners_B, labels_B) in zip(batch.micro_batches, partners(self, batch), strict=True):
-            images_B = images_of(self, micro)
-            size = images_B.shape[-2:]
-            boxes = [draw_box(generator, alpha, *size) for generator in generators(self, batch.plan, micro)]
-            images_B, shares_B = paste(images_B, partners_B, boxes)
-            micros.append(with_soft_labels(self, micro, images_B, labels_B, shares_B))
-            self.pasted_ += float((1 - shares_B).sum())
-        return dataclasses.replace(batch, micro_batches=micros)
+    def combine(self, images_B: Tensor, partners_B: Tensor, alpha: float, drawn: Generators) -> tuple[Tensor, Tensor]:
+        """Paste a rectangle of its partner into each image."""
+        size = images_B.shape[-2:]
+        return paste(images_B, partners_B, [draw_box(generator, alpha, *size) for generator in drawn])
 
     def report(self) -> Mapping[str, Any]:
         """Report the mean share of the pixels that come from another image, on this rank."""
-        return {"pasted": self.pasted_ / max(self.seen_, 1)}
+        return {"pasted": self.mixed_ / max(self.seen_, 1)}
 
     def took_effect(self, report: Mapping[str, Any]) -> bool:
         return report["pasted"] > 0

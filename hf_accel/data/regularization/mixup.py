@@ -24,21 +24,16 @@ References: Zhang et al. (2018), mixup: Beyond Empirical Risk Minimization, http
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import Annotated, Any
 
 import annotated_types as at
 import torch
 from torch import Tensor
 
-from hf_accel.features.augmentation import generators, images_of, strength
-from hf_accel.features.mixing import partners, prepare_soft_labels, with_soft_labels
-from hf_accel.technique import Fraction, Technique
-
-if TYPE_CHECKING:
-    from hf_accel.batch import StepBatch
+from hf_accel.features.mixing import Generators, ImageMixing
+from hf_accel.technique import Fraction
 
 
 def mix(images_B: Tensor, partners_B: Tensor, shares_B: Tensor) -> Tensor:
@@ -47,7 +42,7 @@ def mix(images_B: Tensor, partners_B: Tensor, shares_B: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class Mixup(Technique):
+class Mixup(ImageMixing):
     """Train on averages of two images, and on the same averages of their labels.
 
     Args:
@@ -57,29 +52,15 @@ class Mixup(Technique):
 
     alpha: Annotated[float, at.Ge(0)] = 0.2  # the paper's, for ImageNet
     ramp: Fraction = 0.0  # no ramp, as in the paper
-    modality: ClassVar = "image"
-    neutral: ClassVar = {"alpha": 0.0}
-    rank_counters: ClassVar = ("mixed", "seen")
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        prepare_soft_labels(self, model)
-        self.mixed_, self.seen_ = 0.0, 0
+    def combine(self, images_B: Tensor, partners_B: Tensor, alpha: float, drawn: Generators) -> tuple[Tensor, Tensor]:
+        """Average each image with its partner."""
+        shares_B = torch.tensor([generator.beta(alpha, alpha) for generator in drawn], dtype=torch.float32)
+        return mix(images_B, partners_B, shares_B), shares_B
 
-    def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Mix every image with its neighbor."""
-        alpha = self.alpha * strength(self)
-        self.seen_ += sum(len(micro.ids_B) for micro in batch.micro_batches)
-        if alpha == 0:
-            return batch
-        micros = []
-        for micro, (partners_B, labels_B) in zip(batch.micro_batches, partners(self, batch), strict=True):
-            drawn = [generator.beta(alpha, alpha) for generator in generators(self, batch.plan, micro)]
-            shares_B = torch.tensor(drawn, dtype=torch.float32)
-            images_B = mix(images_of(self, micro), partners_B, shares_B)
-            micros.append(with_soft_labels(self, micro, images_B, labels_B, shares_B))
-            self.mixed_ += float(torch.minimum(shares_B, 1 - shares_B).sum())
-        return dataclasses.replace(batch, micro_batches=micros)
+    def foreign(self, shares_B: Tensor) -> Tensor:
+        """Return the share of the smaller part of each image."""
+        return torch.minimum(shares_B, 1 - shares_B)
 
     def report(self) -> Mapping[str, Any]:
         """Report the mean share of the smaller part of a mixed image, on this rank."""

@@ -42,9 +42,9 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_accel.surgery.depth_growth import interleaved, middle, on_top, repeats, stacked, zero_residual_branches
-from hf_accel.surgery.dimensions import NORMS_FIRST, Sizes, axes_of, elements, sizes_of
-from hf_accel.surgery.source_checkpoint import check_alike, head_sources, load_donor, write_from
-from hf_accel.surgery.weight_init import WeightInit
+from hf_accel.surgery.dimensions import NORMS_FIRST, Sizes, elements
+from hf_accel.surgery.source_checkpoint import head_sources, write_from
+from hf_accel.surgery.weight_init import CheckpointInit
 
 logger = logging.get_logger(__name__)
 
@@ -79,7 +79,7 @@ def shared_out(values: Tensor, dim: int, sources: Tensor, noise: float, generato
 
 
 @dataclass(eq=False)
-class ExpandFrom(WeightInit):
+class ExpandFrom(CheckpointInit):
     """Start from a smaller trained model.
 
     Args:
@@ -90,29 +90,13 @@ class ExpandFrom(WeightInit):
             stay equal forever.
     """
 
-    checkpoint: str | None = None
     depth: Literal["stacked", "interleaved", "on_top", "middle"] = "stacked"
     noise: Annotated[float, at.Ge(0)] = 0.1
-    expected_failed_checks: ClassVar = {
-        "check_tied_head": "refused: the checkpoint must be tied where the model is, and that of the contract is not"
-    }
     probe_fields: ClassVar = {"checkpoint": "hf_accel.testing:tiny_smaller"}
-    variations: ClassVar = {"checkpoint": "hf_accel.testing:tiny_teacher"}
-    claims: ClassVar = frozenset({"initial_blocks", "initial_weights", "pretrained_weights"})
 
     def write(self, model: Any) -> None:
         assert self.run_ is not None
-        axes_of(model)
-        donor, lacking = load_donor(self, self.checkpoint, model)
-        check_alike(model, donor)
-        old, new = sizes_of(donor.config), sizes_of(model.config)
-        depths = donor.config.num_hidden_layers, model.config.num_hidden_layers
-        for name, before, after in [*zip(Sizes._fields, old, new, strict=True), ("number of blocks", *depths)]:
-            if after < before:
-                raise ValueError(
-                    f"its {name} is {after}, and the checkpoint's {before}. Set a smaller checkpoint, or use "
-                    "ShrinkFrom."
-                )
+        donor, lacking, old, new, depths = self.compared(model, grows=True)
         blocks = DEPTHS[self.depth](*depths)
         generator = torch.Generator().manual_seed(self.run_.args.seed)
         read = functools.partial(shared_out, noise=self.noise, generator=generator)
@@ -137,7 +121,4 @@ class ExpandFrom(WeightInit):
 
     def report(self) -> Mapping[str, Any]:
         """Report the number of written parameters, and whether the model starts as the checkpoint's function."""
-        return {"parameters": self.written_, "preserving": not self.losses_}
-
-    def took_effect(self, report: Mapping[str, Any]) -> bool:
-        return report["parameters"] > 0
+        return {**super().report(), "preserving": not self.losses_}

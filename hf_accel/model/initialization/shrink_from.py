@@ -26,7 +26,6 @@ distances: Sanh et al. (2019), DistilBERT, https://arxiv.org/abs/1910.01108.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -34,9 +33,9 @@ import torch
 from torch import Tensor
 
 from hf_accel.surgery.depth_growth import interleaved
-from hf_accel.surgery.dimensions import Sizes, axes_of, elements, sizes_of
-from hf_accel.surgery.source_checkpoint import check_alike, head_sources, load_donor, write_from
-from hf_accel.surgery.weight_init import WeightInit
+from hf_accel.surgery.dimensions import Sizes, elements
+from hf_accel.surgery.source_checkpoint import head_sources, write_from
+from hf_accel.surgery.weight_init import CheckpointInit
 
 
 def first(size: int, new_size: int) -> list[int]:
@@ -58,7 +57,7 @@ def selected(old: Sizes, new: Sizes, uniform: bool) -> dict[str, Tensor]:
 
 
 @dataclass(eq=False)
-class ShrinkFrom(WeightInit):
+class ShrinkFrom(CheckpointInit):
     """Start from a part of a larger trained model.
 
     Args:
@@ -67,34 +66,12 @@ class ShrinkFrom(WeightInit):
         blocks: Kept blocks: the first ones, or some at equal distances.
     """
 
-    checkpoint: str | None = None
     elements: Literal["uniform", "first"] = "uniform"
     blocks: Literal["first", "interleaved"] = "first"
-    expected_failed_checks: ClassVar = {
-        "check_tied_head": "refused: the checkpoint must be tied where the model is, and that of the contract is not"
-    }
     probe_fields: ClassVar = {"checkpoint": "hf_accel.testing:tiny_larger"}
-    variations: ClassVar = {"checkpoint": "hf_accel.testing:tiny_teacher"}
-    claims: ClassVar = frozenset({"initial_blocks", "initial_weights", "pretrained_weights"})
 
     def write(self, model: Any) -> None:
-        axes_of(model)
-        donor, lacking = load_donor(self, self.checkpoint, model)
-        check_alike(model, donor)
-        old, new = sizes_of(donor.config), sizes_of(model.config)
-        depths = donor.config.num_hidden_layers, model.config.num_hidden_layers
-        for name, before, after in [*zip(Sizes._fields, old, new, strict=True), ("number of blocks", *depths)]:
-            if after > before:
-                raise ValueError(
-                    f"its {name} is {after}, and the checkpoint's {before}. Set a larger checkpoint, or use ExpandFrom."
-                )
+        donor, lacking, old, new, depths = self.compared(model, grows=False)
         blocks = (first if self.blocks == "first" else interleaved)(*depths)
         sources = selected(old, new, uniform=self.elements == "uniform")
         self.written_ = write_from(model, donor, lacking, sources, blocks)
-
-    def report(self) -> Mapping[str, Any]:
-        """Report the number of written parameters."""
-        return {"parameters": self.written_}
-
-    def took_effect(self, report: Mapping[str, Any]) -> bool:
-        return report["parameters"] > 0

@@ -31,7 +31,7 @@ from __future__ import annotations
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +41,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from hf_accel.adapters import unwrapped
 from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead
 from hf_accel.preserve import evaluation_mode
-from hf_accel.technique import Technique
-
-if TYPE_CHECKING:
-    from hf_accel.batch import StepBatch
+from hf_accel.surgery.partial_projection import PartialProjection
 
 LOGITS_OF_A_CHUNK = {"cpu": 2**23}
 """Logits of a chunk by device type, 32 MiB in float32: on CPU faster than half or twice as many."""
@@ -187,15 +184,13 @@ class ChunkedTokenHead(TokenHead):
 
 
 @dataclass(eq=False)
-class ChunkedCrossEntropy(Technique):
+class ChunkedCrossEntropy(PartialProjection):
     """Compute the loss of a language model, and its gradient, from one chunk of the logits at a time."""
 
-    fidelity: ClassVar = "exact"
     refused_backends: ClassVar = {
         "fsdp2": "the weight of the last projection is sharded again after the forward pass",
         "zero": "the weight of the last projection is partitioned again after the forward pass",
     }
-    rank_counters: ClassVar = ("positions", "projected")
     claims: ClassVar = frozenset({"logits"})
 
     def loss_head(self, head: Head) -> Head:
@@ -243,26 +238,11 @@ class ChunkedCrossEntropy(Technique):
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self.positions_, self.projected_ = 0, 0
         projection = unwrapped(model).get_output_embeddings()
         projection.forward = types.MethodType(_nothing_in_training, projection)
 
     def on_train_end(self, args, state, control, model: Any = None, **kwargs):
         del unwrapped(model).get_output_embeddings().forward
-
-    def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Count positions, and those with a label."""
-        for micro in batch.micro_batches:
-            self.positions_ += micro.inputs["labels"].numel()
-            self.projected_ += int(micro.inputs["labels"].ne(IGNORED).sum())
-        return batch
-
-    def report(self) -> Mapping[str, Any]:
-        """Report the share of positions that were projected to the vocabulary, on this rank."""
-        return {"projected": self.projected_ / self.positions_ if self.positions_ else 1.0}
-
-    def took_effect(self, report: Mapping[str, Any]) -> bool:
-        return report["projected"] < 1
 
 
 def _nothing_in_training(projection: nn.Linear, hidden: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -32,10 +32,7 @@ from transformers.utils import ModelOutput
 from hf_accel.adapters import unwrapped
 from hf_accel.losses import IGNORED, ExampleLosses, Head, TokenHead
 from hf_accel.preserve import evaluation_mode
-from hf_accel.technique import Technique
-
-if TYPE_CHECKING:
-    from hf_accel.batch import StepBatch
+from hf_accel.surgery.partial_projection import PartialProjection
 
 
 def rows_at(output: ModelOutput, chosen_BL: Tensor) -> ModelOutput:
@@ -67,12 +64,10 @@ class SparseTokenHead(TokenHead):
 
 
 @dataclass(eq=False)
-class SparseMaskedHead(Technique):
+class SparseMaskedHead(PartialProjection):
     """Project a masked language model's hidden states to the vocabulary at masked positions only."""
 
-    fidelity: ClassVar = "exact"
     modality: ClassVar = "masked text"
-    rank_counters: ClassVar = ("positions", "projected")
 
     def loss_head(self, head: Head) -> Head:
         """Return the model's own head, from logits at labeled positions."""
@@ -102,7 +97,6 @@ class SparseMaskedHead(Technique):
 
     def on_train_begin(self, args, state, control, model: Any = None, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
-        self.positions_, self.projected_ = 0, 0
         self.labels_: Tensor | None = None
         self.hooks_ = [
             # Not methods: copies of the model would copy the technique as well.
@@ -125,20 +119,6 @@ class SparseMaskedHead(Technique):
     def _choose(self, output: ModelOutput) -> ModelOutput:
         labels_BL, self.labels_ = self.labels_, None
         return output if labels_BL is None else rows_at(output, labels_BL != IGNORED)
-
-    def transform_batch(self, batch: StepBatch) -> StepBatch:
-        """Count positions, and those with a label."""
-        for micro in batch.micro_batches:
-            self.positions_ += micro.inputs["labels"].numel()
-            self.projected_ += int(micro.inputs["labels"].ne(IGNORED).sum())
-        return batch
-
-    def report(self) -> Mapping[str, Any]:
-        """Report the share of positions that were projected to the vocabulary, on this rank."""
-        return {"projected": self.projected_ / self.positions_ if self.positions_ else 1.0}
-
-    def took_effect(self, report: Mapping[str, Any]) -> bool:
-        return report["projected"] < 1
 
 
 @torch.no_grad()

@@ -25,7 +25,6 @@ https://arxiv.org/abs/1904.00962.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -33,40 +32,29 @@ import torch
 from torch import nn
 
 from hf_accel.technique import Technique
-from hf_accel.updates.trust_ratio import groups_for, local, norm, ratio
+from hf_accel.updates.trust_ratio import EachParameter, groups_for, local, norm, ratio
 
 
-class LambAdam(torch.optim.Optimizer):
+class LambAdam(EachParameter):
     """Apply LAMB to groups with ``adapted=True``, and Adam with decoupled weight decay to the others."""
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-6):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0, "adapted": True})
 
-    @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Any:
-        """Update all groups once."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            beta1, beta2 = group["betas"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["step"] = torch.tensor(0.0)  # a tensor on the CPU, like in torch's optimizers
-                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
-                state["step"] += 1
-                step = state["step"].item()
-                mean, square = state["exp_avg"].lerp_(p.grad, 1 - beta1), state["exp_avg_sq"]
-                square.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
-                update = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])
-                update.add_(p, alpha=group["weight_decay"])
-                rate = group["lr"] * (ratio(norm(p), norm(update)) if group["adapted"] else 1.0)
-                local(p).sub_(rate * local(update))
-        return loss
+    def update(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
+        """Update one parameter by Adam's direction."""
+        beta1, beta2 = group["betas"]
+        if not state:
+            state["step"] = torch.tensor(0.0)  # a tensor on the CPU, like in torch's optimizers
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+        state["step"] += 1
+        step = state["step"].item()
+        mean, square = state["exp_avg"].lerp_(p.grad, 1 - beta1), state["exp_avg_sq"]
+        square.mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)
+        update = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])
+        update.add_(p, alpha=group["weight_decay"])
+        rate = group["lr"] * (ratio(norm(p), norm(update)) if group["adapted"] else 1.0)
+        local(p).sub_(rate * local(update))
 
 
 @dataclass(eq=False)

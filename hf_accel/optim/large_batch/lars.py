@@ -22,7 +22,6 @@ Reference: You et al. (2017), Large Batch Training of Convolutional Networks, ht
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar
 
@@ -31,39 +30,28 @@ import torch
 from torch import nn
 
 from hf_accel.technique import Positive, Technique
-from hf_accel.updates.trust_ratio import groups_for, local, norm, ratio
+from hf_accel.updates.trust_ratio import EachParameter, groups_for, local, norm, ratio
 
 
-class LarsSGD(torch.optim.Optimizer):
+class LarsSGD(EachParameter):
     """Apply LARS to groups with ``adapted=True``, and momentum SGD to the others."""
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.9, trust_coefficient: float = 1e-3):
         options = {"momentum": momentum, "trust_coefficient": trust_coefficient, "weight_decay": 0.0, "adapted": True}
         super().__init__(params, {"lr": lr, **options})
 
-    @torch.no_grad()
-    def step(self, closure: Callable | None = None) -> Any:
-        """Update all groups once."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            decay = group["weight_decay"]
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                rate = group["lr"]
-                if group["adapted"]:
-                    length = norm(p)
-                    rate = rate * ratio(group["trust_coefficient"] * length, norm(p.grad) + decay * length)
-                velocity, weight = local(state["momentum_buffer"]), local(p)
-                velocity.mul_(group["momentum"]).add_(rate * (local(p.grad) + decay * weight))
-                weight.sub_(velocity)
-        return loss
+    def update(self, p: Any, group: dict[str, Any], state: dict[str, Any]) -> None:
+        """Update one parameter by its velocity."""
+        decay = group["weight_decay"]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p)
+        rate = group["lr"]
+        if group["adapted"]:
+            length = norm(p)
+            rate = rate * ratio(group["trust_coefficient"] * length, norm(p.grad) + decay * length)
+        velocity, weight = local(state["momentum_buffer"]), local(p)
+        velocity.mul_(group["momentum"]).add_(rate * (local(p.grad) + decay * weight))
+        weight.sub_(velocity)
 
 
 @dataclass(eq=False)

@@ -44,11 +44,12 @@ def distances_from_head(model: Any) -> dict[str, int]:
     head = model.get_output_embeddings()
     of_head = set() if head is None else {id(p) for p in head.parameters()}
     embeddings = max(map(len, stacks.values())) + 1
-    distances, begun = {}, False
+    distances, begun, last = {}, False, embeddings
     for name, parameter in model.named_parameters():
         stack = next((path for path in stacks if name.startswith(f"{path}.")), None)
         if stack is not None:
-            distances[name], begun = _distance_within(stack, stacks[stack], name), True
+            last = distances[name] = _distance_within(stack, stacks[stack], name, last)
+            begun = True
         elif begun and ("embed" not in name or id(parameter) in of_head):
             distances[name] = 0
         else:
@@ -56,11 +57,12 @@ def distances_from_head(model: Any) -> dict[str, int]:
     return distances
 
 
-def _distance_within(stack: str, blocks: list[str], name: str) -> int:
+def _distance_within(stack: str, blocks: list[str], name: str, last: int) -> int:
+    """Return the distance of a parameter; ``last``, that of the one before, if it has no block beside it."""
     item = name[: name.index(".", len(stack) + 1) + 1]
     inside = [i for i, block in enumerate(blocks) if name.startswith(f"{block}.")]
     beside = [i for i, block in enumerate(blocks) if f"{block}.".startswith(item)]
-    return len(blocks) - (inside or beside)[0]
+    return len(blocks) - (inside or beside)[0] if inside or beside else last
 
 
 @dataclass(eq=False)

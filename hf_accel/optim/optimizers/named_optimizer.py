@@ -218,7 +218,8 @@ class NamedOptimizer(Technique):
         of_groups = group_keys_of(kind)
         ruled = {option for rule in self.rules.values() for option in rule}
         if unknown := sorted((self.options.keys() - known) | (ruled - known - of_groups - {"lr", "weight_decay"})):
-            raise ValueError(f"{self!r}: {kind.__name__} has no option {unknown[0]!r}. {nearest(unknown[0], known)}")
+            remedy = "Set it in rules." if unknown[0] in of_groups else nearest(unknown[0], known)
+            raise ValueError(f"{self!r}: {kind.__name__} has no option {unknown[0]!r}. {remedy}")
         for key in (SWITCHES.keys() & of_groups) - known - ruled:
             raise ValueError(
                 f"{self!r}: {kind.__name__} needs groups with {key!r}. Set rules, for example {SWITCHES[key]}."

@@ -94,6 +94,7 @@ GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64, "attn_pdrop"
 GPT2 |= {"resid_pdrop": 0.0}
 LLAMA = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 MODELS = [("llama", "sdpa", LLAMA), ("llama", "eager", LLAMA), ("gpt2", "sdpa", GPT2)]
+MODELS += [("mistral", "sdpa", LLAMA | {"num_key_value_heads": 2, "sliding_window": 4})]
 
 
 @pytest.mark.parametrize("one_row", [False, True])

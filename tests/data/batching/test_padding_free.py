@@ -18,7 +18,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_accel import AccelTrainer
+from hf_accel import AccelTrainer, Packing
 from hf_accel.batch import MicroBatch
 from hf_accel.data.batching.padding_free import PaddingFree, flatten
 from hf_accel.features.flattening_trial import flattening_fault
@@ -135,8 +135,16 @@ ENCODERS = [
 ]
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("kind", "auto", "fields"), ENCODERS)
+EAGER = [
+    ("albert", AutoModelForMaskedLM, SMALL | {"embedding_size": 16}),
+    ("mpnet", AutoModelForMaskedLM, SMALL | {"pad_token_id": 1, "bos_token_id": 0}),
+    ("roformer", AutoModelForMaskedLM, SMALL | {"embedding_size": 32}),
+]
+CASES = [(*encoder, attention) for encoder in ENCODERS for attention in ("sdpa", "eager")]
+CASES += [(*encoder, "eager") for encoder in EAGER]
+
+
+@pytest.mark.parametrize(("kind", "auto", "fields", "attention"), CASES)
 def test_encoders_get_a_mask_and_train_as_on_padded_batches(kind, auto, fields, attention):
     dropless = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "classifier_dropout": 0.0}
     model = tiny(kind, auto, attention, **fields, **dropless, num_labels=97)
@@ -165,6 +173,22 @@ def test_encoders_get_a_mask_and_train_as_on_padded_batches(kind, auto, fields, 
     technique.on_train_end(None, None, None, model=model)
     torch.testing.assert_close(padded_logits, [model(**padded(features()[:1])).logits], rtol=0, atol=0)
     assert not model._forward_pre_hooks
+
+
+@pytest.mark.parametrize("technique", [PaddingFree, Packing])
+@pytest.mark.parametrize(
+    ("kind", "attention", "fields"),
+    [
+        ("modernbert", "sdpa", {"local_attention": 4}),
+        ("modernbert", "eager", {"local_attention": 4}),
+        ("longformer", "eager", {"attention_window": 4}),
+        ("deberta-v2", "eager", {}),
+    ],
+)
+def test_encoders_of_local_or_relative_attention_are_refused_by_name(kind, attention, fields, technique):
+    model = tiny(kind, AutoModelForMaskedLM, attention, **SMALL | fields)
+    with pytest.raises(ValueError, match=rf"{technique.__name__}\(.*\) does not support {type(model).__name__} with "):
+        technique().prepare_model(model)
 
 
 def test_an_encoder_trains_in_the_trainer_as_on_padded_batches(tmp_path):

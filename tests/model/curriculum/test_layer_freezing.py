@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
@@ -22,7 +23,7 @@ from hf_accel.model.curriculum.layer_freezing import (
     LayerFreezing,
     frozen_depth,
 )
-from hf_accel.surgery.freezing import find_blocks
+from hf_accel.surgery.freezing import find_blocks, has_tied_head
 from hf_accel.testing import tiny_trainer
 
 SMALL = {"vocab_size": 64, "hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "pad_token_id": 0}
@@ -155,6 +156,21 @@ def test_what_it_cannot_do_is_refused(tmp_path):
     args = TrainingArguments(tmp_path, use_cpu=True)
     with pytest.raises(ValueError, match=r"LayerFreezing\(.*ResNet.*no list of the blocks.*Remove the technique"):
         LayerFreezing().on_train_begin(args, None, None, model=resnet)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tied"),
+    [("gpt2", True), ("llama", False), ("bert", True), ("kyutai_speech_to_text", False), ("pp_formulanet", False)],
+)
+def test_a_tied_head_is_found_whatever_the_input_embeddings_are(kind, tied):
+    name = {
+        "gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "bert": "BertForMaskedLM",
+        "kyutai_speech_to_text": "KyutaiSpeechToTextForConditionalGeneration",
+        "pp_formulanet": "PPFormulaNetForConditionalGeneration",
+    }[kind]  # fmt: skip
+    with torch.device("meta"):
+        model = getattr(transformers, name)(AutoConfig.for_model(kind))
+    assert has_tied_head(model) == tied
 
 
 @pytest.mark.parametrize("how", ["the arguments", "the model"])

@@ -9,6 +9,8 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
+    LevitConfig,
+    LevitForImageClassification,
 )
 
 from hf_accel.optim.learning_rate.layerwise_decay import LayerwiseDecay, distances_from_head
@@ -78,6 +80,15 @@ def test_lists_in_one_list_are_one_stack():
     for name, distance in distances_from_head(tiny_convnext()).items():
         stage = re.search(r"stages\.(\d)\.", name)
         assert distance == (2 - int(stage[1]) if stage else 3 if "embeddings" in name else 0), name
+
+
+def test_stages_without_counted_blocks_have_the_distance_of_what_precedes_them():
+    with torch.device("meta"):
+        model = LevitForImageClassification(LevitConfig(depths=[2, 2, 3]))
+    found = distances_from_head(model)
+    assert {found[name] for name in found if ".stages.0." in name or ".stages.1." in name} == {max(found.values())}
+    last = [found[name] for name in found if ".stages.2." in name]
+    assert last == sorted(last, reverse=True) and set(last) == set(range(1, max(found.values())))
 
 
 def test_the_first_update_is_that_of_the_plain_rate_times_the_factor(tmp_path):

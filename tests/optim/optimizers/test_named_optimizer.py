@@ -240,7 +240,7 @@ def test_moments_are_as_small_as_the_rank(name, tmp_path):
             "AdaMuon needs groups with 'use_muon'. Set rules, for example {'': {'use_muon': False}, 'proj': {'use_m",
         ),
         (NamedOptimizer("pytorch_optimizer:Muon"), "Muon needs groups with 'use_muon'"),
-        (NamedOptimizer("GaLore", options={"rank": 4}), "GaLore has no option 'rank'"),
+        (NamedOptimizer("GaLore", options={"rank": 4}), "GaLore has no option 'rank'. Set it in rules."),
         (
             NamedOptimizer("GaLore", rules={"proj": {"rank": 4}}),
             "GaLore fails at an update: KeyError: 'update_proj_gap'",
