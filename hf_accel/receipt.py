@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Group
+from rich.console import Console, Group
 from rich.table import Table
 
 PHASES = ("data", "forward", "backward", "optimizer", "evaluation", "saving")
@@ -130,6 +130,13 @@ class Receipt:
     def save(self, path: str | Path) -> None:
         """Write ``receipt.json``."""
         Path(path).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+
+    def __str__(self) -> str:
+        """Return the table as text, for ``print(trainer.receipt)``."""
+        console = Console(width=100)
+        with console.capture() as captured:
+            console.print(self.table())
+        return captured.get()
 
     def table(self) -> Group:
         """Format the receipt for the terminal."""

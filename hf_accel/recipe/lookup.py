@@ -29,15 +29,22 @@ def known_techniques() -> dict[str, type[Technique]]:
 def find_technique(name: str) -> type[Technique]:
     """Return the technique with a name in `hf_accel`, or with the name ``package.module:Class``."""
     known = known_techniques()
+    if "(" in name:
+        raise RecipeError(f"technique({name!r}): is a call. In a recipe, write '- Name: {{field: value}}'.")
     if name in known:
         return known[name]
     module, colon, member = name.partition(":")
     if not colon:
-        raise RecipeError(f"technique({name!r}): there is no such technique. {nearest(name, known)}")
+        raise RecipeError(
+            f"technique({name!r}): there is no such technique. {nearest(name, known)} "
+            "The name of your own is 'module:Class'."
+        )
     try:
         found = getattr(importlib.import_module(module), member)
     except (ImportError, AttributeError, ValueError) as error:
-        raise RecipeError(f"technique({name!r}): cannot be imported ({error}). Check the name.") from None
+        raise RecipeError(
+            f"technique({name!r}): cannot be imported ({error}). Check the name and PYTHONPATH."
+        ) from None
     if not (isinstance(found, type) and issubclass(found, Technique)):
         raise RecipeError(f"technique({name!r}): is not a Technique. Name a subclass of hf_accel.Technique.")
     return found

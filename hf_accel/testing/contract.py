@@ -17,7 +17,10 @@ def check_technique(technique: Technique, directory: str | Path) -> None:
         place = Path(directory, check.__name__)
         place.mkdir(parents=True, exist_ok=True)
         if (reason := technique.expected_failed_checks.get(check.__name__)) is None:
-            check(technique, place)
+            try:
+                check(technique, place)
+            except AssertionError as error:
+                raise AssertionError(f"{check.__name__}: {error}") from error
             continue
         try:
             check(technique, place)

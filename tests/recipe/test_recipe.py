@@ -111,6 +111,7 @@ def test_set(write, change, expected):
         ("budget: 30", "budget(30): must have a unit. Write, for example, '30min' or '500steps'."),
         ("budget: 3 parsecs", "Budget('3 parsecs'): there is no unit 'parsecs'."),
         ("techniques: Budget", "techniques('Budget'): must be a list."),
+        ("techniques: ['LengthGrouped(mega_batch=2)']", "is a call. In a recipe, write '- Name: {field: value}'."),
         ("techniques: [3]", "techniques(3): not a name with its fields. Write '- Name: {field: value}'."),
         ("techniques: [{Budget: {}, Other: {}}]", "not a name with its fields."),
         ("techniques: [{Budget: 30min}]", "not a name with its fields."),
