@@ -40,7 +40,7 @@ def check_selection(owner: Technique, selection: Any, epoch: int, num_examples: 
 
 
 def check_order(owner: Technique, ordered_N: Any, ids_N: Tensor, num_examples: int) -> None:
-    """Raise ValueError unless ``order`` returned as many ids as it was given."""
+    """Raise ValueError unless ``order`` returned as many ids as it received."""
     check_ids(owner, "order", ordered_N, num_examples)
     if len(ordered_N) != len(ids_N):
         raise ValueError(
