@@ -20,7 +20,8 @@ def field_hints(kind: type) -> dict[str, Any]:
 def check_decorated(kind: type) -> None:
     """Raise TypeError if a class declares a field but is no dataclass, which would ignore the field."""
     for base in kind.__mro__:
-        fields = [name for name, hint in inspect.get_annotations(base).items() if "ClassVar" not in str(hint)]
+        hints = inspect.get_annotations(base).items()
+        fields = [name for name, hint in hints if name in vars(base) and "ClassVar" not in str(hint)]
         if fields and "__dataclass_fields__" not in vars(base):
             raise TypeError(
                 f"{base.__name__}: {fields[0]!r} is not a hyperparameter, because the class is no dataclass. "

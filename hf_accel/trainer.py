@@ -273,7 +273,8 @@ def attach(
         raise ValueError(f"attach({type(trainer).__name__}): the trainer has begun to train. Attach before train().")
     host.check_signatures()
     handler = trainer.callback_handler
-    before = type(trainer), dict(vars(trainer)), type(handler), list(handler.callbacks)
+    changed = [(each, type(each), dict(vars(each))) for each in (trainer, handler)]
+    callbacks = list(handler.callbacks)
     trainer.__class__ = accelerated(type(trainer))
     assert isinstance(trainer, AccelTrainerMixin)
     try:
@@ -288,7 +289,8 @@ def attach(
             trainer.add_callback(technique)
         engine.settle()
     except Exception:
-        trainer.__class__, attributes, handler.__class__, handler.callbacks = before  # type: ignore[assignment]
-        vars(trainer).clear()
-        vars(trainer).update(attributes)
+        for each, each.__class__, attributes in changed:  # type: ignore[assignment]
+            vars(each).clear()
+            vars(each).update(attributes)
+        handler.callbacks = callbacks
         raise

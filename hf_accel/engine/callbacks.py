@@ -6,10 +6,13 @@ The callbacks set epochs, the live estimate of ``max_steps``, and the progress a
 from __future__ import annotations
 
 import contextlib
+import math
 import signal
+from collections.abc import Callable
 from typing import Any, Protocol
 
-from transformers import ProgressCallback, TrainerCallback
+from transformers import TrainerCallback
+from transformers.trainer_callback import CallbackHandler
 from transformers.trainer_jit_checkpoint import JITCheckpointCallback
 
 from hf_accel.clock import CONTINUOUS, passes
@@ -89,6 +92,8 @@ class ClockCallback(TrainerCallback):
             state.max_steps = state.global_step
         elif progress > 0:
             state.max_steps = max(round(state.global_step / progress), state.global_step + 1)
+        if progress > 0:
+            state.num_train_epochs = math.ceil(state.epoch / min(progress, 1.0))
         for kind, flag in (("logging", "should_log"), ("eval", "should_evaluate"), ("save", "should_save")):
             share = getattr(args, f"{kind}_steps") or 0
             strategy = getattr(args, f"{kind}_strategy")
@@ -97,8 +102,9 @@ class ClockCallback(TrainerCallback):
                 setattr(control, flag, True)
         self.fired_at = progress
         for callback in self.run.host.callback_handler.callbacks:
-            if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
-                callback.training_bar.total = state.max_steps
+            for name in ("training_bar", "training_tracker"):  # of terminals and notebooks
+                if (bar := getattr(callback, name, None)) is not None:
+                    bar.total = state.max_steps
 
 
 class SigtermCallback(JITCheckpointCallback):
@@ -159,23 +165,49 @@ def _listens(callback: TrainerCallback, event: str) -> bool:
     return getattr(type(callback), event) is not getattr(TrainerCallback, event, None)
 
 
-def charging(handler_class: type, first: TrainerCallback, last: TrainerCallback) -> type:
-    """Return a subclass of a callback handler that charges each technique for its events.
+class _Told:
+    """Stand for a technique in the list of a handler of another library, which may give callbacks other things."""
 
-    ``first`` and ``last`` surround the callbacks of each event, but are not in Trainer's list.
+    def __init__(self, technique: Technique, tell: Callable[..., Any]):
+        self.technique, self.tell = technique, tell
+
+    def __getattr__(self, event: str) -> Callable[..., Any]:
+        return lambda args, state, control, **kwargs: self.tell(self.technique, control)
+
+
+def charge_events(handler: Any, host: TrainerView, first: TrainerCallback, last: TrainerCallback) -> None:
+    """Let a callback handler charge each technique for its events.
+
+    ``first`` and ``last`` surround the callbacks of each event, but are not in Trainer's list.  An own ``call_event``
+    of the handler calls the other callbacks.
     """
+    kind: Any = type(handler)
+    own = vars(handler).pop("call_event", None) or (
+        None if kind.call_event is CallbackHandler.call_event else kind.call_event.__get__(handler)
+    )
 
-    class ChargingHandler(handler_class):
+    class ChargingHandler(kind):
         def call_event(self, event, args, state, control, **kwargs):
-            given: dict[str, Any] = {name: getattr(self, name) for name in GIVEN_TO_CALLBACKS} | kwargs
-            control = getattr(first, event)(args, state, control, **given) or control
-            if any(isinstance(c, Technique) and _listens(c, event) for c in self.callbacks):
+            given: dict[str, Any] = {name: getattr(self, name) for name in GIVEN_TO_CALLBACKS}
+            given |= {"model": host.model} | kwargs
+
+            def tell(callback: Any, control: Any) -> Any:
+                charged = isinstance(callback, Technique) and callback.run_ is not None
+                with callback.run_.charge(callback) if charged else contextlib.nullcontext():
+                    return getattr(callback, event)(args, state, control, **given) or control
+
+            control = tell(first, control)
+            if own is not None:
+                self.callbacks[:] = [_Told(c, tell) if isinstance(c, Technique) else c for c in self.callbacks]
+                try:
+                    control = own(event, args, state, control, **kwargs)
+                finally:
+                    self.callbacks[:] = [c.technique if isinstance(c, _Told) else c for c in self.callbacks]
+            elif any(isinstance(c, Technique) and _listens(c, event) for c in self.callbacks):
                 for callback in self.callbacks:  # a callback may change the list, as in Trainer
-                    charged = isinstance(callback, Technique) and callback.run_ is not None
-                    with callback.run_.charge(callback) if charged else contextlib.nullcontext():
-                        control = getattr(callback, event)(args, state, control, **given) or control
+                    control = tell(callback, control)
             else:
                 control = super().call_event(event, args, state, control, **kwargs)
-            return getattr(last, event)(args, state, control, **given) or control
+            return tell(last, control)
 
-    return ChargingHandler
+    handler.__class__ = ChargingHandler

@@ -14,7 +14,7 @@ from transformers.trainer_utils import has_length
 
 from hf_accel import host as hosts
 from hf_accel import losses
-from hf_accel.engine.callbacks import SigtermCallback, charging
+from hf_accel.engine.callbacks import SigtermCallback, charge_events
 from hf_accel.engine.ranks import Ranks
 from hf_accel.engine.roster import Roster
 from hf_accel.engine.run_view import RunView
@@ -93,7 +93,7 @@ def add_callbacks(host: TrainerView, ranks: Ranks, first: TrainerCallback, last:
     if host.args.enable_jit_checkpoint:
         replaced: Any = host.pop_callback(JITCheckpointCallback)
         handler.callbacks.insert(0, SigtermCallback(ranks, replaced))
-    handler.__class__ = charging(type(handler), first, last)
+    charge_events(handler, host, first, last)
 
 
 def find_head(

@@ -167,7 +167,7 @@ def test_the_model_card_names_techniques_budget_and_receipt(run):
     assert text.count("### Training with hf_accel") == 1
     assert all(f"- `{technique}`" in text for technique in TECHNIQUES)
     assert "| Training Loss | Epoch  | Step | Validation Loss |\n" in text
-    assert "Budget: 20 steps." in text and "`receipt.json`" in text and "`recipe.yaml`" in text
+    assert "Limit: 20 steps." in text and "`receipt.json`" in text and "`recipe.yaml`" in text
 
 
 class Hub:

@@ -219,3 +219,23 @@ def test_a_micro_batch_without_labels_has_no_share(kind, given, micro_batch_size
     right = trained(Trainer, model_of(kind), dataset, tmp_path, **given)
     found = trained(AccelTrainer, model_of(kind), dataset, tmp_path, micro_batch_size=micro_batch_size, **given)
     assert_same(found, right)
+
+
+def test_a_proof_leaves_nothing_in_the_trainers_own_metrics(tmp_path):
+    class Recording(AccelTrainer):  # as the trainers of TRL do
+        def __init__(self, **kwargs):
+            self._metrics = {"train": [], "eval": []}
+            super().__init__(**kwargs)
+
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            self._metrics["train" if model.training else "eval"].append(len(inputs["labels"]))
+            return F.cross_entropy(model(input_ids=inputs["input_ids"]).logits, inputs["labels"])
+
+    made = []
+
+    def recording(**kwargs):
+        made.append(Recording(**kwargs))
+        return made[0]
+
+    trained(recording, model_of(BertForSequenceClassification), labeled(), tmp_path, micro_batch_size=4)
+    assert made[0]._metrics["eval"] == [] and set(made[0]._metrics["train"]) == {4}
