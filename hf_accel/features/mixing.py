@@ -6,8 +6,10 @@ Shape suffixes: ``B`` examples of a micro-batch, ``N`` of a step, ``V`` classes.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, ClassVar
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar
 
+import annotated_types as at
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -16,19 +18,22 @@ from torch import Tensor
 from hf_accel.batch import MicroBatch, StepBatch, split_step
 from hf_accel.features.augmentation import generators, images_of, refuse_other_than_images, strength
 from hf_accel.losses import ClassHead
-from hf_accel.technique import Technique
+from hf_accel.technique import Fraction, Technique
 
 Generators = list[np.random.Generator]
 
 
+@dataclass(eq=False)
 class ImageMixing(Technique):
     """Mix every image of a step with its neighbor, and the labels by the shares of both; the base class of mixups.
 
-    Subclasses are dataclasses with the fields ``alpha`` and ``ramp``.  An ``alpha`` of 0 mixes nothing.
+    Args:
+        alpha: Strength, at least 0; 0 mixes nothing.
+        ramp: Progress, in [0, 1], until which alpha rises linearly from 0; 0: full from the start.
     """
 
-    alpha: float
-    ramp: float
+    alpha: Annotated[float, at.Ge(0)] = 1.0
+    ramp: Fraction = 0.0  # no ramp, as in the papers
     modality: ClassVar = "image"
     neutral: ClassVar = {"alpha": 0.0}
     rank_counters: ClassVar = ("mixed", "seen")

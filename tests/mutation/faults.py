@@ -89,7 +89,7 @@ FAULTS = (
     Fault(
         "refused-update-counted",
         "engine/step.py",
-        "steps=0 if refused else 1,",
+        "steps=0 if skipped else 1,",
         "steps=1,",
         "A budget of updates is spent on those that were left out.",
         "tests/optim/optimizers/test_gradient_spike_guard.py::test_a_budget_of_updates_is_not_spent_on_refused_ones",

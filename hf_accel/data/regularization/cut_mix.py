@@ -35,7 +35,6 @@ import torch
 from torch import Tensor
 
 from hf_accel.features.mixing import Generators, ImageMixing
-from hf_accel.technique import Fraction
 
 Box = tuple[int, int, int, int]
 """Top, bottom, left and right in pixels; bottom and right are exclusive."""
@@ -71,7 +70,6 @@ class CutMix(ImageMixing):
     """
 
     alpha: Annotated[float, at.Ge(0)] = 1.0  # the paper's
-    ramp: Fraction = 0.0  # no ramp, as in the paper
 
     def combine(self, images_B: Tensor, partners_B: Tensor, alpha: float, drawn: Generators) -> tuple[Tensor, Tensor]:
         """Paste a rectangle of its partner into each image."""

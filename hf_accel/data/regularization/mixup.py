@@ -33,7 +33,6 @@ import torch
 from torch import Tensor
 
 from hf_accel.features.mixing import Generators, ImageMixing
-from hf_accel.technique import Fraction
 
 
 def mix(images_B: Tensor, partners_B: Tensor, shares_B: Tensor) -> Tensor:
@@ -51,7 +50,6 @@ class Mixup(ImageMixing):
     """
 
     alpha: Annotated[float, at.Ge(0)] = 0.2  # the paper's, for ImageNet
-    ramp: Fraction = 0.0  # no ramp, as in the paper
 
     def combine(self, images_B: Tensor, partners_B: Tensor, alpha: float, drawn: Generators) -> tuple[Tensor, Tensor]:
         """Average each image with its partner."""

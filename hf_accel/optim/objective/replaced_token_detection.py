@@ -221,7 +221,7 @@ class ReplacedTokenDetection(Technique):
         try:
             yield
         finally:
-            model.add_module("generator", generator)
+            model.add_module("generator", generator.train(model.training))  # an evaluation changes the mode
 
     def report(self) -> Mapping[str, Any]:
         """Report this rank's share of replaced tokens."""
