@@ -12,6 +12,7 @@ other streams have no state.  On resume, compare the last consumed example by ha
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
