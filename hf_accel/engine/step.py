@@ -347,7 +347,6 @@ class StepRunner:
         if self.refused:
             # Optimizers skip parameters without a gradient, so neither moments nor weights change.
             model.zero_grad(set_to_none=True)
-            self.meter.skipped_steps += 1
         return norm
 
     # The loss -------------------------------------------------------------------------------------------------------
