@@ -168,6 +168,8 @@ def _twin(engine: Engine, techniques: Sequence[Technique], without: Sequence[Tec
     left_out = {*taken, "prepare_dataset"}
     own = [t for t in engine.roster.techniques if t not in without and not t.implemented_hooks() & left_out]
     fresh = [*techniques, *map(copy.copy, own)]  # copies keep their knowledge of the prepared model
+    for technique in fresh:
+        vars(technique).pop("run_", None)  # the run that the copy was made from
     twin = engine.host.twin(_copy_of_model(engine.host.model))
     twin.data_collator = CopyingCollator(twin.data_collator)
     for name, value in changes.items():
