@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from torch import distributed
 from typer.core import TyperGroup
 
 import hf_accel
@@ -27,7 +28,10 @@ class Commands(TyperGroup):
     def invoke(self, ctx: Any) -> Any:
         """Run a command; errors that our code raises are mistakes of the user, and all others are crashes."""
         try:
-            return super().invoke(ctx)
+            result = super().invoke(ctx)
+            if distributed.is_initialized():
+                distributed.destroy_process_group()  # gloo's threads abort some processes at exit otherwise
+            return result
         except (ValueError, ImportError) as error:
             if not raised_here(error):
                 raise

@@ -112,7 +112,9 @@ def checkpointing_without_need(directory):
         ),
         (logging_at_every_step, "Logging: logging_steps=1"),
         (evaluation_too_often, "Evaluation: 160 of"),
-        (checkpointing_without_need, "Activation checkpointing: it recomputes"),
+        pytest.param(  # it compares times of milliseconds, which a busy machine may turn round
+            checkpointing_without_need, "Activation checkpointing: it recomputes", marks=pytest.mark.full
+        ),
     ],
     ids=lambda value: value.__name__ if callable(value) else "",
 )
