@@ -201,8 +201,7 @@ class Engine:
             self.meter.count_energy()
             self._write_receipt()
         finally:
-            for technique in self.roster.techniques:
-                vars(technique).pop("run_", None)
+            setup.hide_run(self.roster.techniques)
         return output
 
     def limits(self) -> Limits:

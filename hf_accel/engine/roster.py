@@ -59,7 +59,7 @@ class Roster:
 def check_instance(technique: Any) -> None:
     """Raise ValueError unless it is an instance of a technique that overrides something and declares it well."""
     if not isinstance(technique, Technique):
-        meant = f"{technique.__name__}()" if isinstance(technique, type) else "InfoBatch()"
+        meant = f"{technique.__name__}()" if isinstance(technique, type) else "Name()"
         raise ValueError(f"techniques: {technique!r} is not an instance of a technique. Pass one, such as {meant}.")
     kind = type(technique)
     name = kind.__name__

@@ -42,6 +42,12 @@ def show_run(techniques: Sequence[Technique], view: RunView) -> None:
         technique.run_ = view  # type: ignore[misc]
 
 
+def hide_run(techniques: Sequence[Technique]) -> None:
+    """Undo `show_run`, so that another trainer may take the techniques."""
+    for technique in techniques:
+        vars(technique).pop("run_", None)
+
+
 def prepared_args(args: TrainingArguments, dataset: Any, roster: Roster, options: Options) -> TrainingArguments:
     """Return the arguments, a copy, changed as techniques and the stream need."""
     for technique in roster.with_hook("prepare_args"):

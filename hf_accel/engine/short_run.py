@@ -26,6 +26,7 @@ from transformers.trainer_utils import IntervalStrategy, SaveStrategy
 
 from hf_accel.clock import Limits
 from hf_accel.engine.engine import Engine
+from hf_accel.engine.setup import hide_run
 from hf_accel.host.internals import unwrap_forward
 from hf_accel.preserve import keyed_random, random_state_kept
 from hf_accel.stream.reader import CopyingCollator
@@ -168,8 +169,7 @@ def _twin(engine: Engine, techniques: Sequence[Technique], without: Sequence[Tec
     left_out = {*taken, "prepare_dataset"}
     own = [t for t in engine.roster.techniques if t not in without and not t.implemented_hooks() & left_out]
     fresh = [*techniques, *map(copy.copy, own)]  # copies keep their knowledge of the prepared model
-    for technique in fresh:
-        vars(technique).pop("run_", None)  # the run that the copy was made from
+    hide_run(fresh)  # the run that the copies were made from
     twin = engine.host.twin(_copy_of_model(engine.host.model))
     twin.data_collator = CopyingCollator(twin.data_collator)
     for name, value in changes.items():
